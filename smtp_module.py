@@ -1514,28 +1514,34 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
         raise SpoolError(f"{path}: there is no such spool")
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)) as db:
-            items = db.execute("SELECT seq, id, lane, arrived, state, error FROM items WHERE state IN (0, 1, 3) ORDER BY seq").fetchall()
-            mails = db.execute("SELECT items, recipients, refused, next, tries, error FROM mails WHERE state IN (1, 3) ORDER BY mail").fetchall()
+            items = db.execute(
+                "SELECT seq, id, lane, arrived, state, error FROM items WHERE state IN (0, 1, 3) ORDER BY seq"
+            ).fetchall()
+            mails = db.execute(
+                "SELECT items, recipients, refused, next, tries, error FROM mails WHERE state IN (1, 3) ORDER BY mail"
+            ).fetchall()
             notes = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM notes")}
     except sqlite3.Error as error:
         raise SpoolError(f"{path}: {error}") from None
     frozen = {seq: mail[1:] for mail in mails for seq in json.loads(mail[0])}
-    hold = notes.get("hold") or {}
-    rows = []
-    for seq, name, lane, arrived, state, error in items:
-        to, refused, due, tries, words = frozen.get(seq, ("[]", "{}", None, 0, None))
-        recipients = json.loads(to) or list(json.loads(refused)) or notes.get("lanes", {}).get(lane, [])
-        held = state != FAILED and hold.get("why") and (hold.get("all") or (state == WAITING and seq <= hold["upto"]))
-        rows.append({
-            "id": name,
-            "state": "failed" if state == FAILED else "held" if held else "waiting",
-            "since": iso(arrived),
-            "next": None if state == FAILED else iso(max(due or 0.0, hold["until"])) if held else iso(due) if due else None,
-            "tries": tries,
-            "error": (hold["why"] if held else None) or words or error,
-            "recipients": recipients,
-        })  # fmt: skip
-    return rows
+    return [_queue_row(item, frozen.get(item[0], ("[]", "{}", 0.0, 0, None)), notes) for item in items]
+
+
+def _queue_row(item: Sequence[Any], mail: Sequence[Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    seq, name, lane, arrived, state, complaint = item
+    recipients, refused, due, tries, words = mail
+    hold = notes.get("hold") or {"upto": 0}
+    held = state != FAILED and bool(hold.get("all") or (state == WAITING and seq <= hold["upto"]))
+    due = max(due, hold["until"]) if held else due
+    return {
+        "id": name,
+        "state": "failed" if state == FAILED else "held" if held else "waiting",
+        "since": iso(arrived),
+        "next": iso(due) if due and state != FAILED else None,
+        "tries": tries,
+        "error": hold["why"] if held else words or complaint,
+        "recipients": json.loads(recipients) or list(json.loads(refused)) or notes.get("lanes", {}).get(lane, []),
+    }
 
 
 def iso(when: float) -> str:

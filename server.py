@@ -1,0 +1,1679 @@
+#!/usr/bin/env python3
+"""server: the relay. A camera recorder sends events as lines of JSON over TCP; the owner gets mails.
+
+    camera ──TCP──▶ accept ─▶ journal ─▶ answer            (one thread a connection)
+                                │
+                                └▶ plan ─▶ render ─▶ deliver ──SMTP──▶ the owner's mailbox
+
+The promise: answered `queued` means on disk, synchronously. It will be mailed; at worst, after a crash at the
+wrong moment, twice, with the same Message-ID. It is never mailed zero times without the queue saying so.
+
+    python3 server.py                  with the settings of the environment or .env
+    python3 server.py --demo           the whole job on this machine, nothing to configure
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import csv
+import datetime as dt
+import email
+import email.policy
+import errno
+import fnmatch
+import hashlib
+import hmac
+import html
+import io
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import smtp_module as smtp
+from smtp_module import ConfigError, Draft, Envelope, History, Item, Mail, NewItem, Outbox, Plan, Settings, Waiting
+
+MAX_LINE = 16 << 20
+PICTURE_MAX_BYTES = 10 << 20  # decoded; most mail servers take 25 MiB, and Base64 adds a third
+SPOOL_MAX = 2 << 30
+MAX_CONNECTIONS = 4096
+IDLE_TIMEOUT_S = 300.0
+SEND_TIMEOUT_S = 30  # a peer that does not read its answers is not answered any more
+HANDSHAKE_TIMEOUT_S = 10.0
+BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries; it caps this at somaxconn
+READ_BYTES = 64 << 10  # malloc maps larger buffers anew for each read
+BATCH_BYTES = 4 << 20  # what has arrived is read up to this before it is committed
+UNFINISHED_MAX_BYTES = 256 << 20  # shared by all connections: half-sent lines must not fill the memory
+UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a line outside the shared budget
+THREAD_STACK_BYTES = 512 << 10
+UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
+STOP_S = 4.0
+META_MAX = 32
+NESTING_MAX = 16
+DIGEST_MAX = 10_000  # alerts in one digest
+DIGEST_ROWS, DIGEST_PICTURES = 50, 4
+CAMERAS_MAX = 10_000  # cameras whose silence is watched
+
+KNOWN_EVENTS = {  # what a person reads, in each language
+    "MOTION_DETECTED": ("Motion detected", "حرکت دیده شد", "检测到移动"),
+    "DOOR_OPENED": ("Door opened", "در باز شد", "门已打开"),
+    "CAMERA_DISCONNECTED": ("Camera disconnected", "ارتباط دوربین قطع شد", "摄像机断开"),
+    "CAMERA_RECONNECTED": ("Camera reconnected", "ارتباط دوربین برقرار شد", "摄像机恢复连接"),
+    "TAMPER_DETECTED": ("Tampering detected", "دستکاری دوربین", "检测到破坏"),
+    "SYSTEM_RESTARTED": ("System restarted", "سامانه دوباره راه‌اندازی شد", "系统已重启"),
+}
+
+log = logging.getLogger("relay")
+
+
+# ───────────────────────────────────────────── Configuration ────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """One rule of ALERT_QUIET: on these weekdays (0 is Monday) from one minute of the day to another."""
+
+    days: frozenset[int]
+    start: dt.time
+    end: dt.time
+
+    def window(self, day: dt.date) -> tuple[float, float] | None:
+        """The window that begins on this day, in wall-clock seconds; clock changes are the library's business."""
+        if day.weekday() not in self.days:
+            return None
+        last = day if self.end > self.start else day + dt.timedelta(days=1)
+        return dt.datetime.combine(day, self.start).timestamp(), dt.datetime.combine(last, self.end).timestamp()
+
+
+@dataclass(frozen=True)
+class Route:
+    """Patterns of camera or event, and who gets what matches."""
+
+    patterns: tuple[str, ...]
+    recipients: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RelayConfig:
+    """The ALERT_* variables."""
+
+    host: str = "127.0.0.1"
+    port: int = 5000
+    recipients: tuple[str, ...] = ("alerts@localhost",)
+    spool: str = "spool/alerts.db"
+    token: str = field(default="", repr=False)
+    tls: ssl.SSLContext | None = None
+    client_ca: bool = False
+    max_line: int = MAX_LINE
+    max_connections: int = MAX_CONNECTIONS
+    idle_timeout_s: float = IDLE_TIMEOUT_S
+    senders: int = 2
+    cooldown_s: float = 0.0
+    retry_first_s: float = 5.0
+    retry_max_s: float = 3600.0
+    max_age_s: float = 5 * smtp.DAY_S
+    daily_max: int = 0
+    priority: tuple[str, ...] = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")
+    quiet: tuple[Quiet, ...] = ()
+    routes: tuple[Route, ...] = ()
+    expect: tuple[tuple[str, float], ...] = ()
+    summary_at: dt.time | None = None
+    lang: str = "en"
+    spool_max: int = SPOOL_MAX
+    sender: str = "alerts@localhost"
+
+    @classmethod
+    def from_settings(cls, settings: Settings, mail: smtp.SMTPConfig) -> RelayConfig:
+        """Read them. Raises ConfigError."""
+        read, whole, duration = settings.read, smtp.whole, smtp.duration
+        recipients: tuple[str, ...] = read("ALERT_RECIPIENT", smtp.addresses, ())
+        if not recipients and not mail.debug:
+            raise ConfigError("ALERT_RECIPIENT: missing; give the address that gets the alerts")
+        cert, client_ca = read("ALERT_TLS_CERT", str, ""), read("ALERT_TLS_CLIENT_CA", str, "")
+        if client_ca and not cert:
+            raise ConfigError("ALERT_TLS_CERT: missing, though ALERT_TLS_CLIENT_CA is set; give the relay's certificate")
+        key = read("ALERT_TLS_KEY", str, "")
+        names = "ALERT_TLS_CERT, ALERT_TLS_KEY, ALERT_TLS_CLIENT_CA"
+        return cls(
+            host=read("ALERT_HOST", str, cls.host),
+            port=read("ALERT_PORT", smtp.port, cls.port),
+            recipients=recipients or cls.recipients,
+            spool=read("ALERT_SPOOL", str, cls.spool),
+            token=settings.secret("ALERT_TOKEN").strip(),
+            tls=smtp.server_tls(cert, key, client_ca, names=names) if cert else None,
+            client_ca=bool(client_ca),
+            max_line=read("ALERT_MAX_LINE", positive(smtp.size), cls.max_line),
+            max_connections=read("ALERT_MAX_CONNECTIONS", whole(1, 1_000_000), cls.max_connections),
+            idle_timeout_s=read("ALERT_IDLE_TIMEOUT", positive(duration), cls.idle_timeout_s),
+            senders=read("ALERT_SENDERS", whole(1, 64), 1 if mail.debug else cls.senders),
+            cooldown_s=read("ALERT_COOLDOWN", duration, cls.cooldown_s),
+            retry_first_s=read("ALERT_RETRY_FIRST", positive(duration), cls.retry_first_s),
+            retry_max_s=read("ALERT_RETRY_MAX", positive(duration), cls.retry_max_s),
+            max_age_s=read("ALERT_MAX_AGE", positive(duration), cls.max_age_s),
+            daily_max=read("ALERT_DAILY_MAX", whole(0, 1_000_000), cls.daily_max),
+            priority=read("ALERT_PRIORITY", patterns, cls.priority),
+            quiet=read("ALERT_QUIET", quiet_rules, ()),
+            routes=read("ALERT_ROUTES", routes, ()),
+            expect=read("ALERT_EXPECT", expectations, ()),
+            summary_at=read("ALERT_SUMMARY_AT", clock_time, None),
+            lang=read("ALERT_LANG", smtp.one_of("en", "fa", "zh"), "en"),
+            spool_max=read("ALERT_SPOOL_MAX", positive(smtp.size), cls.spool_max),
+            sender=mail.sender,
+        )
+
+    def exposed(self) -> bool:
+        """Would it listen beyond this machine with nothing that keeps strangers out?"""
+        return not (self.token or self.client_ca or smtp.is_loopback(self.host))
+
+
+def positive(convert: Any) -> Any:
+    """The same converter, refusing 0."""
+
+    def check(text: str) -> Any:
+        value = convert(text)
+        if value <= 0:
+            raise ValueError(f"{smtp.printable(text)!r} is wrong; give more than 0")
+        return value
+
+    return check
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """`DOOR_*,cam1` -> the patterns."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise ValueError(f"{smtp.printable(text)!r} has an empty pattern; write them like DOOR_*,cam1")
+    return found
+
+
+def routes(text: str) -> tuple[Route, ...]:
+    """`cam1,DOOR_*=a@x.org,b@y.org; garage*=c@z.org` -> the routes, in order."""
+    found = []
+    for part in filter(None, map(str.strip, text.split(";"))):
+        names, equals, recipients = part.rpartition("=")
+        if not equals:
+            raise ValueError(f"{smtp.printable(part)!r} is not a route; write cam1,DOOR_*=a@example.com")
+        try:
+            found.append(Route(patterns(names), smtp.addresses(recipients)))
+        except ValueError as error:
+            raise ValueError(f"in {smtp.printable(part)!r}: {error}") from None
+    return tuple(found)
+
+
+def expectations(text: str) -> tuple[tuple[str, float], ...]:
+    """`cam1=5m,garage=1h,*=10m` -> who must be heard how often."""
+    found = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        camera, _, limit = part.rpartition("=")
+        if not camera.strip():
+            raise ValueError(f"{smtp.printable(part)!r} is wrong; write cam1=5m or *=10m")
+        found.append((camera.strip(), positive(smtp.duration)(limit)))
+    return tuple(found)
+
+
+def clock_time(text: str) -> dt.time:
+    """`08:00` -> a time of day."""
+    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
+    if not match:
+        raise ValueError(f"{smtp.printable(text)!r} is not a time; write it like 08:00")
+    return dt.time(int(match[1]), int(match[2]))
+
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+
+def quiet_rules(text: str) -> tuple[Quiet, ...]:
+    """`22:00-07:00` or `Mon-Fri 22:00-07:00; Sat,Sun 23:00-09:00` -> the rules."""
+    found = []
+    for part in filter(None, map(str.strip, text.split(";"))):
+        days, _, hours = part.rpartition(" ")
+        start, dash, end = hours.partition("-")
+        try:
+            if not dash:
+                raise ValueError("no hours; write them like 22:00-07:00")
+            rule = Quiet(_weekdays(days) if days.strip() else frozenset(range(7)), clock_time(start), clock_time(end))
+            if rule.start == rule.end:
+                raise ValueError("it begins and ends at the same time")
+        except ValueError as error:
+            raise ValueError(f"in {smtp.printable(part)!r}: {error}") from None
+        found.append(rule)
+    return tuple(found)
+
+
+def _weekdays(text: str) -> frozenset[int]:
+    days: set[int] = set()
+    for part in filter(None, re.split(r"[,\s]+", text.strip().lower())):
+        first, dash, last = part.partition("-")
+        if first[:3] not in WEEKDAYS or (dash and last[:3] not in WEEKDAYS):
+            raise ValueError(f"{smtp.printable(part)!r} is no weekday; write Mon-Fri or Sat,Sun")
+        low = WEEKDAYS.index(first[:3])
+        high = WEEKDAYS.index(last[:3]) if dash else low
+        days.update((low + step) % 7 for step in range((high - low) % 7 + 1))
+    return frozenset(days)
+
+
+# ───────────────────────────────────────────── Events ───────────────────────────────────────────────
+# Pure: one line of bytes in; an event, a heartbeat or a ping out, or the refusal to tell the peer.
+
+
+class Refusal(Exception):
+    """What is wrong with a line: a code for programs and a sentence for people. `closes`: the connection ends."""
+
+    def __init__(self, code: str, detail: str, *, closes: bool = False) -> None:
+        super().__init__(detail)
+        self.code, self.detail, self.closes = code, smtp.printable(detail), closes
+
+
+@dataclass(frozen=True)
+class Event:
+    """A checked event. `item` is what the spool keeps; `warning` says what became of a wrong picture."""
+
+    item: NewItem
+    camera: str
+    name: str
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The camera lives."""
+
+    camera: str
+
+
+@dataclass(frozen=True)
+class Ping:
+    """The peer asks how things are; `trusted`: it may know the counts."""
+
+    trusted: bool
+
+
+EVENT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+EVENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+WEB_LINK = re.compile(r"https?://[^\s<>\"'\\\x00-\x20\x7f-\x9f]{1,2000}", re.IGNORECASE)
+BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+PICTURE_TYPES = (
+    (re.compile(rb"\xff\xd8\xff"), "image/jpeg", ".jpg"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png", ".png"),
+    (re.compile(rb"GIF8[79]a"), "image/gif", ".gif"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp", ".webp"),
+    (re.compile(rb"BM"), "image/bmp", ".bmp"),
+)
+CUT_FROM_BYTES = 2048  # a picture longer than this is cut out of the line before json reads it
+CUT_MARK = secrets.token_hex(16)  # stands in its place; not to be guessed
+
+
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_reject_constant).decode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+
+
+def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Ping:
+    """One line of the wire protocol. Raises Refusal.
+
+    `token` is the SHA-256 of the relay's secret, or b"" where there is none.
+    """
+    fields, picture = read_json(line)
+    trusted = not token or _is_token(fields.get("token"), token)
+    if fields.get("event") is not None:
+        _must(trusted)
+        return _event(fields, picture, now)
+    if fields.get("heartbeat") is not None:
+        _must(trusted)
+        return Heartbeat(camera_name(fields["heartbeat"], "heartbeat"))
+    if fields.get("ping") is not None:
+        return Ping(trusted)
+    raise Refusal("bad_event", "the line has neither event, heartbeat nor ping")
+
+
+def _must(trusted: bool) -> None:
+    if not trusted:
+        raise Refusal("unauthorized", "token is missing or wrong", closes=True)
+
+
+def _is_token(given: object, token: bytes) -> bool:
+    if not isinstance(given, str):
+        return False
+    return hmac.compare_digest(hashlib.sha256(given.encode("utf-8", "replace")).digest(), token)
+
+
+def read_json(line: bytes) -> tuple[dict[str, Any], object]:
+    """The object on the line, and its `image_b64`. Raises Refusal (bad_json).
+
+    A large picture never passes through json: it is cut out where it stands unescaped at the top level.
+    """
+    picture = None
+    short = line
+    if len(line) > CUT_FROM_BYTES:
+        short, picture = _cut_picture(line)
+    try:
+        if short.count(b"[") + short.count(b"{") > NESTING_MAX and _nesting(short) > NESTING_MAX:
+            raise ValueError(f"nested deeper than {NESTING_MAX}")
+        fields = _decode(short.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Refusal("bad_json", f"the line is not JSON: {error}") from None
+    if type(fields) is not dict:
+        raise Refusal("bad_json", "the line is JSON, but not an object; write {…}")
+    if picture is None:
+        return fields, fields.get("image_b64")
+    if fields.get("image_b64") != CUT_MARK:  # it stood in a nested object, or twice
+        fields = _decode(line.decode("utf-8"))
+        return fields, fields.get("image_b64")
+    return fields, picture
+
+
+def _cut_picture(line: bytes) -> tuple[bytes, bytes | None]:
+    key = re.search(rb'"image_b64"\s*:\s*"', line)
+    if not key:
+        return line, None
+    end = line.find(b'"', key.end())
+    picture = line[key.end() : end]
+    if end < 0 or len(picture) < CUT_FROM_BYTES or b"\\" in picture or not picture.isascii():
+        return line, None
+    return b"%b%b%b" % (line[: key.end()], CUT_MARK.encode(), line[end:]), picture
+
+
+def _nesting(line: bytes) -> int:
+    depth = deepest = 0
+    for char in _STRINGS.sub(b"", line):
+        if char in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in b"]}":
+            depth -= 1
+    return deepest
+
+
+def camera_name(value: object, name: str = "camera") -> str:
+    """A camera's name, checked. Raises Refusal."""
+    if type(value) is not str or not 1 <= len(value) <= 128 or not value.strip():
+        raise Refusal("bad_event", f"{name} must be a name of 1 to 128 characters")
+    if smtp.UNPRINTABLE.search(value):
+        raise Refusal("bad_event", f"{name} must not hold control, line-break or direction characters")
+    return value
+
+
+def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
+    name = fields["event"]
+    if type(name) is not str or not EVENT_NAME.fullmatch(name):
+        raise Refusal("bad_event", "event must be 1 to 64 characters of A-Z a-z 0-9 _ . -")
+    camera = camera_name(fields.get("camera"))
+    content: dict[str, Any] = {"event": name, "camera": camera}
+    for key, check in OPTIONAL_FIELDS:
+        if (value := fields.get(key)) is not None:
+            content[key] = check(value)
+    wished = fields.get("id")
+    if wished is not None and (type(wished) is not str or not EVENT_ID.fullmatch(wished)):
+        raise Refusal("bad_event", "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -")
+    base64_text, warning = None, ""
+    if picture is not None:
+        base64_text, warning = check_picture(picture, fields.get("image_filename"))
+        if base64_text is not None:
+            content["image"] = picture_name(fields.get("image_filename"), base64_text)
+        else:
+            content["dropped"] = warning
+    payload = _encode(content).encode("utf-8")
+    identity = wished or secrets.token_hex(12)
+    item = NewItem(identity, f"{name} {camera}", payload, base64_text, now, fresh=wished is None)
+    return Event(item, camera, name, f"image dropped: {warning}" if warning else "")
+
+
+def _timestamp(value: object) -> str:
+    try:
+        event_time(value if type(value) is str else "")
+    except (ValueError, OverflowError, OSError):
+        raise Refusal("bad_event", "timestamp must be ISO 8601, like 2026-05-01T22:15:00Z") from None
+    return str(value)
+
+
+def event_time(text: str) -> dt.datetime:
+    """ISO 8601 -> an aware time; without an offset it is UTC. Raises ValueError and OverflowError."""
+    when = dt.datetime.fromisoformat(text.strip())
+    when = when if when.tzinfo else when.replace(tzinfo=dt.UTC)
+    when.astimezone()  # must be presentable in local time
+    return when.astimezone(dt.UTC)
+
+
+def _link(value: object) -> str:
+    if type(value) is not str or not WEB_LINK.fullmatch(value) or smtp.UNPRINTABLE.search(value):
+        raise Refusal("bad_event", "image_url must be a link that begins with http:// or https://")
+    return value
+
+
+def _meta(value: object) -> dict[str, str | int | float | bool]:
+    if type(value) is not dict or len(value) > META_MAX:
+        raise Refusal("bad_event", f"meta must be an object of at most {META_MAX} values")
+    for key, entry in value.items():
+        plain = type(entry) in (str, int, bool) or (type(entry) is float and math.isfinite(entry))
+        if not plain:
+            raise Refusal("bad_event", f"meta {key!r} must be a string, a number, true or false")
+        with contextlib.suppress(UnicodeEncodeError):
+            f"{key}{entry}".encode()
+            continue
+        raise Refusal("bad_event", "meta holds half a surrogate pair, which is no character")
+    return value
+
+
+OPTIONAL_FIELDS = (("timestamp", _timestamp), ("image_url", _link), ("meta", _meta))
+
+
+def check_picture(picture: object, name: object) -> tuple[bytes | None, str]:
+    """Strict, canonical Base64 of a picture as it came, or None and why not. The picture is not decoded whole."""
+    if not isinstance(picture, str | bytes) or not isinstance(name, str | None):
+        return None, "image_b64 and image_filename must be strings"
+    try:
+        text = picture.encode("ascii") if isinstance(picture, str) else picture
+    except UnicodeEncodeError:
+        return None, "not valid Base64"
+    if len(text) > (PICTURE_MAX_BYTES + 2) // 3 * 4:
+        return None, f"larger than {PICTURE_MAX_BYTES >> 20} MiB"
+    body = text.rstrip(b"=")
+    tail = body[len(body) & ~3 :]
+    if len(text) % 4 or len(text) - len(body) > 2 or body.translate(None, BASE64_ALPHABET):
+        return None, "not valid Base64"
+    with contextlib.suppress(binascii.Error):
+        padded = tail + b"=" * (-len(tail) % 4)
+        if base64.b64encode(base64.b64decode(padded)) == padded:
+            return (text, "") if picture_type(text) else (None, "not a JPEG, PNG, GIF, WebP or BMP picture")
+    return None, "not valid Base64"
+
+
+def picture_type(text: bytes) -> tuple[str, str] | None:
+    """Content type and file suffix by the first bytes of a picture in Base64."""
+    start = base64.b64decode(text[:64])
+    return next(((kind, suffix) for magic, kind, suffix in PICTURE_TYPES if magic.match(start)), None)
+
+
+def picture_name(name: object, text: bytes) -> str:
+    """The last path component of the wished name, cleaned; the right suffix where it has none of a picture."""
+    last = re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
+    clean = re.sub(r'[<>:"|?*\s]+', "_", smtp.UNPRINTABLE.sub("", last)).strip("._ -")[:100]
+    suffix = (picture_type(text) or ("", ".jpg"))[1]
+    if not clean:
+        return f"picture{suffix}"
+    known = {".jpg", ".jpeg", *(entry[2] for entry in PICTURE_TYPES)}
+    return clean if Path(clean).suffix.lower() in known else f"{clean}{suffix}"
+
+
+def answer(receipt: smtp.Receipt, event: Event) -> bytes:
+    """The line that answers an accepted event."""
+    line = f'{{"ok": true, "id": "{receipt.id}", "status": "{"queued" if receipt.new else "duplicate"}"'
+    warnings = [event.warning] if event.warning else []
+    if receipt.id != event.item.id:
+        warnings.append("this id was used before for another event; the alert has a new id")
+    if warnings:
+        line += f', "warning": {json.dumps("; ".join(warnings))}'
+    return f"{line}}}\n".encode("ascii")
+
+
+def refusal_line(refusal: Refusal) -> bytes:
+    """The line that answers a refused one."""
+    return json.dumps({"ok": False, "error": refusal.code, "detail": refusal.detail}).encode("ascii") + b"\n"
+
+
+# ───────────────────────────────────────────── Accept ───────────────────────────────────────────────
+# One thread a connection. What has arrived is journalled in one commit and answered in order.
+
+
+class Lines:
+    """Bytes in, whole lines out; a line beyond the limit is read past and comes out as a Refusal.
+
+    Half-sent lines of all connections share one budget of memory.
+    """
+
+    held_by_all = 0
+    _budget = threading.Lock()
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._pieces: list[bytes] = []
+        self._length = 0  # of the unfinished line, as sent
+        self._held = 0  # of it, in memory
+        self.began = 0.0
+
+    def feed(self, chunk: bytes) -> list[bytes | Refusal]:
+        """The lines that end in this chunk, without blank ones. Raises Refusal when the connection must close."""
+        first, *rest = chunk.split(b"\n")
+        if not rest:
+            self._keep(first)
+            return []
+        whole = [self._finish(first), *rest[:-1]]
+        self._keep(rest[-1])
+        return [self._checked(line) for line in whole if isinstance(line, Refusal) or not line.isspace() and line]
+
+    def end(self) -> list[bytes | Refusal]:
+        """The last line, which may lack its LF."""
+        return self.feed(b"\n") if self._length else []
+
+    def _checked(self, line: bytes | Refusal) -> bytes | Refusal:
+        return line if isinstance(line, Refusal) or len(line) <= self._limit + 1 else self._too_large()
+
+    def _too_large(self) -> Refusal:
+        return Refusal("too_large", f"the line is longer than {self._limit} bytes")
+
+    def _keep(self, piece: bytes) -> None:
+        if not piece:
+            return
+        if not self._length:
+            self.began = time.monotonic()
+        self._length += len(piece)
+        if self._length > 4 * self._limit:
+            self.drop()
+            raise Refusal("too_large", f"the line goes on beyond four times {self._limit} bytes", closes=True)
+        if self._length > self._limit + 1:  # a CR before the LF does not count
+            self.drop(self._length)
+            return
+        self._pieces.append(piece)
+        self._reserve(len(piece))
+
+    def _finish(self, last: bytes) -> bytes | Refusal:
+        self._keep(last)
+        too_long = self._length > self._limit + 1
+        line = b"" if too_long else b"".join(self._pieces)
+        self.drop()
+        return self._too_large() if too_long else line
+
+    def _reserve(self, number: int) -> None:
+        if self._held + number <= UNFINISHED_FREE_BYTES:
+            self._held += number
+            return
+        with Lines._budget:
+            Lines.held_by_all += number
+        self._held += number
+        if Lines.held_by_all > UNFINISHED_MAX_BYTES:
+            self.drop()
+            raise Refusal("busy", "too many half-sent lines; try again", closes=True)
+
+    def drop(self, length: int = 0) -> None:
+        """Forget the unfinished line, but for its length."""
+        if self._held > UNFINISHED_FREE_BYTES:
+            with Lines._budget:
+                Lines.held_by_all -= self._held
+        self._pieces, self._length, self._held = [], length, 0
+
+
+class Connection:
+    """One peer, served by its own thread until it leaves."""
+
+    def __init__(self, sock: socket.socket, relay: Relay) -> None:
+        self.sock, self._relay = sock, relay
+        self._lines = Lines(relay.config.max_line)
+        self._deaf = False  # the peer does not take answers any more; what it has sent still counts
+
+    def serve(self) -> None:
+        """Read, journal, answer, until the peer or the relay ends it."""
+        config = self._relay.config
+        try:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if config.tls:
+                self.sock.settimeout(HANDSHAKE_TIMEOUT_S)
+                self.sock = config.tls.wrap_socket(self.sock, server_side=True)
+            wait_at_most(self.sock, config.idle_timeout_s, SEND_TIMEOUT_S)
+            while self._turn():
+                pass
+        except (OSError, ValueError) as error:  # reset, timed out, no TLS: this peer only
+            log.debug("a connection ended: %s", error)
+        finally:
+            self._lines.drop()
+            close_gently(self.sock)
+
+    def _turn(self) -> bool:
+        """What has arrived, journalled in one commit and answered; False: the connection is over."""
+        lines: list[bytes | Refusal] = []
+        more = True
+        try:
+            for chunk in self._arrived():
+                more = bool(chunk)
+                lines += self._lines.feed(chunk) if chunk else self._lines.end()
+        except Refusal as refusal:
+            lines.append(refusal)
+        except OSError:
+            if not lines:
+                raise
+            more = False
+        answers, closes = self._relay.take(lines)
+        self._say(answers)
+        return more and not closes
+
+    def _arrived(self) -> Iterator[bytes]:
+        """One chunk, waited for, then all that is there already; b"" is the end."""
+        chunk = self.sock.recv(READ_BYTES)
+        total = 0
+        while chunk:
+            yield chunk
+            total += len(chunk)
+            if self._lines.began and time.monotonic() - self._lines.began > self._relay.config.idle_timeout_s:
+                raise TimeoutError("a line took too long")
+            if total >= BATCH_BYTES or (found := read_now(self.sock)) is None:
+                return
+            chunk = found
+        yield b""
+
+    def _say(self, answers: bytes) -> None:
+        if answers and not self._deaf:
+            try:
+                self.sock.sendall(answers)
+            except OSError:
+                self._deaf = True
+
+
+def wait_at_most(sock: socket.socket, receive_s: float, send_s: float) -> None:
+    """Timeouts by the kernel where that works: settimeout would cost a poll for every read."""
+    if isinstance(sock, ssl.SSLSocket) or os.name != "posix":
+        sock.settimeout(receive_s)
+        return
+    sock.settimeout(None)
+    for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
+        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, option, value)
+
+
+def read_now(sock: socket.socket) -> bytes | None:
+    """What is there without waiting; None: nothing."""
+    if isinstance(sock, ssl.SSLSocket):
+        return sock.recv(READ_BYTES) if sock.pending() else None
+    if os.name != "posix":
+        return None
+    try:
+        return sock.recv(READ_BYTES, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+
+
+def close_gently(sock: socket.socket) -> None:
+    """Close so that the last answer arrives: unread input would turn the end into a reset that destroys it."""
+    with contextlib.suppress(OSError, ValueError):
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(0.5)
+        for _ in range(16):
+            if not sock.recv(READ_BYTES):
+                break
+    with contextlib.suppress(OSError):
+        sock.close()
+
+
+class Relay:
+    """The accepting side: listeners, connections, and the way from lines to answers."""
+
+    def __init__(self, config: RelayConfig, outbox: Outbox, watch: Watch, ring: Any) -> None:
+        self.config, self._outbox, self._watch, self._ring = config, outbox, watch, ring
+        self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
+        self._connections: set[Connection] = set()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._lingering: deque[tuple[float, socket.socket]] = deque()
+        self._listeners: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    # lines to answers
+
+    def take(self, lines: Sequence[bytes | Refusal]) -> tuple[bytes, bool]:
+        """Journal the events among the lines in one commit; the answers in order, and whether to close."""
+        now = time.time()
+        parsed: list[Event | Heartbeat | Ping | Refusal] = []
+        for line in lines:
+            try:
+                parsed.append(line if isinstance(line, Refusal) else parse_line(line, self._token, now))
+            except Refusal as refusal:
+                parsed.append(refusal)
+            except Exception:
+                log.exception("a line could not be read")
+                parsed.append(Refusal("bad_event", "the line could not be read"))
+            if isinstance(last := parsed[-1], Refusal) and last.closes:
+                break
+        receipts = iter(self._journal([event for event in parsed if isinstance(event, Event)]))
+        answers = [self._answer(entry, receipts) for entry in parsed]
+        closes = bool(parsed) and isinstance(parsed[-1], Refusal) and parsed[-1].closes
+        if closes and parsed[-1].code == "unauthorized":  # type: ignore[union-attr]
+            time.sleep(UNAUTHORIZED_DELAY_S)
+        return b"".join(answers), closes
+
+    def _journal(self, events: Sequence[Event]) -> Sequence[smtp.Receipt | Refusal]:
+        if not events:
+            return ()
+        try:
+            receipts = self._outbox.put([event.item for event in events])
+        except smtp.SpoolError as error:
+            log.error("%s", error)
+            full = isinstance(error, smtp.SpoolFull)
+            sentence = "no room is left for alerts; try again later" if full else "the disk failed; try again later"
+            return [Refusal("spool_full" if full else "spool_error", sentence)] * len(events)
+        self._ring()
+        for event in events:
+            self._watch.heard(event.camera, event.name)
+        return receipts
+
+    def _answer(self, entry: Event | Heartbeat | Ping | Refusal, receipts: Iterator[smtp.Receipt | Refusal]) -> bytes:
+        if isinstance(entry, Event):
+            receipt = next(receipts)
+            return refusal_line(receipt) if isinstance(receipt, Refusal) else answer(receipt, entry)
+        if isinstance(entry, Heartbeat):
+            self._watch.heard(entry.camera)
+            return b'{"ok": true, "status": "alive"}\n'
+        if isinstance(entry, Ping):
+            counts = self._outbox.counts() if entry.trusted else {}
+            return json.dumps({"ok": True, "status": "pong", **counts}).encode("ascii") + b"\n"
+        return refusal_line(entry)
+
+    # listeners and threads
+
+    def listen(self) -> None:
+        """Listen on every address of the host. Raises OSError."""
+        host = self.config.host.strip("[]")
+        found = socket.getaddrinfo(host or None, self.config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        number = self.config.port
+        for family, kind, _, _, where in dict.fromkeys(found):
+            listener = socket.socket(family, kind)
+            if os.name == "posix":
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                both = host == "::"
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+            listener.bind((where[0], number, *where[2:]))
+            listener.listen(BACKLOG)
+            self._listeners.append(listener)
+            number = listener.getsockname()[1]
+        self.port = number
+
+    def start(self) -> None:
+        """Accept connections; logs where."""
+        for listener in self._listeners:
+            thread = threading.Thread(target=self._accept_loop, args=(listener,), name="accept", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+            host, number = listener.getsockname()[:2]
+            log.info("listening on %s:%d", f"[{host}]" if ":" in host else host, number)
+
+    def _accept_loop(self, listener: socket.socket) -> None:
+        listener.settimeout(0.5)
+        while not self._stopping:
+            with contextlib.suppress(IndexError):
+                while self._lingering[0][0] < time.monotonic():
+                    self._lingering.popleft()[1].close()
+            try:
+                sock, _ = listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:
+                if self._stopping:
+                    return
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    log.error("no connection can be accepted: %s", error.strerror)
+                time.sleep(0.1)
+                continue
+            self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        connection = Connection(sock, self)
+        with self._lock:
+            room = len(self._connections) < self.config.max_connections
+            if room:
+                self._connections.add(connection)
+        if room:
+            try:
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+                return
+            except RuntimeError:  # can't start new thread
+                log.error("no thread can be started for a connection")
+                with self._lock:
+                    self._connections.discard(connection)
+        self._turn_away(sock)
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """Say busy and close a little later: closing at once would destroy the answer of a peer that has sent."""
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            if not self.config.tls:
+                sock.send(refusal_line(Refusal("busy", "too many connections; try again later")))
+            sock.shutdown(socket.SHUT_WR)
+        if self.config.tls or len(self._lingering) > 256:
+            sock.close()
+        else:
+            self._lingering.append((time.monotonic() + 1.0, sock))
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            connection.serve()
+        except Exception:
+            log.exception("a connection's thread failed")
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+
+    def stop(self, timeout: float) -> None:
+        """Stop accepting, answer what has been read, end the connections."""
+        self._stopping = True
+        for listener in self._listeners:
+            listener.close()
+        until = time.monotonic() + timeout
+        with self._lock:
+            open_now = list(self._connections)
+        for connection in open_now:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RD)  # wakes the thread; what has arrived is still read
+        while self._connections and time.monotonic() < until:
+            time.sleep(0.01)
+
+
+# ───────────────────────────────────────────── Plan ─────────────────────────────────────────────────
+# Pure: what waits, what was sent, the configuration and the time in; the mails that are due out. No plan is
+# stored, so a changed recipient, route or quiet hour counts for what waits, too.
+
+SUMMARY = "DAILY_SUMMARY"  # the event name of the relay's own daily mail
+
+
+def split_lane(lane: str) -> tuple[str, str]:
+    """Event and camera of a lane."""
+    event, _, camera = lane.partition(" ")
+    return event, camera
+
+
+def route(config: RelayConfig, event: str, camera: str) -> tuple[str, ...]:
+    """Who gets this alert: the first route with a pattern that matches, else ALERT_RECIPIENT."""
+    for entry in config.routes:
+        if any(fnmatch.fnmatchcase(camera, p) or fnmatch.fnmatchcase(event, p) for p in entry.patterns):
+            return entry.recipients
+    return config.recipients
+
+
+def quiet_until(rules: Sequence[Quiet], now: float) -> float | None:
+    """The end of the quiet hours that `now` lies in, or None."""
+    end = None
+    for _ in range(8):  # windows that touch make one
+        moment = now if end is None else end
+        day = dt.datetime.fromtimestamp(moment).date()
+        ends = [
+            found[1]
+            for rule in rules
+            for found in (rule.window(day - dt.timedelta(days=1)), rule.window(day))
+            if found and found[0] <= moment < found[1]
+        ]
+        if not ends:
+            break
+        end = max(ends)
+    return end
+
+
+@dataclass
+class _Desk:
+    """One run of the plan: what it has decided so far."""
+
+    config: RelayConfig
+    sent: History
+    now: float
+    drafts: list[Draft] = field(default_factory=list)
+    groups: dict[tuple[str, tuple[str, ...]], list[Waiting]] = field(default_factory=lambda: defaultdict(list))
+    opened: set[str] = field(default_factory=set)
+    wake: float = math.inf
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        self.times = [when for when in self.sent.times if when > self.now - smtp.DAY_S]
+        self.quiet = quiet_until(self.config.quiet, self.now)
+
+    def left(self) -> float:
+        """Mails that may still go in these 24 hours."""
+        if not self.config.daily_max:
+            return math.inf
+        return self.config.daily_max - len(self.times) - self.sent.pending - len(self.drafts)
+
+    def hold(self, until: float, why: str) -> None:
+        """Something waits until then."""
+        if until < self.wake:
+            self.wake, self.why = until, why
+
+    def budget_back(self) -> float:
+        """When the oldest counted mail is 24 hours old."""
+        return min((*self.times, self.now)) + smtp.DAY_S if self.times else self.now + 60.0
+
+    def decide(self, row: Waiting) -> None:
+        """Draft the row alone, put it into the group of a digest that is due, or hold it."""
+        config, now = self.config, self.now
+        event, camera = split_lane(row.lane)
+        recipients = tuple(name for name in route(config, event, camera) if name not in row.taken)
+        if self.left() <= 0:
+            return self.hold(self.budget_back(), "the daily limit is used up")
+        if event != SUMMARY and not any(fnmatch.fnmatchcase(event, p) for p in config.priority):
+            if self.quiet:
+                return self.hold(self.quiet, "quiet hours")
+            if self.left() <= config.daily_max / 2:
+                due = self._spread_due()
+                if now < due:
+                    return self.hold(due, "half of the daily limit is used: digests only")
+                return self.groups["spread", recipients].append(row)
+            if config.quiet and quiet_until(config.quiet, row.arrived):
+                return self.groups["quiet", recipients].append(row)
+        last = self.sent.lanes.get(row.lane, -math.inf) if config.cooldown_s else -math.inf
+        opens = last + config.cooldown_s
+        if row.lane in self.opened:
+            return self.hold(now + config.cooldown_s, "cooldown")
+        if last <= now < opens:
+            return self.hold(opens, "cooldown")
+        if row.arrived < opens and last <= now:
+            return self.groups[row.lane, recipients].append(row)
+        if config.cooldown_s:
+            self.opened.add(row.lane)
+        self.drafts.append(Draft((row.seq,), recipients, "alert", (row.lane,)))
+
+    def _spread_due(self) -> float:
+        """When the next of the digests is due that spread what may be used over the time that is left."""
+        allowed = self.left() // 2
+        if allowed < 1:
+            return self.budget_back()
+        interval = (self.budget_back() - self.now) / allowed
+        return self.sent.kinds.get("spread", self.times[-1] if self.times else self.now) + interval
+
+    def digests(self) -> None:
+        """A draft for each group, a digest where there is more than one alert in it."""
+        for (kind, recipients), rows in self.groups.items():
+            if self.left() <= 0:
+                self.hold(self.budget_back(), "the daily limit is used up")
+                return
+            for start in range(0, len(rows), DIGEST_MAX):
+                part = rows[start : start + DIGEST_MAX]
+                lanes = tuple(dict.fromkeys(row.lane for row in part))
+                word = "spread" if kind == "spread" else "digest" if len(part) > 1 else "alert"
+                self.drafts.append(Draft(tuple(row.seq for row in part), recipients, word, lanes))
+
+
+def plan(config: RelayConfig, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
+    """The mails that are due now, and when to look again.
+
+    Single alerts go oldest first. Looking stops at `most` of them; then no digest is made yet, since more may
+    belong to it.
+    """
+    desk = _Desk(config, sent, now)
+    for row in waiting:
+        desk.decide(row)
+        if len(desk.drafts) >= most:
+            if desk.groups:
+                desk.wake = now
+            break
+    else:
+        desk.digests()
+    return Plan(desk.drafts, None if desk.wake == math.inf else desk.wake, desk.why)
+
+
+# ───────────────────────────────────────────── Watch ────────────────────────────────────────────────
+# Silence is an event. Times are monotonic, so that no clock step accuses a camera; only "since when" is wall clock.
+
+WATCH_SCHEMA = "CREATE TABLE IF NOT EXISTS cameras(camera TEXT PRIMARY KEY, seen REAL NOT NULL, silent INTEGER NOT NULL);"
+WATCH_TICK_S = 1.0
+WATCH_SAVE_S = 5.0
+
+
+class Watch:
+    """Who was heard when, and who is silent. Survives a restart through the spool."""
+
+    def __init__(self, config: RelayConfig, outbox: Outbox) -> None:
+        self._expect, self._outbox = config.expect, outbox
+        self._lock = threading.Lock()
+        self._heard: dict[str, tuple[float, float]] = {}  # monotonic, wall clock
+        self._silent: dict[str, float] = {}  # wall clock of the last sign
+        self._returned: dict[str, float] = {}  # seconds it was gone
+        self._changed: set[str] = set()
+        self._ticked = self._saved = time.monotonic()
+        if self._expect:
+            self._restore()
+
+    def _restore(self) -> None:
+        """A relay that was itself away accuses nobody: every camera's time begins anew."""
+        mono = time.monotonic()
+        with self._outbox.transaction() as db:
+            rows = db.execute("SELECT camera, seen, silent FROM cameras").fetchall()
+        for camera, seen, silent in rows:
+            if silent:
+                self._silent[camera] = seen
+            else:
+                self._heard[camera] = mono, seen
+        for pattern, _ in self._expect:
+            if not re.search(r"[*?\[]", pattern) and pattern not in self._silent:
+                self._heard.setdefault(pattern, (mono, time.time()))
+
+    def heard(self, camera: str, event: str = "") -> None:
+        """A sign of life. A recorder's own word that the camera is gone is none."""
+        if not self._expect or event == "CAMERA_DISCONNECTED":
+            return
+        with self._lock:
+            now = time.time()
+            if camera in self._silent:
+                self._returned[camera] = max(0.0, now - self._silent.pop(camera))
+            if camera in self._heard or len(self._heard) < CAMERAS_MAX:
+                self._heard[camera] = time.monotonic(), now
+                self._changed.add(camera)
+
+    def silent(self) -> list[str]:
+        """Who is silent now."""
+        with self._lock:
+            return sorted(self._silent)
+
+    def tick(self, mono: float, now: float) -> list[NewItem]:
+        """The alerts to raise: who fell silent, who is back."""
+        with self._lock:
+            away = mono - self._ticked
+            self._ticked = mono
+            if away > 5 * WATCH_TICK_S:  # we were stopped ourselves: nobody could be heard meanwhile
+                self._heard = {camera: (seen + away, wall) for camera, (seen, wall) in self._heard.items()}
+            gone = [camera for camera, (seen, _) in self._heard.items() if mono - seen > self._limit(camera)]
+            for camera in gone:
+                self._silent[camera] = self._heard.pop(camera)[1]
+            back, self._returned = self._returned, {}
+            changed = set(gone) | set(back)
+            if mono - self._saved > WATCH_SAVE_S:
+                changed |= self._changed
+                self._changed, self._saved = set(), mono
+        items = [self._alert("CAMERA_DISCONNECTED", c, {"last seen": smtp.iso(self._silent[c])}, now) for c in gone]
+        items += [self._alert("CAMERA_RECONNECTED", c, {"was gone": span(s)}, now) for c, s in back.items()]
+        self._save(changed)
+        return items
+
+    def _limit(self, camera: str) -> float:
+        return next((limit for p, limit in self._expect if p == camera or fnmatch.fnmatchcase(camera, p)), math.inf)
+
+    def _save(self, cameras: Iterable[str]) -> None:
+        rows = [(c, self._silent.get(c) or self._heard[c][1], c in self._silent) for c in cameras]
+        if rows:
+            with self._outbox.transaction(durable=False) as db:
+                db.executemany("INSERT OR REPLACE INTO cameras VALUES (?, ?, ?)", rows)
+
+    def _alert(self, event: str, camera: str, meta: Mapping[str, str], now: float) -> NewItem:
+        payload = _encode({"event": event, "camera": camera, "meta": meta}).encode("utf-8")
+        return NewItem(f"relay-{secrets.token_hex(10)}", f"{event} {camera}", payload, None, now, fresh=True)
+
+
+def span(seconds: float) -> str:
+    """A length of time for people."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+# ───────────────────────────────────────────── Render ───────────────────────────────────────────────
+# Pure: frozen mails in, composed mails out. Nothing from an event is ever markup; <bdi> keeps a name from
+# reordering its line.
+
+WORDS = {
+    # key: English, Persian, Chinese
+    "event": ("Event", "رویداد", "事件"),
+    "camera": ("Camera", "دوربین", "摄像机"),
+    "time": ("Time", "زمان", "时间"),
+    "link": ("Picture", "تصویر", "图片"),
+    "dropped": ("Picture left out", "تصویر حذف شد", "图片已略去"),
+    "too_big": ("too big for the mail server", "برای سرور ایمیل بزرگ است", "超出邮件服务器限制"),
+    "alerts": ("alerts", "هشدار", "条警报"),
+    "from_to": ("from {first} to {last}", "از {first} تا {last}", "从 {first} 到 {last}"),
+    "more": (
+        "The first {shown} of {count}; all of them are in events.csv.",
+        "{shown} مورد نخست از {count}؛ همه در events.csv هست.",
+        "前 {shown} 条，共 {count} 条；全部见 events.csv。",
+    ),
+    "failed": (
+        "{count} earlier alerts could not be delivered. The last reason: {why}",
+        "{count} هشدار پیشین فرستاده نشد. آخرین دلیل: {why}",
+        "此前有 {count} 条警报未能送达。最后的原因：{why}",
+    ),
+    "summary": ("Daily summary", "خلاصهٔ روزانه", "每日摘要"),
+    "received": ("Alerts in the last 24 hours", "هشدارهای ۲۴ ساعت گذشته", "最近 24 小时的警报"),
+    "waiting": ("Waiting", "در انتظار", "等待中"),
+    "failures": ("Failed", "ناموفق", "失败"),
+    "silent": ("Silent cameras", "دوربین‌های خاموش", "无响应的摄像机"),
+    "none": ("none", "هیچ", "无"),
+    "absence": (
+        "This mail comes every day. If it does not come, look after the relay.",
+        "این ایمیل هر روز می‌آید. اگر نیامد، به سامانه سر بزنید.",
+        "此邮件每天发送。如未收到，请检查警报系统。",
+    ),
+}
+LANGS = ("en", "fa", "zh")
+FONT = "font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif"
+URGENT = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An event as its reader sees it."""
+
+    id: str
+    event: str
+    camera: str
+    when: dt.datetime
+    content: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, item: Item) -> Shown:
+        content = json.loads(item.payload)
+        stamp = content.get("timestamp")
+        when = event_time(stamp) if stamp else dt.datetime.fromtimestamp(item.arrived, dt.UTC)
+        return cls(item.id, content["event"], content["camera"], when, content)
+
+    def local(self, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+        return f"{self.when.astimezone():{form}}"
+
+    def utc(self) -> str:
+        return f"{self.when:%Y-%m-%dT%H:%M:%SZ}"
+
+
+class Renderer:
+    """Writes the mails of one relay, in its language."""
+
+    def __init__(self, config: RelayConfig) -> None:
+        self._config = config
+        self._lang = LANGS.index(config.lang)
+        self._domain = smtp.address(config.sender).rpartition("@")[2]
+
+    def word(self, key: str, **values: object) -> str:
+        return WORDS[key][self._lang].format(**values)
+
+    def event_word(self, event: str) -> str:
+        known = KNOWN_EVENTS.get(event)
+        return known[self._lang] if known else event
+
+    def render(self, mail: Mail, items: Sequence[Item]) -> Envelope:
+        """The mail as it goes out."""
+        shown = [Shown.of(item) for item in items]
+        if shown[0].event == SUMMARY:
+            parts = self._summary(shown[0])
+        elif len(items) == 1:
+            parts = self._alert(mail, shown[0], items[0])
+        else:
+            parts = self._digest(mail, shown, items)
+        text, markup = parts.pop("text"), parts.pop("html")
+        if mail.failed:
+            foot = self.word("failed", count=mail.failed, why=smtp.printable(mail.why))
+            text += f"\n-- \n{foot}\n"
+            markup += f'<p style="margin:16px 0 0;color:#8a4b00;font-size:13px">{html.escape(foot)}</p>'
+        headers = {"Auto-Submitted": "auto-generated", **parts.pop("headers", {})}
+        data = smtp.compose_pieces(
+            sender=self._config.sender, to=mail.recipients, text=text, html=self._page(markup), headers=headers, **parts
+        )
+        return Envelope(smtp.address(self._config.sender), mail.recipients, data)
+
+    def message_id(self, key: str) -> str:
+        return smtp.message_id(key, self._config.sender)
+
+    # one alert
+
+    def _alert(self, mail: Mail, shown: Shown, item: Item) -> dict[str, Any]:
+        picture = None if mail.bare else item.picture()
+        notes = [shown.content["dropped"]] if shown.content.get("dropped") else []
+        if mail.bare and shown.content.get("image"):
+            notes.append(self.word("too_big"))
+        meta = shown.content.get("meta", {})
+        rows = [
+            (self.word("event"), shown.event, ""),
+            (self.word("camera"), shown.camera, ""),
+            (self.word("time"), f"{shown.local('%Y-%m-%d %H:%M:%S %z')}  ({shown.utc()})", ""),
+            *((str(key), _plain(value), "") for key, value in meta.items()),
+        ]
+        if link := shown.content.get("image_url"):
+            rows.append((self.word("link"), link, link))
+        rows += [(self.word("dropped"), note, "") for note in notes]
+        attachments = [self._picture(shown, picture, 0)] if picture else []
+        image = f'<tr><td style="padding:0 0 12px">{_image(attachments[0].cid)}</td></tr>' if attachments else ""
+        markup = (
+            f"{self._headline(self.event_word(shown.event), shown.camera, shown.local(), shown.event in URGENT)}"
+            f"{image}<tr><td>{_table(rows)}</td></tr>"
+        )
+        thread = hashlib.sha256(f"{shown.camera}\n{shown.local('%Y-%m-%d')}".encode()).hexdigest()[:32]
+        return {
+            "subject": f"DVR ALERT: {shown.event} - {shown.camera}",
+            "text": f"{self.event_word(shown.event)} - {shown.camera}\n{shown.local()}\n\n{_text_rows(rows)}",
+            "html": markup,
+            "attachments": attachments,
+            "message_id": self.message_id(f"alert:{shown.id}"),
+            "headers": {"X-Alert-Id": shown.id, "References": f"<{thread}@{self._domain}>"},
+        }
+
+    def _picture(self, shown: Shown, picture: bytes, number: int) -> smtp.Attachment:
+        kind = (picture_type(picture) or ("application/octet-stream", ""))[0]
+        cid = f"picture{number}@{self._domain}"
+        return smtp.Attachment(shown.content["image"], kind, base64=picture, cid=cid)
+
+    # many alerts
+
+    def _digest(self, mail: Mail, shown: list[Shown], items: Sequence[Item]) -> dict[str, Any]:
+        pairs = sorted(zip(shown, items, strict=True), key=lambda pair: pair[0].when)
+        shown = [one for one, _ in pairs]
+        count, first, last = len(shown), shown[0], shown[-1]
+        attachments: list[smtp.Attachment] = []
+        for one, item in reversed(pairs):
+            if not mail.bare and len(attachments) < DIGEST_PICTURES and (picture := item.picture()):
+                attachments.append(self._picture(one, picture, len(attachments)))
+        cameras = list(dict.fromkeys(one.camera for one in shown))
+        events = list(dict.fromkeys(one.event for one in shown))
+        what = _few(events) if len(cameras) > 1 else f"{_few(events)} - {cameras[0]}"
+        where = f"{what} - {_few(cameras)}" if len(cameras) > 1 else what
+        when = self.word("from_to", first=first.local(), last=last.local())
+        table = [(one.local("%m-%d %H:%M:%S"), self.event_word(one.event), one.camera) for one in shown[:DIGEST_ROWS]]
+        more = self.word("more", shown=len(table), count=count) if count > len(table) else ""
+        if mail.bare and any(one.content.get("image") for one in shown):
+            more += f" {self.word('dropped')}: {self.word('too_big')}."
+        images = "".join(f'<div style="padding:0 0 8px">{_image(part.cid)}</div>' for part in attachments)
+        head = self._headline(f"{count} {self.word('alerts')}", _few(cameras), when, any(e in URGENT for e in events))
+        body = f'<tr><td style="padding:0 0 12px">{images}</td></tr><tr><td>{_grid(table)}'
+        tail = f'<p style="margin:8px 0 0;color:#5f6b76;font-size:13px">{html.escape(more)}</p></td></tr>'
+        attachments.append(smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown)))
+        lines = "\n".join("  ".join(row) for row in table)
+        key = "digest:" + "\n".join(sorted(one.id for one in shown))
+        return {
+            "subject": f"DVR ALERT: {count} alerts - {where}",
+            "text": f"{count} {self.word('alerts')}, {when}\n\n{lines}\n\n{more}".rstrip() + "\n",
+            "html": head + body + tail,
+            "attachments": attachments,
+            "message_id": self.message_id(key),
+        }
+
+    # the day
+
+    def _summary(self, shown: Shown) -> dict[str, Any]:
+        meta = shown.content["meta"]
+        none = self.word("none")
+        rows = [
+            (self.word("received"), str(meta["received"]), ""),
+            *((lane, str(number), "") for lane, number in meta["lanes"]),
+            (self.word("waiting"), str(meta["queued"]), ""),
+            (self.word("failures"), f"{meta['failed']} {meta['why']}".strip(), ""),
+            (self.word("silent"), ", ".join(meta["silent"]) or none, ""),
+        ]
+        absence = self.word("absence")
+        tail = f'<p style="margin:12px 0 0;color:#5f6b76;font-size:13px">{html.escape(absence)}</p>'
+        worry = bool(meta["failed"] or meta["silent"])
+        head = self._headline(self.word("summary"), smtp.hostname(), shown.local("%Y-%m-%d %H:%M"), worry)
+        return {
+            "subject": f"DVR summary: {shown.local('%Y-%m-%d')} - {meta['received']} alerts,"
+            f" {meta['queued']} waiting, {meta['failed']} failed, {len(meta['silent'])} silent",
+            "text": f"{self.word('summary')} - {shown.local()}\n\n{_text_rows(rows)}\n{absence}\n",
+            "html": f"{head}<tr><td>{_table(rows)}{tail}</td></tr>",
+            "message_id": self.message_id(f"summary:{shown.id}"),
+        }
+
+    # the page
+
+    def _headline(self, what: str, where: str, when: str, urgent: bool) -> str:
+        colour = "#b3261e" if urgent else "#1f4e79"
+        return (
+            f'<tr><td style="padding:14px 16px;background:{colour};color:#ffffff;border-radius:6px">'
+            f'<div style="font-size:20px;font-weight:bold;line-height:1.3">{html.escape(what)}</div>'
+            f'<div style="font-size:16px;line-height:1.5"><bdi>{html.escape(where)}</bdi></div>'
+            f'<div style="font-size:14px;opacity:.9"><bdi>{html.escape(when)}</bdi></div></td></tr>'
+            '<tr><td style="height:12px;line-height:12px;font-size:0">&nbsp;</td></tr>'
+        )
+
+    def _page(self, markup: str) -> str:
+        lang = LANGS[self._lang]
+        direction = "rtl" if lang == "fa" else "ltr"
+        return (
+            f'<!DOCTYPE html>\n<html lang="{lang}" dir="{direction}"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1"></head>\n'
+            f'<body dir="{direction}" style="margin:0;padding:12px;background:#f3f5f7;color:#1c2733;{FONT}">\n'
+            '<table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="max-width:640px;margin:0 auto;'
+            f'background:#ffffff;padding:16px;border-radius:8px">\n{markup}\n</table>\n</body></html>\n'
+        )
+
+
+def _image(cid: str) -> str:
+    return (
+        f'<img src="cid:{cid}" alt="" width="608" style="display:block;width:100%;max-width:608px;height:auto;border-radius:6px">'
+    )
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Name and value, one pair a line; a third value makes it a link."""
+    cells = []
+    for name, value, link in rows:
+        shown = f"<bdi>{html.escape(value)}</bdi>"
+        if link:
+            shown = f'<a href="{html.escape(link)}" style="color:#1f4e79">{shown}</a>'
+        cells.append(
+            f'<tr><td style="padding:6px 12px 6px 0;color:#5f6b76;vertical-align:top;white-space:nowrap">'
+            f'<bdi>{html.escape(name)}</bdi></td><td style="padding:6px 0;word-break:break-word">{shown}</td></tr>\n'
+        )
+    return f'<table cellpadding="0" cellspacing="0" style="font-size:15px;line-height:1.4">\n{"".join(cells)}</table>'
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> str:
+    style = "padding:5px 12px 5px 0;border-bottom:1px solid #e3e8ec;vertical-align:top"
+    lines = [
+        "<tr>" + "".join(f'<td style="{style}"><bdi>{html.escape(cell)}</bdi></td>' for cell in row) + "</tr>\n" for row in rows
+    ]
+    return f'<table width="100%" cellpadding="0" cellspacing="0" style="font-size:14px">\n{"".join(lines)}</table>'
+
+
+def _text_rows(rows: Sequence[tuple[str, str, str]]) -> str:
+    return "".join(f"{smtp.printable(name)}: {smtp.printable(value, 2000)}\n" for name, value, _ in rows)
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)[:2000]
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f", +{len(names) - most}" if len(names) > most else "")
+
+
+def events_csv(shown: Sequence[Shown]) -> bytes:
+    """Every event as a line. A name that a spreadsheet would take for a formula gets an apostrophe."""
+    lines = io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow(("id", "event", "camera", "time"))
+    for one in shown:
+        camera = f"'{one.camera}" if one.camera[0] in "=+-@" else one.camera
+        writer.writerow((one.id, one.event, camera, one.utc()))
+    return lines.getvalue().encode("utf-8")
+
+
+# ───────────────────────────────────────────── Wiring ───────────────────────────────────────────────
+
+
+class Alerts:
+    """The owner of the relay's outbox: what is due, for whom, and what it looks like."""
+
+    def __init__(self, config: RelayConfig) -> None:
+        self._config, self._renderer = config, Renderer(config)
+        self.render = self._renderer.render
+        planned = config.cooldown_s or config.daily_max or config.quiet
+        self.window = max(config.cooldown_s, smtp.DAY_S) if planned else 0.0
+        self.limit = config.daily_max
+
+    def plan(self, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
+        return plan(self._config, waiting, sent, now, most)
+
+    def recipients(self, lane: str) -> tuple[str, ...]:
+        return route(self._config, *split_lane(lane))
+
+
+def summary(outbox: Outbox, silent: Sequence[str], now: float) -> NewItem:
+    """The daily mail: what was received, what waits, what failed, who is silent."""
+    with outbox.transaction() as db:
+        lanes = db.execute(
+            "SELECT lane, count(*) FROM items WHERE arrived > ? AND lane NOT LIKE ? GROUP BY lane ORDER BY 2 DESC",
+            (now - smtp.DAY_S, f"{SUMMARY} %"),
+        ).fetchall()
+    counts, (_, why) = outbox.counts(), outbox.untold()
+    meta = {"received": sum(number for _, number in lanes), "lanes": lanes[:20], "silent": silent, "why": why, **counts}
+    day = dt.datetime.fromtimestamp(now).date()
+    payload = _encode({"event": SUMMARY, "camera": "relay", "meta": meta}).encode("utf-8")
+    return NewItem(f"summary-{day}", f"{SUMMARY} relay", payload, None, now)
+
+
+class Calendar:
+    """Says when the daily mail is due: once a day, also when the relay was off at the hour, but not on the first day."""
+
+    def __init__(self, at: dt.time | None, now: float, outbox: Outbox) -> None:
+        self._at = at
+        with outbox.transaction() as db:
+            last = db.execute("SELECT max(id) FROM items WHERE id >= 'summary-2' AND id < 'summary-3'").fetchone()[0]
+        self._done = dt.date.fromisoformat(last[8:18]) if last else self._latest(now)
+
+    def _latest(self, now: float) -> dt.date:
+        moment = dt.datetime.fromtimestamp(now)
+        passed = self._at is not None and moment.time() >= self._at
+        return moment.date() if passed else moment.date() - dt.timedelta(days=1)
+
+    def due(self, now: float) -> bool:
+        if self._at is None or self._latest(now) <= self._done:
+            return False
+        self._done = self._latest(now)
+        return True
+
+
+def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
+    """Run the relay until SIGTERM or Ctrl-C. What is downstream starts first and stops last."""
+    stopping = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stopping.set())
+    threading.stack_size(THREAD_STACK_BYTES)
+    outbox = Outbox(config.spool, schema=WATCH_SCHEMA, size_max=config.spool_max)
+    courier = smtp.Courier(
+        outbox,
+        Alerts(config),
+        lambda: smtp.SMTPTransport(mail),
+        senders=config.senders,
+        retry_first=config.retry_first_s,
+        retry_max=config.retry_max_s,
+        max_age=config.max_age_s,
+        advise=lambda outcome: smtp.advice(outcome, mail.host),
+    )
+    watch = Watch(config, outbox)
+    relay = Relay(config, outbox, watch, courier.ring)
+    relay.listen()
+    courier.start()
+    relay.start()
+    calendar = Calendar(config.summary_at, time.time(), outbox)
+    while not stopping.wait(WATCH_TICK_S if config.expect or config.summary_at else None):
+        try:
+            items = watch.tick(time.monotonic(), time.time())
+            if calendar.due(time.time()):
+                items.append(summary(outbox, watch.silent(), time.time()))
+            if items:
+                outbox.put(items)
+                courier.ring()
+        except smtp.SpoolError as error:
+            log.error("%s", error)
+    log.info("stopping")
+    relay.stop(STOP_S / 2)
+    courier.stop(STOP_S / 2)
+    outbox.close()
+    return smtp.EX_OK
+
+
+# ───────────────────────────────────────────── Demo ─────────────────────────────────────────────────
+# Real processes on free ports in a temporary folder; whatever is missing at the end is said, and the exit code is 1.
+
+DEMO_WAIT_S = 20.0
+
+
+class DemoFailed(Exception):
+    """Something that should have happened did not."""
+
+
+class Demo:
+    """A debug receiver, a relay, a device, and a gateway for cameras that only speak SMTP."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.maildir = folder, folder / "mail"
+        self._running: list[subprocess.Popen[str]] = []
+        kept = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SYSTEMROOT", "TEMP", "TMP", "PYTHONPATH")
+        self._environ = {name: os.environ[name] for name in kept if name in os.environ}
+
+    def start(self, name: str, *args: str, **environ: str) -> int:
+        """Start a server of ours and wait for the port that it logs."""
+        command = [sys.executable, str(Path(__file__).with_name(args[0])), *args[1:]]
+        logfile = self.folder / f"{name}.log"
+        with logfile.open("w") as output:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=self._environ | environ, stdout=output, stderr=output, text=True
+            )
+        self._running.append(process)
+        found = self.until(lambda: re.search(r"listening on \S+:(\d+)", logfile.read_text("utf-8")), f"{name} did not start")
+        say(f"  {name:<9} listens on port {found[1]}")
+        return int(found[1])
+
+    def until(self, check: Any, complaint: str) -> Any:
+        """Wait until `check` gives something."""
+        end = time.monotonic() + DEMO_WAIT_S
+        while time.monotonic() < end:
+            if found := check():
+                return found
+            time.sleep(0.02)
+        raise DemoFailed(f"{complaint} (logs are in {self.folder})")
+
+    def client(self, *args: str) -> None:
+        """Run client.py and show what it says."""
+        say(f"  $ python3 client.py {' '.join(arg for arg in args if not arg.startswith('--port'))}")
+        command = [sys.executable, str(Path(__file__).with_name("client.py")), *args]
+        done = subprocess.run(command, cwd=self.folder, env=self._environ, capture_output=True, text=True, check=False)
+        say(f"    {done.stdout.strip()}{done.stderr.strip()}")
+        if done.returncode:
+            raise DemoFailed(f"client.py ended with {done.returncode}")
+
+    def mail(self, subject: str) -> Any:
+        """Wait for a received mail whose Subject holds this."""
+
+        def look() -> Any:
+            for path in (*self.maildir.glob("new/*"), *self.maildir.glob("cur/*")):
+                message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
+                if subject in str(message["Subject"]):
+                    return message
+            return None
+
+        return self.until(look, f"no mail came with the Subject {subject!r}")
+
+    def keep(self, message: Any) -> None:
+        """Save a mail as .eml and its HTML as a page with the pictures in it, and say what it is."""
+        name = re.sub(r"\W+", "-", str(message["Subject"])).strip("-").lower()
+        (self.folder / f"{name}.eml").write_bytes(message.as_bytes())
+        pictures = [part for part in message.walk() if part["Content-ID"]]
+        if body := message.get_body(("html",)):
+            page = body.get_content()
+            for part in pictures:
+                encoded = base64.b64encode(part.get_content()).decode("ascii")
+                page = page.replace(f"cid:{part['Content-ID'][1:-1]}", f"data:{part.get_content_type()};base64,{encoded}")
+            (self.folder / f"{name}.html").write_text(page, "utf-8")
+        files = [part.get_filename() for part in message.walk() if part.get_filename()]
+        say(f"  {message['Subject']}" + (f"   [{', '.join(files)}]" if files else ""))
+
+    def stop(self) -> None:
+        """End what was started, the last first."""
+        for process in reversed(self._running):
+            process.terminate()
+        for process in self._running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+
+
+def say(line: str) -> None:
+    """One line of the demo's transcript."""
+    print(line, flush=True)
+
+
+def demo() -> int:
+    """The whole job with real processes on this machine; 0 if everything arrived."""
+    folder = Path(tempfile.mkdtemp(prefix="dvr-demo-"))
+    show = Demo(folder)
+    try:
+        _demo(show)
+    except DemoFailed as error:
+        say(f"FAILED: {error}")
+        return 1
+    finally:
+        show.stop()
+    say(f"\nThe mails, each as .eml and as .html to open in a browser, are in\n  {folder}")
+    return smtp.EX_OK
+
+
+def _demo(show: Demo) -> None:
+    say("1. Start a mail receiver, the relay, a device, and the gateway for cameras that only speak SMTP")
+    mail = str(show.start("receiver", "embedded_smtpd.py", "--debug", "--quiet", "--port", "0", "--maildir", str(show.maildir)))
+    relay = show.start("relay", "server.py", "--port", "0", SMTP_PORT=mail)
+    device = show.start("device", "embedded_smtpd.py", DEVICE_HOST="127.0.0.1", DEVICE_PORT="0", SMTP_PORT=mail)
+    gateway = show.start("gateway", "embedded_smtpd.py", "--to-relay", f"127.0.0.1:{relay}", "--port", "0")
+
+    say("\n2. A camera raises alerts")
+    (show.folder / "garden.png").write_bytes(test_card())
+    show.client(f"--port={relay}", "--event", "MOTION_DETECTED", "--camera", "garden", "--image", "garden.png")
+    show.client(f"--port={relay}", "--event", "DOOR_OPENED", "--camera", "حیاط")
+
+    say("\n3. A camera that can only send mail raises one")
+    hello = "Alarm Event: Motion Detection\r\nAlarm Input Channel No.: 2\r\nAlarm Device Name: porch\r\n"
+    _post(gateway, "nvr@camera.lan", "alerts@relay.lan", "Alarm from NVR", hello)
+    say("  a mail from nvr@camera.lan: Alarm Event: Motion Detection, device porch, channel 2")
+
+    say("\n4. The owner commands the device by mail")
+    _post(device, "owner@example.com", "device@localhost", "CMD SET relay1=on", "")
+    say("  a mail from owner@example.com: CMD SET relay1=on")
+
+    say("\n5. What the receiver got")
+    for subject in ("MOTION_DETECTED - garden", "DOOR_OPENED - حیاط", "MOTION_DETECTED - porch", "Re: CMD SET relay1=on"):
+        show.keep(show.mail(subject))
+
+
+def _post(number: int, sender: str, to: str, subject: str, text: str) -> None:
+    config = smtp.SMTPConfig(host="127.0.0.1", port=number, sender=sender)
+    try:
+        smtp.send_email(subject, text, to, config=config)
+    except smtp.SendError as error:
+        raise DemoFailed(str(error)) from None
+
+
+def test_card(width: int = 320, height: int = 180) -> bytes:
+    """A PNG of colour bars, for want of a camera."""
+    bars = ((192, 192, 192), (192, 192, 0), (0, 192, 192), (0, 192, 0), (192, 0, 192), (192, 0, 0), (0, 0, 192))
+    row = b"\0" + b"".join(bytes(bars[x * len(bars) // width]) for x in range(width))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(row * height)), (b"IEND", b""))
+    framed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+# ───────────────────────────────────────────── Command line ─────────────────────────────────────────
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="server.py", description="The relay: events over TCP in, mails out.")
+    parser.add_argument("--host", help="address to listen on (ALERT_HOST, default 127.0.0.1)")
+    parser.add_argument("--port", help="port to listen on (ALERT_PORT, default 5000; 0 takes a free one)")
+    parser.add_argument("--spool", metavar="FILE", help="the journal (ALERT_SPOOL, default spool/alerts.db)")
+    parser.add_argument("--allow-open", action="store_true", help="listen beyond this machine without token or TLS")
+    parser.add_argument("--demo", action="store_true", help="show the whole job on this machine, and exit")
+    smtp.add_common_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the relay or the demo; the exit code."""
+    args = _parser().parse_args(argv)
+    if args.demo:
+        return demo()
+    smtp.start_logging(args.log_level)
+    flags = {"ALERT_HOST": args.host, "ALERT_PORT": args.port, "ALERT_SPOOL": args.spool}
+    try:
+        settings = Settings.load(flags, args.env_file)
+        mail = smtp.SMTPConfig.from_settings(settings)
+        config = RelayConfig.from_settings(settings, mail)
+        if config.exposed() and not args.allow_open:
+            raise ConfigError(
+                f"ALERT_HOST: {config.host} is reachable from other machines; set ALERT_TOKEN or"
+                " ALERT_TLS_CLIENT_CA, or say --allow-open"
+            )
+        if mail.debug:
+            log.warning("SMTP_HOST is not set: mail goes to the debug receiver on %s:%d", mail.host, mail.port)
+        return serve(config, mail)
+    except ConfigError as error:
+        smtp.fail(smtp.EX_CONFIG, str(error))
+    except smtp.SpoolBusy as error:
+        smtp.fail(smtp.EX_TEMPFAIL, str(error))
+    except smtp.SpoolError as error:
+        smtp.fail(smtp.EX_TEMPFAIL, f"ALERT_SPOOL: {error}")
+    except OSError as error:
+        smtp.fail(smtp.EX_CONFIG, f"ALERT_HOST, ALERT_PORT: cannot listen there: {error.strerror}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
