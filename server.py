@@ -28,7 +28,6 @@ import hashlib
 import hmac
 import html
 import io
-import ipaddress
 import json
 import logging
 import math
@@ -551,70 +550,67 @@ class Lines:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._too_large = Refusal("too_large", f"the line is longer than {limit} bytes")
+        self._forget()
+
+    def _forget(self) -> None:
         self._pieces: list[bytes] = []
         self._length = 0  # of the unfinished line, as sent
-        self._held = 0  # of it, in memory
-        self.began = 0.0
+        self._charged = 0  # of it, on the shared budget
+        self.began = 0.0  # when it began, monotonic; 0: there is none
 
     def feed(self, chunk: bytes) -> list[bytes | Refusal]:
-        """The lines that end in this chunk, without blank ones. Raises Refusal when the connection must close."""
+        """The lines that end in this chunk, without blank ones; a Refusal that closes comes last."""
         first, *rest = chunk.split(b"\n")
         if not rest:
-            self._keep(first)
-            return []
-        whole = [self._finish(first), *rest[:-1]]
-        self._keep(rest[-1])
-        return [self._checked(line) for line in whole if isinstance(line, Refusal) or not line.isspace() and line]
+            return self._keep(first)
+        lines = [self._finish(first), *rest[:-1]]
+        whole = [self._too_large if len(line) > self._limit + 1 else line for line in lines if not line.isspace()]
+        return [line for line in whole if line] + self._keep(rest[-1])
 
     def end(self) -> list[bytes | Refusal]:
         """The last line, which may lack its LF."""
         return self.feed(b"\n") if self._length else []
 
-    def _checked(self, line: bytes | Refusal) -> bytes | Refusal:
-        return line if isinstance(line, Refusal) or len(line) <= self._limit + 1 else self._too_large()
-
-    def _too_large(self) -> Refusal:
-        return Refusal("too_large", f"the line is longer than {self._limit} bytes")
-
-    def _keep(self, piece: bytes) -> None:
+    def _keep(self, piece: bytes) -> list[bytes | Refusal]:
         if not piece:
-            return
-        if not self._length:
-            self.began = time.monotonic()
+            return []
+        self.began = self.began or time.monotonic()
         self._length += len(piece)
         if self._length > 4 * self._limit:
-            self.drop()
-            raise Refusal("too_large", f"the line goes on beyond four times {self._limit} bytes", closes=True)
-        if self._length > self._limit + 1:  # a CR before the LF does not count
-            self.drop(self._length)
-            return
-        self._pieces.append(piece)
-        self._reserve(len(piece))
+            sentence = f"the line goes on beyond four times {self._limit} bytes"
+            return [Refusal("too_large", sentence, closes=True)]
+        if self._length > self._limit + 1:  # it may be one longer: a CR before the LF does not count
+            self._uncharge()
+            self._pieces = []
+        elif self._charge(len(piece)):
+            self._pieces.append(piece)
+        else:
+            return [Refusal("busy", "too many half-sent lines; try again", closes=True)]
+        return []
 
-    def _finish(self, last: bytes) -> bytes | Refusal:
-        self._keep(last)
-        too_long = self._length > self._limit + 1
-        line = b"" if too_long else b"".join(self._pieces)
+    def _finish(self, last: bytes) -> bytes:
+        line = b"".join((*self._pieces, last)) if self._length <= self._limit + 1 else bytes(self._limit + 2)
         self.drop()
-        return self._too_large() if too_long else line
+        return line
 
-    def _reserve(self, number: int) -> None:
-        if self._held + number <= UNFINISHED_FREE_BYTES:
-            self._held += number
-            return
-        with Lines._budget:
-            Lines.held_by_all += number
-        self._held += number
-        if Lines.held_by_all > UNFINISHED_MAX_BYTES:
-            self.drop()
-            raise Refusal("busy", "too many half-sent lines; try again", closes=True)
-
-    def drop(self, length: int = 0) -> None:
-        """Forget the unfinished line, but for its length."""
-        if self._held > UNFINISHED_FREE_BYTES:
+    def _charge(self, number: int) -> bool:
+        if self._length > UNFINISHED_FREE_BYTES:
             with Lines._budget:
-                Lines.held_by_all -= self._held
-        self._pieces, self._length, self._held = [], length, 0
+                Lines.held_by_all += number
+            self._charged += number
+        return Lines.held_by_all <= UNFINISHED_MAX_BYTES
+
+    def _uncharge(self) -> None:
+        with Lines._budget:
+            Lines.held_by_all -= self._charged
+        self._charged = 0
+
+    def drop(self) -> None:
+        """Forget the unfinished line."""
+        if self._charged:
+            self._uncharge()
+        self._forget()
 
 
 class Connection:
@@ -651,11 +647,8 @@ class Connection:
             for chunk in self._arrived():
                 more = bool(chunk)
                 lines += self._lines.feed(chunk) if chunk else self._lines.end()
-        except Refusal as refusal:
-            lines.append(refusal)
-        except OSError:
-            if not lines:
-                raise
+        except OSError as error:  # it counts after the lines that came before it
+            log.debug("a connection ended: %s", error)
             more = False
         answers, closes = self._relay.take(lines)
         self._say(answers)
@@ -663,17 +656,18 @@ class Connection:
 
     def _arrived(self) -> Iterator[bytes]:
         """One chunk, waited for, then all that is there already; b"" is the end."""
-        chunk = self.sock.recv(READ_BYTES)
+        found: bytes | None = self.sock.recv(READ_BYTES)
         total = 0
-        while chunk:
-            yield chunk
-            total += len(chunk)
+        while found:
+            yield found
+            total += len(found)
             if self._lines.began and time.monotonic() - self._lines.began > self._relay.config.idle_timeout_s:
                 raise TimeoutError("a line took too long")
-            if total >= BATCH_BYTES or (found := read_now(self.sock)) is None:
+            if total >= BATCH_BYTES:
                 return
-            chunk = found
-        yield b""
+            found = read_now(self.sock)
+        if found is not None:
+            yield b""
 
     def _say(self, answers: bytes) -> None:
         if answers and not self._deaf:
@@ -869,8 +863,13 @@ class Relay:
     def stop(self, timeout: float) -> None:
         """Stop accepting, answer what has been read, end the connections."""
         self._stopping = True
-        for listener in self._listeners:
+        for listener, thread in zip(self._listeners, self._threads, strict=True):
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+            thread.join(1.0)
             listener.close()
+        while self._lingering:
+            self._lingering.popleft()[1].close()
         until = time.monotonic() + timeout
         with self._lock:
             open_now = list(self._connections)

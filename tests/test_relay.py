@@ -1,0 +1,325 @@
+"""The event port with real sockets: one answer a line, in order, after the commit; nobody disturbs another."""
+
+import contextlib
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import server
+import smtp_module as smtp
+
+EVENT = b'{"event": "MOTION_DETECTED", "camera": "cam1"}\n'
+
+
+class Running:
+    """A relay in this process, without a courier: what it accepts stays in the outbox."""
+
+    def __init__(self, folder: Path, outbox: smtp.Outbox | None = None, **settings: Any) -> None:
+        self.config = replace(server.RelayConfig(port=0, spool=str(folder / "alerts.db")), **settings)
+        self.outbox = outbox or smtp.Outbox(self.config.spool, size_max=self.config.spool_max)
+        self.relay = server.Relay(self.config, self.outbox, server.Watch(self.config, self.outbox), lambda: None)
+        self.relay.listen()
+        self.relay.start()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.config.host, self.relay.port), timeout=10)
+
+    def ask(self, data: bytes) -> list[dict[str, Any]]:
+        """Send, half-close, and read every answer until the relay closes."""
+        with self.connect() as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            return answers(sock)
+
+    def stop(self) -> None:
+        self.relay.stop(2)
+        self.outbox.close()
+
+
+def answers(sock: socket.socket) -> list[dict[str, Any]]:
+    data = b""
+    while chunk := sock.recv(65536):
+        data += chunk
+    assert not data or data.endswith(b"\n")
+    return [json.loads(line) for line in data.splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Any]:
+    started: list[Running] = []
+
+    def start(**settings: Any) -> Running:
+        started.append(Running(tmp_path, **settings))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+
+
+def until(condition: Any, seconds: float = 10.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "the condition did not come true"
+        time.sleep(0.005)
+    return found
+
+
+def test_every_line_gets_one_answer_in_order(run: Any) -> None:
+    lines = [EVENT, b'{"ping": 1}\n', b"nonsense\n", b'{"heartbeat": "cam1"}\n', b"\n", b"  \r\n", b"[]\n", EVENT]
+    said = run().ask(b"".join(lines))
+    assert [entry.get("status") or entry["error"] for entry in said] == [
+        "queued", "pong", "bad_json", "alive", "bad_json", "queued",
+    ]  # fmt: skip
+
+
+def test_many_lines_in_one_write_are_all_answered(run: Any) -> None:
+    running = run()
+    said = running.ask(b"".join(b'{"event": "E", "camera": "c", "id": "n%d"}\n' % n for n in range(3000)))
+    assert [entry["id"] for entry in said] == [f"n{n}" for n in range(3000)]
+    assert running.outbox.counts()["queued"] == 3000
+
+
+def test_a_line_may_come_byte_by_byte_and_end_with_crlf(run: Any) -> None:
+    with run().connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in '{"event": "E", "camera": "حیاط"}\r\n'.encode():
+            sock.sendall(bytes([byte]))
+        assert json.loads(sock.recv(4096))["status"] == "queued"
+
+
+def test_the_last_line_may_lack_its_line_feed(run: Any) -> None:
+    assert [entry["status"] for entry in run().ask(EVENT + EVENT.strip())] == ["queued", "queued"]
+
+
+def test_answer_is_sent_only_after_the_commit(run: Any, tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    class Slow(smtp.Outbox):
+        def put(self, items: Any) -> Any:
+            assert gate.wait(10)
+            return super().put(items)
+
+    running = run(outbox=Slow(tmp_path / "slow.db"))
+    with running.connect() as sock:
+        sock.sendall(EVENT)
+        sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        gate.set()
+        sock.settimeout(10)
+        assert b'"queued"' in sock.recv(4096)
+    assert running.outbox.counts()["queued"] == 1
+
+
+def test_the_same_id_twice_is_a_duplicate_also_on_two_connections(run: Any) -> None:
+    running = run()
+    line = b'{"event": "E", "camera": "c", "id": "x"}\n'
+    assert running.ask(line) == [{"ok": True, "id": "x", "status": "queued"}]
+    assert running.ask(b'{"id": "x", "unknown": 1, "camera": "c", "meta": null, "event": "E"}\n')[0]["status"] == "duplicate"
+    assert running.outbox.counts()["queued"] == 1
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_line_limit_is_exact(run: Any, end: bytes) -> None:
+    running = run(max_line=200)
+
+    def of_length(number: int) -> bytes:
+        start = b'{"event": "E", "camera": "c", "x": "'
+        return start + b"a" * (number - len(start) - 2) + b'"}' + end
+
+    said = running.ask(of_length(199) + of_length(200) + of_length(202) + EVENT)
+    assert [entry.get("status") or entry["error"] for entry in said] == ["queued", "queued", "too_large", "queued"]
+
+
+def test_a_too_long_line_is_read_past_and_answered_once(run: Any) -> None:
+    said = run(max_line=1000).ask(b"a" * 3500 + b"\n" + EVENT)
+    assert [entry.get("status") or entry["error"] for entry in said] == ["too_large", "queued"]
+
+
+def test_at_four_times_the_limit_the_connection_closes(run: Any) -> None:
+    with run(max_line=1000).connect() as sock:
+        sock.sendall(EVENT + b"a" * 4100)
+        said = answers(sock)
+    assert [entry.get("status") or entry["error"] for entry in said] == ["queued", "too_large"]
+
+
+def test_a_wrong_token_is_answered_late_and_closes(run: Any) -> None:
+    running = run(token="s3cret ütf")
+    began = time.monotonic()
+    with running.connect() as sock:
+        sock.sendall(EVENT + EVENT)
+        said = answers(sock)
+    assert [entry["error"] for entry in said] == ["unauthorized"]
+    assert time.monotonic() - began >= server.UNAUTHORIZED_DELAY_S
+    assert running.outbox.counts()["queued"] == 0
+
+
+def test_the_right_token_lets_in_and_is_not_kept(run: Any) -> None:
+    running = run(token="s3cret ütf")
+    line = json.dumps({"event": "E", "camera": "c", "token": "s3cret ütf"}).encode() + b"\n"
+    assert running.ask(line)[0]["status"] == "queued"
+    with running.outbox.transaction() as db:
+        assert b"s3cret" not in db.execute("SELECT payload FROM items").fetchone()[0]
+
+
+def test_a_ping_needs_the_token_only_for_the_counts(run: Any) -> None:
+    running = run(token="t")
+    assert running.ask(b'{"ping": 1}\n{"ping": 1, "token": "t"}\n') == [
+        {"ok": True, "status": "pong"},
+        {"ok": True, "status": "pong", "queued": 0, "sent": 0, "failed": 0},
+    ]
+
+
+def test_beyond_the_most_connections_busy_is_said_at_once(run: Any) -> None:
+    running = run(max_connections=1)
+    with running.connect() as first:
+        first.sendall(EVENT)
+        assert b"queued" in first.recv(4096)
+        with running.connect() as second:
+            assert answers(second)[0]["error"] == "busy"
+    until(lambda: not running.relay._connections)
+    assert running.ask(EVENT)[0]["status"] == "queued"
+
+
+def test_a_silent_connection_is_closed(run: Any) -> None:
+    with run(idle_timeout_s=0.2).connect() as sock:
+        assert answers(sock) == []
+
+
+def test_a_line_that_trickles_for_too_long_is_closed(run: Any) -> None:
+    with run(idle_timeout_s=0.3).connect() as sock, pytest.raises(OSError):
+        for _ in range(200):
+            sock.sendall(b"a")
+            time.sleep(0.02)
+
+
+def test_a_peer_that_never_reads_and_closes_still_has_its_lines_accepted(run: Any) -> None:
+    running = run()
+    for _ in range(5):
+        sock = running.connect()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.sendall(EVENT)
+        time.sleep(0.01)
+        sock.close()
+    until(lambda: running.outbox.counts()["queued"] == 5)
+
+
+def test_half_sent_lines_share_one_budget(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "UNFINISHED_MAX_BYTES", 1 << 20)
+    running = run()
+    with running.connect() as hog, running.connect() as second:
+        hog.sendall(b"a" * 1_000_000)
+        until(lambda: server.Lines.held_by_all > 900_000)
+        second.sendall(b"b" * 200_000)
+        assert answers(second)[0]["error"] == "busy"
+        assert running.ask(EVENT)[0]["status"] == "queued"
+    until(lambda: server.Lines.held_by_all == 0)
+
+
+def test_a_full_spool_is_said_and_the_connection_goes_on(run: Any) -> None:
+    running = run(spool_max=100_000)
+    big = json.dumps({"event": "E", "camera": "c", "meta": {"x": "y" * 200_000}}).encode() + b"\n"
+    said = running.ask(big + b'{"ping": 1}\n')
+    assert [entry.get("error") or entry["status"] for entry in said] == ["spool_full", "pong"]
+
+
+def test_a_failed_disk_is_said_and_the_connection_goes_on(run: Any) -> None:
+    running = run()
+    running.outbox._db.close()
+    with running.connect() as sock:
+        sock.sendall(EVENT)
+        assert json.loads(sock.recv(4096))["error"] == "spool_error"
+        sock.sendall(b'{"heartbeat": "c"}\n')
+        assert json.loads(sock.recv(4096))["status"] == "alive"
+
+
+def test_stopping_answers_what_has_been_read(run: Any) -> None:
+    running = run()
+    with running.connect() as sock:
+        sock.sendall(EVENT * 50)
+        until(lambda: running.outbox.counts()["queued"] == 50)
+        running.relay.stop(2)
+        assert [entry["status"] for entry in answers(sock)] == ["queued"] * 50
+    with pytest.raises(OSError):
+        running.connect()
+
+
+def test_it_listens_on_ipv6(run: Any) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    try:
+        running = run(host="::1")
+    except OSError:
+        pytest.skip("no IPv6 loopback")
+    assert running.ask(EVENT)[0]["status"] == "queued"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is missing")
+    path = tmp_path_factory.mktemp("tls") / "relay.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+         "-keyout", path, "-out", path.with_suffix(".crt")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    path.write_text(path.read_text() + path.with_suffix(".crt").read_text())
+    return path
+
+
+def tls_client(certificate: Path, own: Path | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(certificate))
+    if own:
+        context.load_cert_chain(own)
+    return context
+
+
+def test_events_come_in_over_tls(run: Any, certificate: Path) -> None:
+    running = run(tls=smtp.server_tls(str(certificate), ""))
+    picture = "A" * 100_000
+    big = json.dumps({"event": "E", "camera": "c", "image_b64": picture}).encode() + b"\n"
+    with tls_client(certificate).wrap_socket(running.connect(), server_hostname="localhost") as sock:
+        sock.sendall(EVENT * 3 + big + EVENT)
+        with sock.makefile("rb") as lines:
+            said = [json.loads(lines.readline()) for _ in range(5)]
+    assert [entry["status"] for entry in said] == ["queued"] * 5
+    assert "warning" in said[3]
+
+
+def test_a_silent_or_talkative_handshake_costs_only_itself(run: Any, certificate: Path) -> None:
+    running = run(tls=smtp.server_tls(str(certificate), ""))
+    with running.connect(), running.connect() as plain:
+        plain.sendall(EVENT)
+        with contextlib.suppress(ConnectionResetError):
+            assert b"queued" not in plain.recv(4096)
+        with tls_client(certificate).wrap_socket(running.connect(), server_hostname="localhost") as sock:
+            sock.sendall(EVENT)
+            assert b"queued" in sock.recv(4096)
+    assert running.outbox.counts()["queued"] == 1
+
+
+def test_without_a_client_certificate_nobody_gets_in_where_one_is_asked_for(run: Any, certificate: Path) -> None:
+    running = run(tls=smtp.server_tls(str(certificate), "", str(certificate)), client_ca=True)
+    with (
+        pytest.raises(OSError),  # noqa: PT012  TLS 1.3 tells the client only when it reads
+        tls_client(certificate).wrap_socket(running.connect(), server_hostname="localhost") as sock,
+    ):
+        sock.sendall(EVENT)
+        assert sock.recv(4096)
+    with tls_client(certificate, certificate).wrap_socket(running.connect(), server_hostname="localhost") as sock:
+        sock.sendall(EVENT)
+        assert b"queued" in sock.recv(4096)
+    assert running.outbox.counts()["queued"] == 1
