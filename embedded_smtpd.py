@@ -15,42 +15,74 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
-import codecs
 import collections
 import contextlib
-import dataclasses
+import email.header
 import email.message
 import email.policy
 import enum
 import functools
+import hashlib
 import hmac
+import html
+import ipaddress
 import itertools
+import json
 import logging
+import math
 import os
 import re
 import secrets
 import select
 import signal
 import socket
+import sqlite3
 import ssl
 import struct
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import urllib.parse
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
+import smtp_module
 from smtp_module import (
     EX_CONFIG,
     EX_OK,
     EX_TEMPFAIL,
+    EX_UNAVAILABLE,
+    UNPRINTABLE,
+    Attachment,
     ConfigError,
+    Courier,
+    Draft,
+    Envelope,
+    History,
+    Item,
+    NewItem,
+    Outbox,
+    Outcome,
+    Plan,
     Settings,
+    SMTPConfig,
+    SMTPTransport,
+    SpoolBusy,
+    SpoolError,
+    SpoolFull,
+    Unavailable,
+    Verdict,
+    Waiting,
     add_common_flags,
+    addresses,
+    compose,
     duration,
     hostname,
     is_loopback,
+    iso,
     port,
     printable,
     server_tls,
@@ -71,9 +103,26 @@ AUTH_LINE_BYTES = 12288  # RFC 4954 section 4
 SKIPPED_BYTES = 1 << 20  # a line that is longer than this is no mistake any more
 RECIPIENTS = 1000  # RFC 5321 asks for 100
 ERRORS = 20  # the session ends with this one; Postfix has 20 too
+HEADER_BYTES = 65536  # more is a bomb
+HEADER_LINES = 1000
+SUBJECT_BYTES = 4096
+PARAMETER_BYTES = 2048  # of one structured header
+PARTS = 100  # of one mail
+DEPTH = 10  # of parts within parts
+SHOWN_LINE = 10_000  # characters of a line that --debug shows
+TOKEN_LETTERS = 32  # of a signature: 20 bytes in Base32
+CLOCK_IS_SET = 1_704_067_200  # 2024-01-01: a clock before it was never set, and cannot judge a signature's time
+MEMORY_SECONDS = 7 * 86400.0  # how long a mail is known again
+DAY_SECONDS = 86400  # how long a button is valid
+LOG_LINES = 20
+REPLIES_PER_HOUR = 100  # to one address
+KEPT_MAILS = 1000
+RELAY_SECONDS = 30.0  # longest wait for the relay
+RELAY_RETRY_SECONDS = 30.0
+META_LINES = 32  # of one event
 
 
-# ── Socket communication ────────────────────────────────────────────────────────────────────────────
+# ─────────────────────────────────────── Socket communication ───────────────────────────────────────
 # TCP or standard input and output; knows of bytes, deadlines and turns, not of SMTP.
 
 
@@ -277,7 +326,8 @@ def serve(listeners: list[socket.socket], stop: StopSignal, timeout: float,
             idle()
 
 
-def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes], tls: ssl.SSLContext | None) -> None:
+def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes],
+             tls: ssl.SSLContext | None) -> None:
     """Carry one session from its greeting to its end. Raises Stopped alone."""
     lines = 0
     try:
@@ -316,7 +366,174 @@ def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes], tls
         link.close(session.unread)
 
 
-# ── SMTP/ESMTP protocol ─────────────────────────────────────────────────────────────────────────────
+# ───────────────────────────────────────── E-mail encoding ──────────────────────────────────────────
+# Pure: what the device has to say as text, HTML and files. The HTML is tables with inline styles, because that
+# is what Outlook and a phone both show; bars are table cells; names stand in <bdi> so that none reorders a line.
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the device says to a command: `result` in one line for the journal, the rest for the sender."""
+
+    result: str
+    text: str = ""  # default: the result
+    html: str = ""
+    files: tuple[Attachment, ...] = ()
+    status: Mapping[str, Any] | None = None  # show the whole status, with its buttons
+
+
+@dataclass(frozen=True)
+class Button:
+    label: str
+    link: str
+
+
+UNITS = {"threshold": "%", "temperature": "°C", "voltage": "V", "disk_free": "%", "uptime": "s", "report_every": "s"}
+BARS = {"threshold": (0, 100), "temperature": (0, 60), "voltage": (10, 14), "disk_free": (0, 100)}
+FONT = "font-family:-apple-system,'Segoe UI',Roboto,Arial,sans-serif"
+CELL = f'style="padding:9px 10px;border-bottom:1px solid #e3e7ec;{FONT};font-size:15px;line-height:20px;color:#1d2733'
+
+
+def page(title: str, *blocks: str) -> str:
+    """A whole HTML mail that is one column, at most 600 pixels wide."""
+    rows = "".join(f'<tr><td style="padding:0 16px 18px">{block}</td></tr>' for block in blocks if block)
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"></head>'
+        '<body style="margin:0;padding:0;background:#f1f4f7"><table role="presentation" width="100%" cellpadding="0" '
+        'cellspacing="0" style="background:#f1f4f7"><tr><td align="center" style="padding:16px 6px">'
+        '<table role="presentation" width="100%" cellpadding="0" cellspacing="0" '
+        'style="max-width:600px;background:#ffffff;border:1px solid #dde3e9"><tr>'
+        f'<td style="padding:16px;{FONT};font-size:20px;line-height:26px;font-weight:bold;color:#ffffff;'
+        f'background:#1f3a52">{title}</td></tr><tr><td style="height:16px;line-height:16px">&nbsp;</td></tr>'
+        f"{rows}</table></td></tr></table></body></html>"
+    )
+
+
+def bidi(text: object) -> str:
+    """Text as HTML that cannot reorder what stands around it."""
+    return f'<bdi dir="auto">{html.escape(str(text))}</bdi>'
+
+
+def table(heading: str, rows: Iterable[Sequence[str]]) -> str:
+    """A headed table of cells that are HTML already; the first column is the name."""
+    lines = [
+        "<tr>" + "".join(f'<td valign="middle" {CELL};{_column(at)}">{cell}</td>' for at, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    ]
+    if not lines:
+        return ""
+    return (
+        f'<div style="{FONT};font-size:13px;line-height:18px;font-weight:bold;letter-spacing:.5px;color:#5a6b7b;'
+        f'padding:0 10px 4px">{heading.upper()}</div>'
+        f'<table width="100%" cellpadding="0" cellspacing="0" style="border-collapse:collapse">{"".join(lines)}</table>'
+    )
+
+
+def _column(at: int) -> str:
+    return "color:#5a6b7b;width:34%" if at == 0 else ""
+
+
+def bar(value: float, low: float, high: float) -> str:
+    """A level from `low` to `high` as two table cells."""
+    filled = round(100 * min(1.0, max(0.0, (value - low) / (high - low))))
+    cells = ((filled, "#2f7fb8"), (100 - filled, "#dfe6ec"))
+    drawn = "".join(
+        f'<td width="{width}%" bgcolor="{colour}" style="height:10px;line-height:10px;font-size:1px">&nbsp;</td>'
+        for width, colour in cells
+        if width
+    )
+    return f'<table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="margin-top:4px"><tr>{drawn}</tr></table>'
+
+
+def switch(value: str) -> str:
+    colour, ground = ("#ffffff", "#1e7d4f") if value == "on" else ("#44525f", "#dfe6ec")
+    return f'<span style="background:{ground};color:{colour};padding:2px 10px;font-weight:bold">{value.upper()}</span>'
+
+
+def shown_value(name: str, value: object) -> str:
+    """The value of a parameter as a person reads it, HTML."""
+    if value in ("on", "off"):
+        return switch(str(value))
+    words = bidi(f"{timedelta(seconds=int(str(value)))}" if name == "uptime" else f"{value} {UNITS.get(name, '')}".strip())
+    return words + (bar(float(str(value)), *BARS[name]) if name in BARS else "")
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """The status as plain text, a line a parameter."""
+    lines = [f"{name} = {value}" for name, value in status.items() if not isinstance(value, dict | list)]
+    lines += [""] + [f"{camera}: {seen['state']}, motion {seen['motion']}" for camera, seen in status["cameras"].items()]
+    lines += [""] + [f"block {name}: {kept['size']} bytes, SHA-256 {kept['sha256']}" for name, kept in status["blocks"].items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def status_html(status: Mapping[str, Any], buttons: Sequence[Button]) -> str:
+    """The status as an HTML mail."""
+    plain = {name: value for name, value in status.items() if not isinstance(value, dict | list)}
+    cameras = [(bidi(name), bidi(seen["state"]), bar(seen["motion"], 0, 100)) for name, seen in status["cameras"].items()]
+    blocks = [
+        (bidi(name), f"{kept['size']:,} bytes", f'<span style="font-size:12px">{kept["sha256"][:16]}…</span>')
+        for name, kept in status["blocks"].items()
+    ]
+    return page(
+        f"{bidi(status['name'])} · {'armed' if status['armed'] == 'on' else 'disarmed'}",
+        button_bar(buttons),
+        table("Parameters", ((bidi(name), shown_value(name, value)) for name, value in plain.items())),
+        table("Cameras", cameras),
+        table("Data blocks", blocks),
+    )
+
+
+def button_bar(buttons: Sequence[Button]) -> str:
+    """Links that write a command mail; pressing one opens the mail program with everything filled in."""
+    return "".join(
+        '<table role="presentation" cellpadding="0" cellspacing="0" style="display:inline-table;margin:0 8px 8px 0"><tr>'
+        f'<td bgcolor="#e8eff5" style="padding:9px 14px;border:1px solid #b9cbd9"><a href="{html.escape(button.link)}" '
+        f'style="{FONT};font-size:15px;color:#1f3a52;text-decoration:none;font-weight:bold">{button.label}</a></td></tr></table>'
+        for button in buttons
+    )
+
+
+def text_html(title: str, text: str, snapshot: bool) -> str:
+    """A short answer as an HTML mail, with the picture that is attached as `snapshot`."""
+    lines = "<br>".join(bidi(line) for line in text.rstrip().split("\n"))
+    picture = '<img src="cid:snapshot" alt="snapshot" width="100%" style="display:block;max-width:568px">' if snapshot else ""
+    return page(bidi(title), f'<div style="{FONT};font-size:16px;line-height:24px;color:#1d2733">{lines}</div>', picture)
+
+
+DIGITS = {  # 3 x 5 dots, a row a character pair of octal bits
+    "0": "75557", "1": "26227", "2": "71747", "3": "71717", "4": "55711", "5": "74717", "6": "74757",
+    "7": "71111", "8": "75757", "9": "75717", ":": "02020", "-": "00700", " ": "00000",
+}  # fmt: skip
+PICTURE_WIDTH, PICTURE_HEIGHT, DOT = 320, 240, 5  # pixels
+
+
+def test_card(camera: int, now: float) -> bytes:
+    """The picture of a simulated camera as a PNG: colour bars, its number and the time in UTC, a block that moves."""
+    bars = b"".join(bytes(colour) * (PICTURE_WIDTH // 8) for colour in itertools.product((200, 30), repeat=3))
+    rows = [bytearray(bars) for _ in range(PICTURE_HEIGHT)]
+    paint(rows, int(now * 8) % (PICTURE_WIDTH - 40), 190, 40, 30, 255)
+    paint(rows, 10, 10, PICTURE_WIDTH - 20, 110, 0)
+    for words, top in ((f"{camera} {time.strftime('%Y-%m-%d', time.gmtime(now))}", 20),
+                       (time.strftime("%H:%M:%S", time.gmtime(now)), 70)):  # fmt: skip
+        for index, row, column in itertools.product(range(len(words)), range(5), range(3)):
+            if int(DIGITS[words[index]][row]) >> (2 - column) & 1:
+                paint(rows, 20 + (index * 4 + column) * DOT, top + row * DOT, DOT, DOT, 255)
+    header = struct.pack(">IIBBBBB", PICTURE_WIDTH, PICTURE_HEIGHT, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+
+
+def paint(rows: list[bytearray], left: int, top: int, width: int, height: int, grey: int) -> None:
+    for row in rows[top : top + height]:
+        row[3 * left : 3 * (left + width)] = bytes((grey,)) * (3 * width)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+# ─────────────────────────────────────── SMTP/ESMTP protocol ────────────────────────────────────────
 # No input or output: bytes in, replies and events out (RFC 5321, 4954, 3207). States, moves, verbs and
 # replies are tables; a refused command changes nothing.
 
@@ -354,6 +571,7 @@ TIMED_OUT = _reply("421 4.4.2 too slow, goodbye")
 SHUTTING_DOWN = _reply("421 4.3.2 shutting down")
 TOO_MANY_ERRORS = _reply("421 4.7.0 too many errors, goodbye")
 ENDLESS_LINE = _reply("421 4.7.0 that line does not end, goodbye")
+DISK_FULL = _reply("452 4.3.1 no room left here, try again later")
 FAILED = _reply("451 4.3.0 that went wrong here, try again later")
 TOO_MANY_RECIPIENTS = _reply(f"452 4.5.3 no more than {RECIPIENTS} recipients")
 NO_TLS = _reply("454 4.7.0 TLS is not available")
@@ -379,6 +597,9 @@ TWO_SUBJECTS = _reply("550 5.5.2 more than one Subject")
 CANNOT_PARSE = _reply("550 5.6.0 the mail cannot be read")
 TOO_BIG = _reply("552 5.3.4 the mail is too big")
 EIGHT_BIT_ADDRESS = _reply("553 5.6.7 an address is plain ASCII here")
+READ_ONLY = _reply("550 5.7.1 your network may only read")
+NOT_SIGNED = _reply("550 5.7.1 this command needs a signature")
+BAD_SIGNATURE = _reply("550 5.7.1 the signature is wrong, used or out of date")
 NO_SERVICE = _reply("554 5.7.1 this device does not talk to your network")
 TOO_EARLY = _reply("554 5.5.0 input before its turn, goodbye")
 UNKNOWN_PARAMETER = _reply("555 5.5.4 parameter not recognised")
@@ -392,7 +613,7 @@ class Rules:
     max_mail: int  # bytes
     mailbox: Callable[[str], bool]  # whether mail for this address is taken
     user: bytes = b""  # set: AUTH before MAIL
-    password: bytes = dataclasses.field(default=b"", repr=False)
+    password: bytes = field(default=b"", repr=False)
     any_login: bool = False  # every login passes
     tls: bool = False  # STARTTLS is offered
     lenient: bool = False  # for old cameras: bare CR and LF in a mail, AUTH after HELO, an early QUIT
@@ -663,12 +884,6 @@ class Session:
 
     # The verbs: each returns its reply, and changes something only when that is positive
 
-    def _helo(self, argument: bytes) -> bytes:
-        return self._greet(argument, False)
-
-    def _ehlo(self, argument: bytes) -> bytes:
-        return self._greet(argument, True)
-
     def _greet(self, argument: bytes, esmtp: bool) -> bytes:
         if not argument.strip() and not self.rules.lenient:
             return BAD_ARGUMENT
@@ -752,20 +967,8 @@ class Session:
         self._forget_mail()
         return OK
 
-    def _noop(self, argument: bytes) -> bytes:
-        return OK
-
     def _vrfy(self, argument: bytes) -> bytes:
         return CANNOT_VERIFY if argument else BAD_ARGUMENT
-
-    def _expn(self, argument: bytes) -> bytes:
-        return NOT_IMPLEMENTED
-
-    def _help(self, argument: bytes) -> bytes:
-        return HELP
-
-    def _quit(self, argument: bytes) -> bytes:
-        return GOODBYE
 
     # AUTH (RFC 4954): a mechanism is its first step, which says what the next step is
 
@@ -789,7 +992,7 @@ class Session:
         if line == b"*":
             return CANCELLED
         try:
-            return self._answer(self, b"" if line == b"=" else _strict_base64(line))
+            return self._answer(self, b"" if line == b"=" else strict_base64(line))
         except binascii.Error:
             return BAD_BASE64
 
@@ -839,19 +1042,19 @@ _ANY = (State.START, State.READY, State.SENDER, State.RECIPIENT)
 _STAY = {state: state for state in _ANY}
 _TO_READY = {state: State.READY for state in _ANY}
 VERBS = {
-    b"HELO": Verb(Session._helo, _TO_READY),
-    b"EHLO": Verb(Session._ehlo, _TO_READY),
+    b"HELO": Verb(lambda session, argument: session._greet(argument, False), _TO_READY),
+    b"EHLO": Verb(lambda session, argument: session._greet(argument, True), _TO_READY),
     b"AUTH": Verb(Session._auth, {State.READY: State.READY}),
     b"STARTTLS": Verb(Session._starttls, {State.READY: State.HANDSHAKE}),
     b"MAIL": Verb(Session._mail, {State.READY: State.SENDER}),
     b"RCPT": Verb(Session._rcpt, {State.SENDER: State.RECIPIENT, State.RECIPIENT: State.RECIPIENT}),
     b"DATA": Verb(Session._data, {State.RECIPIENT: State.CONTENT}),
     b"RSET": Verb(Session._rset, _TO_READY | {State.START: State.START}),
-    b"NOOP": Verb(Session._noop, _STAY),
+    b"NOOP": Verb(lambda session, argument: OK, _STAY),
     b"VRFY": Verb(Session._vrfy, _STAY),
-    b"EXPN": Verb(Session._expn, _STAY),
-    b"HELP": Verb(Session._help, _STAY),
-    b"QUIT": Verb(Session._quit, {state: State.CLOSED for state in _ANY}),
+    b"EXPN": Verb(lambda session, argument: NOT_IMPLEMENTED, _STAY),
+    b"HELP": Verb(lambda session, argument: HELP, _STAY),
+    b"QUIT": Verb(lambda session, argument: GOODBYE, {state: State.CLOSED for state in _ANY}),
 }
 AFTER_REPLY = {b"334": State.CREDENTIALS, b"354": State.CONTENT}  # whatever the verb
 COMMAND_BYTES = b"\t" + bytes(range(0x20, 0x7F))
@@ -866,7 +1069,7 @@ def _address(path: re.Match[bytes]) -> str:
     return address.partition(":")[2] if address.startswith("@") else address
 
 
-def _strict_base64(text: bytes) -> bytes:
+def strict_base64(text: bytes) -> bytes:
     if len(text) % 4:
         raise binascii.Error("length is not a multiple of four")
     return base64.b64decode(text, validate=True)
@@ -877,7 +1080,7 @@ def _masked(answer: bytes, is_user: bool) -> str:
     if not is_user or answer == b"*":
         return "********" if answer != b"*" else "*"
     with contextlib.suppress(binascii.Error):
-        return f"{answer.decode('ascii', 'replace')} ({_strict_base64(answer).decode('utf-8', 'replace')})"
+        return f"{answer.decode('ascii', 'replace')} ({strict_base64(answer).decode('utf-8', 'replace')})"
     return "(not Base64)"
 
 
@@ -894,26 +1097,697 @@ def _explained(reply: str) -> str:
     """A line of a reply for the trace, with the plain text of a challenge."""
     with contextlib.suppress(binascii.Error):
         if reply.startswith("334 "):
-            return f"{reply} ({_strict_base64(reply[4:].encode()).decode('utf-8', 'replace')})"
+            return f"{reply} ({strict_base64(reply[4:].encode()).decode('utf-8', 'replace')})"
     return reply
 
 
-# ── E-mail parsing ──────────────────────────────────────────────────────────────────────────────────
-
-SUBJECT = re.compile(rb"^subject[ \t]*:", re.IGNORECASE | re.MULTILINE)
-
-
-def ambiguous(mail: Mail) -> bool:
-    """Whether a mail has two Subjects: a person would read one and a program the other."""
-    head = mail.chunks[0]
-    end = head.find(b"\r\n\r\n")
-    if end < 0 and len(mail.chunks) > 1:
-        head = mail.content()
-        end = head.find(b"\r\n\r\n")
-    return len(SUBJECT.findall(head, 0, end if end >= 0 else len(head))) > 1
+# ────────────────────────────────────────── E-mail parsing ──────────────────────────────────────────
+# The headers, bounded before anything is looked at, and the command in the Subject.
 
 
-# ── Debug receiver ──────────────────────────────────────────────────────────────────────────────────
+class Unreadable(Exception):
+    """A mail that cannot be parsed; the argument is the reply."""
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A mail whose headers have been read. Values are as they came, unfolded."""
+
+    headers: Mapping[str, Sequence[bytes]]
+    content: bytes
+    body_at: int
+    subject: str = ""
+
+    def first(self, name: str) -> bytes:
+        return next(iter(self.headers.get(name, ())), b"")
+
+    @property
+    def message_id(self) -> str:
+        """The Message-ID when it looks like one, else "": it goes into headers of ours."""
+        found = re.fullmatch(rb"\s*(<[!-;=?-~]{1,250}>)\s*", self.first("message-id"))
+        return found[1].decode("ascii") if found else ""
+
+    @property
+    def sender(self) -> str:
+        """The From address in lower case, "" unless there is exactly one (RFC 5322 section 3.6.2 allows more)."""
+        text = re.sub(r'"(?:[^"\\]|\\.)*+"', "", self.first("from").decode("ascii", "replace"))
+        found = ONE_ADDRESS.fullmatch(text)
+        return (found[1] or found[2]).lower() if found else ""
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a program wrote it or a list sent it, so that it is not answered (RFC 3834 section 2)."""
+        word = self.first("auto-submitted").split(b";")[0].strip().lower()
+        bulk = self.first("precedence").strip().lower() in {b"bulk", b"list", b"junk"}
+        null = self.first("return-path").strip() == b"<>"
+        return (word not in {b"", b"no"}) or bulk or null or any(name.startswith("list-") for name in self.headers)
+
+
+ONE_ADDRESS = re.compile(
+    r"\s*(?:[^<>,;:@()]*+<\s*([^\s<>,;:@()]++@[^\s<>,;:@()]++)\s*>|([^\s<>,;:@()]++@[^\s<>,;:@()]++))\s*(?:\([^()]*+\))?\s*"
+)
+SINGLE = ("from", "message-id", "content-type", "content-transfer-encoding")  # two of these are a trick
+
+
+def read_letter(content: bytes, lenient: bool = False) -> Letter:
+    """Read the headers. Raises Unreadable for what a person and a program would read differently, and for bombs."""
+    headers, body_at = read_headers(content, 0, len(content))
+    if not lenient:
+        if len(headers.get("subject", ())) > 1:
+            raise Unreadable(TWO_SUBJECTS)
+        if any(len(headers.get(name, ())) > 1 for name in SINGLE):
+            raise Unreadable(CANNOT_PARSE)
+    subject = decode_words(next(iter(headers.get("subject", ())), b""))
+    if UNPRINTABLE.search(subject.replace("\t", " ")):
+        if not lenient:
+            raise Unreadable(CANNOT_PARSE)
+        subject = UNPRINTABLE.sub(" ", subject)
+    return Letter(headers, content, body_at, " ".join(subject.split()))
+
+
+def read_headers(content: bytes, start: int, end: int) -> tuple[dict[str, list[bytes]], int]:
+    """The headers of a mail or of a part, and where its body begins. Raises Unreadable when they are too many."""
+    if content.startswith(b"\r\n", start, end):
+        return {}, start + 2
+    stop = content.find(b"\r\n\r\n", start, min(end, start + HEADER_BYTES))
+    if stop < 0 and end - start > HEADER_BYTES:
+        raise Unreadable(CANNOT_PARSE)
+    lines = FOLD.sub(b" ", content[start : stop if stop >= 0 else end]).split(b"\r\n")
+    if len(lines) > HEADER_LINES:
+        raise Unreadable(CANNOT_PARSE)
+    headers: dict[str, list[bytes]] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if colon:
+            headers.setdefault(name.rstrip().decode("ascii", "replace").lower(), []).append(value.strip())
+    return headers, stop + 4 if stop >= 0 else end
+
+
+FOLD = re.compile(rb"\r\n(?=[ \t])")
+
+
+def decode_words(value: bytes) -> str:
+    """Header text with its encoded words (RFC 2047) decoded; raw 8-bit is read as UTF-8. Raises Unreadable."""
+    text = value[:SUBJECT_BYTES].decode("utf-8", "replace")
+    if "=?" not in text:
+        return text
+    try:
+        parts = email.header.decode_header(text)
+        return "".join(part if isinstance(part, str) else part.decode(charset or "ascii", "replace") for part, charset in parts)
+    except Exception as error:  # unknown charsets, broken Base64, and what else a stranger can think of
+        raise Unreadable(CANNOT_PARSE) from error
+
+
+class Command(NamedTuple):
+    """What a Subject asks for. `words` is what a signature covers, in the case that it came in."""
+
+    verb: str
+    argument: str
+    words: str
+    token: str
+
+
+def read_command(subject: str) -> Command | None:
+    """The command of a Subject; None (the paper's -1) when it holds none: the mail is discarded."""
+    words = subject.split()
+    if len(words) < 2 or words[0].upper() != "CMD" or words[1].upper() not in COMMANDS:
+        return None
+    token = words.pop()[1:].lower() if words[-1].startswith("~") else ""
+    return Command(words[1].upper(), " ".join(words[2:]), " ".join(words[1:]), token)
+
+
+# ──────────────────────────────────────── Attachment parsing ────────────────────────────────────────
+# MIME (RFC 2045, 2046) read by offsets into the content: no copies, bounded depth and number of parts. The email
+# package takes time that grows with the square of a header, and recursion that a stranger can exhaust.
+
+
+@dataclass(frozen=True)
+class Part:
+    """A leaf of a mail."""
+
+    kind: str  # type/subtype
+    filename: str  # a label, cleaned; never a path
+    is_attachment: bool
+    charset: str
+    encoding: str
+    raw: bytes
+
+    def data(self) -> bytes:
+        """The decoded bytes. Raises Unreadable for anything that is not exactly in its encoding."""
+        if self.encoding == "base64":
+            try:
+                return strict_base64(self.raw.translate(None, b"\r\n \t"))
+            except binascii.Error:
+                raise Unreadable(CANNOT_PARSE) from None
+        if self.encoding == "quoted-printable":
+            return binascii.a2b_qp(self.raw)
+        if self.encoding in {"", "7bit", "8bit", "binary"}:
+            return self.raw
+        raise Unreadable(CANNOT_PARSE)
+
+    def text(self) -> str:
+        try:
+            return self.data().decode(self.charset or "utf-8", "replace")
+        except LookupError:
+            return self.data().decode("utf-8", "replace")
+
+
+def parts(content: bytes) -> list[Part]:
+    """The leaves of a mail in order. Raises Unreadable."""
+    found: list[Part] = []
+    todo = [(0, len(content), 0)]
+    while todo:
+        start, end, depth = todo.pop()
+        headers, body = read_headers(content, start, end)
+        kind, options = parameters(next(iter(headers.get("content-type", ())), b"text/plain"))
+        if len(found) + len(todo) > PARTS or depth > DEPTH:
+            raise Unreadable(CANNOT_PARSE)
+        if kind.startswith("multipart/"):
+            boundary = options.get("boundary", "").encode("utf-8", "surrogateescape")
+            if not 0 < len(boundary) <= 70:
+                raise Unreadable(CANNOT_PARSE)
+            todo += [(at, to, depth + 1) for at, to in reversed(sections(content, body, end, boundary))]
+            continue
+        disposition, more = parameters(next(iter(headers.get("content-disposition", ())), b""))
+        name = clean_name(more.get("filename") or options.get("name", ""))
+        encoding = next(iter(headers.get("content-transfer-encoding", ())), b"").decode("ascii", "replace").lower()
+        charset = options.get("charset", "")
+        found.append(Part(kind, name, disposition == "attachment", charset, encoding, content[body:end]))
+    return found
+
+
+def sections(content: bytes, start: int, end: int, boundary: bytes) -> list[tuple[int, int]]:
+    """Where the parts of a multipart begin and end; a missing last delimiter is forgiven."""
+    pattern = re.compile(rb"--" + re.escape(boundary) + rb"(--)?[ \t]*(?:\r\n|$)")
+    spans: list[tuple[int, int]] = []
+    begun = -1
+    for mark in pattern.finditer(content, start, end):
+        if content[mark.start() - 2 : mark.start()] != b"\r\n":
+            continue
+        if begun >= 0:
+            spans.append((begun, max(begun, mark.start() - 2)))
+        begun = -1 if mark[1] else mark.end()
+        if mark[1] or len(spans) > PARTS:
+            break
+    return spans + ([(begun, end)] if begun >= 0 else [])
+
+
+PARAMETER = re.compile(r""";\s*([!-)+-:<>-~]{1,40}?)(\*\d{0,3}\*?)?\s*=\s*("(?:[^"\\]|\\.)*+"|[^;\s]*+)""")
+
+
+def parameters(value: bytes) -> tuple[str, dict[str, str]]:
+    """The value of a structured header and its parameters, continuations joined (RFC 2231)."""
+    text = value[:PARAMETER_BYTES].decode("utf-8", "surrogateescape")
+    main = text.partition(";")[0].strip().lower()
+    options: dict[str, str] = {}
+    for found in PARAMETER.finditer(text):
+        name, mark, word = found[1].lower(), found[2] or "", found[3]
+        word = re.sub(r"\\(.)", r"\1", word[1:-1]) if word.startswith('"') else word
+        if mark.endswith("*"):
+            word = urllib.parse.unquote(word.partition("''")[2] if mark in {"*", "*0*"} else word)
+        options[name] = options.get(name, "") + word if re.fullmatch(r"\*[1-9]\d*\*?", mark) else word
+    return main, options
+
+
+def clean_name(name: str) -> str:
+    """A file name as a harmless label: the last path component, safe characters, at most 100."""
+    with contextlib.suppress(Unreadable):
+        name = decode_words(name.encode("utf-8", "surrogateescape"))
+    name = re.sub(r"[^\w. -]", "_", re.split(r"[/\\]", name)[-1]).strip(". -")
+    return name[:100]
+
+
+def the_attachment(content: bytes) -> bytes | None:
+    """The data of the one attachment; None when there is none, or several. Raises Unreadable."""
+    found = parts(content)
+    chosen = [part for part in found if part.is_attachment]
+    chosen = chosen or [part for part in found if part.filename or not part.kind.startswith("text/")]
+    return chosen[0].data() if len(chosen) == 1 else None
+
+
+# ────────────────────────────────────────────── Policy ──────────────────────────────────────────────
+# Who may do what: the paper's three policies. A network gives an access, operators narrow the senders, a
+# signature stands above both.
+
+
+class Access(enum.IntEnum):
+    NONE = 0
+    READ = 1
+    CONTROL = 2
+
+
+class Refused(Exception):
+    """The policy says no; the argument is the reply."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The configuration of who may do what."""
+
+    allow: tuple[Network, ...] = ()
+    readonly: tuple[Network, ...] = ()
+    operators: tuple[str, ...] = ()
+    secret: bytes = field(default=b"", repr=False)
+
+    def access(self, host: str) -> Access:
+        """What a peer may do by its address: the most specific network wins; of equals, the stricter one."""
+        try:
+            ip = ipaddress.ip_address(host.partition("%")[0])
+        except ValueError:
+            return Access.NONE
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        fits = [(net.prefixlen, -access, access) for nets, access in
+                ((self.readonly, Access.READ), (self.allow, Access.CONTROL)) for net in nets
+                if net.version == ip.version and ip in net]  # fmt: skip
+        return max(fits)[2] if fits else Access.NONE
+
+    def operator(self, sender: str) -> str | None:
+        """The operator's address as it is configured, None for a stranger; "" where nobody is named."""
+        if not self.operators:
+            return ""
+        return next((name for name in self.operators if name.lower() == sender), None)
+
+    def sign(self, words: str, operator: str, expiry: int, nonce: bytes, attachment: bytes | None = None) -> str:
+        """The token for a command: `attachment` is the data that goes with it."""
+        digest = "" if attachment is None else hashlib.sha256(attachment).hexdigest()
+        signed = "\n".join((words, operator.lower(), str(expiry), nonce.hex(), digest)).encode("utf-8", "surrogateescape")
+        mac = hmac.digest(self.secret, signed, "sha256")[:10]
+        return base64.b32encode(struct.pack(">I", expiry) + nonce + mac).decode("ascii").lower()
+
+    def verify(self, command: Command, sender: str, now: float, attachment: bytes | None) -> Signature | None:
+        """The signature of a command when it is genuine and of this time, else None. Whether it was used is not asked."""
+        if not self.secret or len(command.token) != TOKEN_LETTERS or now < CLOCK_IS_SET:
+            return None
+        try:
+            token = base64.b32decode(command.token.upper())
+        except (binascii.Error, ValueError):
+            return None
+        expiry, nonce = int.from_bytes(token[:4], "big"), token[4:10]
+        right = self.sign(command.words, sender, expiry, nonce, attachment).encode("ascii")
+        genuine = hmac.compare_digest(right, command.token.encode("utf-8", "replace"))
+        return Signature(nonce, expiry) if genuine and sender and now <= expiry else None
+
+
+class Signature(NamedTuple):
+    nonce: bytes
+    expiry: int
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+PRIVATE = "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,169.254.0.0/16,fc00::/7,fe80::/10"
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    """Comma-separated networks or addresses. Raises ValueError."""
+    try:
+        return tuple(ipaddress.ip_network(word.strip(), strict=False) for word in text.split(",") if word.strip())
+    except ValueError as error:
+        raise ValueError(f"{error}; write 192.168.1.0/24 or an address, comma-separated") from None
+
+
+# ────────────────────────────────────────────── Device ──────────────────────────────────────────────
+# One SQLite file. A command, its effect, its used signature, its line in the journal and its reply are one
+# transaction, durable before the 250: exactly once follows from that.
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS parameters(name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS blocks(name TEXT PRIMARY KEY, data BLOB NOT NULL, sha256 TEXT NOT NULL, stored REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS signatures(nonce BLOB PRIMARY KEY, expiry INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS journal(seq INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, network TEXT NOT NULL,
+  command TEXT NOT NULL, result TEXT NOT NULL, mail BLOB, answered TEXT);
+CREATE INDEX IF NOT EXISTS journal_mail ON journal(mail) WHERE mail IS NOT NULL;
+CREATE INDEX IF NOT EXISTS journal_answered ON journal(answered, at) WHERE answered IS NOT NULL;
+"""
+
+
+def on_off(text: str) -> str:
+    if text.lower() not in {"on", "off"}:
+        raise ValueError("is on or off")
+    return text.lower()
+
+
+def number(low: int, high: int) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"is a whole number from {low} to {high}")
+        return str(int(text))
+    return convert
+
+
+def label(text: str) -> str:
+    if not 1 <= len(text) <= 64 or UNPRINTABLE.search(text):
+        raise ValueError("is 1 to 64 printable characters")
+    return text
+
+
+class Parameter(NamedTuple):
+    default: str
+    convert: Callable[[str], str]  # raises ValueError that goes on after the name
+
+
+SETTABLE = {
+    "name": Parameter("device", label),
+    **{name: Parameter("off", on_off) for name in ("armed", "recording", "relay1", "relay2", "relay3", "relay4")},
+    "threshold": Parameter("50", number(0, 100)),
+    "report_every": Parameter("0", number(0, 366 * 86400)),
+}
+CAMERAS = ("cam1", "cam2", "cam3", "cam4")
+
+
+def simulated(now: float, booted: float) -> dict[str, float | int]:
+    """The read-only parameters: smooth functions of the time."""
+    day = 2 * math.pi * now / 86400
+    return {
+        "temperature": round(24 + 5 * math.sin(day) + 1.5 * math.sin(now / 240), 1),  # °C
+        "voltage": round(12.2 + 0.3 * math.sin(now / 900), 2),  # V
+        "disk_free": round(60 - 30 * (now / 604800 % 1), 1),  # per cent: recordings go round once a week
+        "uptime": max(0, int(now - booted)),  # s
+    }
+
+
+class Request(NamedTuple):
+    """A command on its way through the device."""
+
+    command: Command
+    letter: Letter
+    peer: str
+    access: Access
+    operator: str  # "" where nobody is named
+    attached: bytes | None
+    now: float
+
+
+class Device:
+    """The device behind the sessions. `clock` gives Unix time, `random_bytes` the nonces of buttons."""
+
+    def __init__(self, outbox: Outbox, policy: Policy, mailboxes: Sequence[str], *, sender: str = "",
+                 report_to: Sequence[str] = (), maildir: Maildir | None = None, ring: Callable[[], None] = lambda: None,
+                 clock: Callable[[], float] = time.time, random_bytes: Callable[[int], bytes] = secrets.token_bytes):
+        self.outbox = outbox
+        self.policy = policy
+        self.mailboxes = mailboxes
+        self.address = mailboxes[0]
+        self.sender = sender or self.address
+        self.report_to = report_to
+        self.maildir = maildir
+        self.ring = ring
+        self.clock = clock
+        self.random_bytes = random_bytes
+        self.booted = self.reported = clock()
+        with outbox.transaction() as db:
+            self.report_every = float(self.parameters(db, self.booted)["report_every"])
+
+    # From a mail to its reply code
+
+    def deliver(self, mail: Mail, peer: str) -> bytes:
+        """Deal with a mail: the reply says for certain what was done. Raises SpoolError when nothing was."""
+        content = mail.content()
+        try:
+            letter = read_letter(content)
+            command = read_command(letter.subject)
+            operator = self.policy.operator(letter.sender)
+            if command is None or operator is None:
+                log.info("discarded a mail of <%s> from %s: %s", mail.sender, peer, letter.subject)
+            else:
+                self.obey(mail, letter, command, operator, peer)
+        except (Unreadable, Refused) as error:
+            reply: bytes = error.args[0]
+            log.warning("refused a mail of <%s> from %s: %s", mail.sender, peer, reply.decode("ascii").strip())
+            return reply
+        if self.maildir:
+            self.maildir.add(mail)
+        return ACCEPTED
+
+    def obey(self, mail: Mail, letter: Letter, command: Command, operator: str, peer: str) -> None:
+        """Carry a command out, once, with its reply. Raises Refused and Unreadable; then nothing was done."""
+        now, access, who = self.clock(), self.policy.access(peer), letter.sender or mail.sender
+        key = hashlib.sha256(letter.content).digest() if letter.message_id else None
+        attached = the_attachment(letter.content) if command.verb == "UPDATE" else None
+        request = Request(command, letter, peer, access, operator, attached, now)
+        with self.outbox.transaction() as db:
+            if db.execute("SELECT 1 FROM journal WHERE mail = ? AND at > ?", (key, now - MEMORY_SECONDS)).fetchone():
+                log.info("%s of %s came again: not carried out twice", command.words, who)
+                return
+            signature = self.policy.verify(command, letter.sender, now, attached)
+            self.check(command, access, signature is not None and self.use(db, signature, now))
+            answer = self.carry_out(db, request)
+            to = self.reply_address(db, mail, letter, operator, now)
+            seq = db.execute(
+                "INSERT INTO journal(at, who, network, command, result, mail, answered) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (now, who, peer, command.words, answer.result, key, to.lower() or None),
+            ).lastrowid or 0
+            db.execute("DELETE FROM journal WHERE at < ? AND seq <= ?", (now - MEMORY_SECONDS, seq - LOG_LINES))
+            if to:
+                self.outbox.add(db, NewItem(f"reply-{seq}", to, self.reply(db, request, answer, to)))
+            self.report_every = float(self.parameters(db, now)["report_every"])
+        if command.verb == "REBOOT":
+            self.booted = now
+        log.info("%s of %s from %s: %s", command.words, who, peer, answer.result)
+        self.ring()
+
+    def carry_out(self, db: sqlite3.Connection, request: Request) -> Answer:
+        """The answer to a command that is allowed; a wrong argument gets one that says what is right."""
+        rule = COMMANDS[request.command.verb]
+        try:
+            return rule.act(self, db, request)
+        except ValueError as error:
+            return Answer(f"refused: {error}", f"{error}\nRight is: CMD {rule.usage}\nNothing was changed.")
+
+    def check(self, command: Command, access: Access, signed: bool) -> None:
+        """Raise Refused when the policy does not allow the command."""
+        if COMMANDS[command.verb].needs is Access.READ or signed:
+            return
+        if self.policy.secret:
+            raise Refused(BAD_SIGNATURE if command.token else NOT_SIGNED)
+        if access < Access.CONTROL:
+            raise Refused(READ_ONLY)
+
+    def use(self, db: sqlite3.Connection, signature: Signature, now: float) -> bool:
+        """Use a signature up. False when it was used before."""
+        db.execute("DELETE FROM signatures WHERE expiry < ?", (now,))
+        return db.execute("INSERT OR IGNORE INTO signatures VALUES (?, ?)", signature).rowcount == 1
+
+    # The commands: each changes the database inside the transaction, or raises ValueError that says what is right
+
+    def parameters(self, db: sqlite3.Connection, now: float) -> dict[str, str | float | int]:
+        """Every parameter by its name."""
+        stored = dict(db.execute("SELECT name, value FROM parameters"))
+        values = {name: stored.get(name, kind.default) for name, kind in SETTABLE.items()}
+        typed: dict[str, str | float | int] = dict(values)
+        typed |= {name: int(values[name]) for name in ("threshold", "report_every")}
+        return typed | simulated(now, self.booted)
+
+    def status(self, db: sqlite3.Connection, now: float) -> dict[str, Any]:
+        """Everything there is to know, as in status.json."""
+        values: dict[str, Any] = self.parameters(db, now)
+        cameras = {}
+        for at, camera in enumerate(CAMERAS):
+            motion = round(50 + 50 * math.sin(now / (37 + 11 * at) + at))
+            alarm = values["armed"] == "on" and motion > values["threshold"]
+            state = "motion" if alarm else "recording" if values["recording"] == "on" else "live"
+            cameras[camera] = {"state": state, "motion": motion}
+        rows = db.execute("SELECT name, length(data), sha256, stored FROM blocks ORDER BY name")
+        blocks = {name: {"size": length, "sha256": digest, "stored": iso(at)} for name, length, digest, at in rows}
+        return {**values, "time": iso(now), "cameras": cameras, "blocks": blocks}
+
+    def do_help(self, db: sqlite3.Connection, request: Request) -> Answer:
+        lines = [f"CMD {command.usage:<26} {command.purpose}" for command in COMMANDS.values()]
+        rights = "all commands" if self.may_control(request) else "the commands that only read"
+        if self.policy.secret:
+            rights = "the commands that only read; with a signature all"
+        named = "an operator" if request.operator else "nobody is named as operator"
+        seen = (f"You are {request.letter.sender or 'a sender without one From address'} ({named}), your mail came from "
+                f"{request.peer}, a network with {request.access.name.lower()} access. You may use {rights}.")  # fmt: skip
+        return Answer("told the commands", "\n".join([*lines, "", seen]))
+
+    def do_status(self, db: sqlite3.Connection, request: Request) -> Answer:
+        return Answer("told the status", status=self.status(db, request.now))
+
+    def do_get(self, db: sqlite3.Connection, request: Request) -> Answer:
+        values, name = self.parameters(db, request.now), request.command.argument.lower()
+        if name not in values:
+            raise ValueError(f"there is no parameter {name!r}; there are {', '.join(values)}")
+        return Answer(f"{name} = {values[name]}")
+
+    def do_log(self, db: sqlite3.Connection, request: Request) -> Answer:
+        rows = db.execute("SELECT at, who, network, command, result FROM journal ORDER BY seq DESC LIMIT ?", (LOG_LINES,))
+        lines = [f"{iso(at)}  {who} from {network}  {command}  {result}" for at, who, network, command, result in rows]
+        return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
+
+    def do_set(self, db: sqlite3.Connection, request: Request) -> Answer:
+        name, equals, value = request.command.argument.partition("=")
+        if not equals:
+            raise ValueError("a name and a value are wanted")
+        return self.set(db, name.strip().lower(), value.strip(), request.now)
+
+    def set(self, db: sqlite3.Connection, name: str, value: str, now: float) -> Answer:
+        """Set a parameter. Raises ValueError."""
+        values = self.parameters(db, now)
+        if name not in SETTABLE:
+            known = f"{name} can only be read" if name in values else f"there is no parameter {name!r}"
+            raise ValueError(f"{known}; these can be set: {', '.join(SETTABLE)}")
+        try:
+            new = SETTABLE[name].convert(value)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}, not {value!r}") from None
+        db.execute("INSERT OR REPLACE INTO parameters VALUES (?, ?)", (name, new))
+        return Answer(f"{name}: {values[name]} -> {new}")
+
+    def do_arm(self, db: sqlite3.Connection, request: Request) -> Answer:
+        if request.command.argument:
+            raise ValueError("no argument is wanted")
+        return self.set(db, "armed", "on" if request.command.verb == "ARM" else "off", request.now)
+
+    def do_record(self, db: sqlite3.Connection, request: Request) -> Answer:
+        return self.set(db, "recording", request.command.argument, request.now)
+
+    def do_relay(self, db: sqlite3.Connection, request: Request) -> Answer:
+        which, _, value = request.command.argument.partition(" ")
+        if which not in {"1", "2", "3", "4"}:
+            raise ValueError("the relays are 1 to 4")
+        return self.set(db, f"relay{which}", value, request.now)
+
+    def do_snapshot(self, db: sqlite3.Connection, request: Request) -> Answer:
+        camera = request.command.argument.lower()
+        if camera not in CAMERAS:
+            raise ValueError(f"there is no camera {camera!r}; there are {', '.join(CAMERAS)}")
+        picture = Attachment(f"{camera}.png", "image/png", test_card(CAMERAS.index(camera) + 1, request.now), cid="snapshot")
+        return Answer(f"a picture of {camera}, {iso(request.now)}", files=(picture,))
+
+    def do_update(self, db: sqlite3.Connection, request: Request) -> Answer:
+        name, data = block_name(request.command.argument), request.attached
+        if data is None:
+            raise ValueError("the data comes as the mail's attachment, exactly one")
+        digest = hashlib.sha256(data).hexdigest()
+        db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", (name, data, digest, request.now))
+        return Answer(f"{name}: {len(data)} bytes, SHA-256 {digest}")
+
+    def do_read(self, db: sqlite3.Connection, request: Request) -> Answer:
+        name = block_name(request.command.argument)
+        row = db.execute("SELECT data, sha256 FROM blocks WHERE name = ?", (name,)).fetchone()
+        if row is None:
+            names = [name for (name,) in db.execute("SELECT name FROM blocks ORDER BY name LIMIT 50")]
+            raise ValueError(f"there is no block {name!r}; there are {', '.join(names) or 'none yet'}")
+        return Answer(f"{name}: {len(row[0])} bytes, SHA-256 {row[1]}", files=(Attachment(name, data=row[0]),))
+
+    def do_reboot(self, db: sqlite3.Connection, request: Request) -> Answer:
+        return Answer("restarting now")
+
+    # Replies and reports
+
+    def reply_address(self, db: sqlite3.Connection, mail: Mail, letter: Letter, operator: str, now: float) -> str:
+        """Who gets the reply, "" for nobody: RFC 3834, and a cap, so that no two machines talk for ever."""
+        to = operator or mail.sender
+        if not mail.sender or letter.automatic or not re.fullmatch(r"[^@\s]+@[^@\s]+", to):
+            return ""
+        if to.lower() in map(str.lower, self.mailboxes) or to.lower().startswith(("mailer-daemon@", "postmaster@")):
+            return ""
+        recent = "SELECT count(*) FROM journal WHERE answered = ? AND at > ? AND at <= ?"
+        (told,) = db.execute(recent, (to.lower(), now - 3600, now)).fetchone()
+        return to if told < REPLIES_PER_HOUR else ""
+
+    def may_control(self, request: Request) -> bool:
+        return not self.policy.secret and request.access is Access.CONTROL
+
+    def buttons(self, status: Mapping[str, Any], to: str, control: bool, now: float) -> list[Button]:
+        """Links that write the common commands; with a secret signed, for the operator `to` alone."""
+        signed = bool(self.policy.secret) and to in self.policy.operators and now >= CLOCK_IS_SET
+        changes = ["ARM", "DISARM"] + [f"RELAY {n} {'OFF' if status[f'relay{n}'] == 'on' else 'ON'}" for n in range(1, 5)]
+        wanted = ["STATUS", *(changes if control or signed else []), *(f"SNAPSHOT {camera}" for camera in CAMERAS)]
+        made = []
+        for words in wanted:
+            token = self.policy.sign(words, to, int(now) + DAY_SECONDS, self.random_bytes(6)) if signed else ""
+            subject = f"CMD {words} ~{token}" if token else f"CMD {words}"
+            link = f"mailto:{urllib.parse.quote(self.address, safe='@')}?subject={urllib.parse.quote(subject)}"
+            made.append(Button(words.capitalize(), link))
+        return made
+
+    def reply(self, db: sqlite3.Connection, request: Request, answer: Answer, to: str) -> bytes:
+        """The whole reply mail."""
+        subject = " ".join(word for word in request.letter.subject.split() if word != f"~{request.command.token}")
+        ours, references = request.letter.message_id, request.letter.first("references").decode("ascii", "replace")
+        thread = [*re.findall(r"<[!-;=?-~]{1,250}>", references)[-10:], *([ours] if ours else [])]
+        headers = {"In-Reply-To": ours, "References": " ".join(thread), "Auto-Submitted": "auto-replied"}
+        status = answer.status or self.status(db, request.now)
+        return self.mail(to, f"Re: {subject}", answer, status, control=self.may_control(request), now=request.now,
+                         headers={name: value for name, value in headers.items() if value})
+
+    def mail(self, to: str, subject: str, answer: Answer, status: Mapping[str, Any], *, control: bool, now: float,
+             headers: Mapping[str, str]) -> bytes:
+        if answer.status:
+            text, page = status_text(status), status_html(status, self.buttons(status, to, control, now))
+            data = json.dumps(status, ensure_ascii=False, indent=1).encode()
+            files: tuple[Attachment, ...] = (Attachment("status.json", "application/json", data),)
+        else:
+            text, files = answer.text or answer.result, answer.files
+            page = text_html(str(status["name"]), text, any(file.cid for file in files))
+        return compose(subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=page,
+                       attachments=files, date=now, headers=headers)
+
+    def idle(self) -> None:
+        """The periodic report, when it is due. Called about every second."""
+        now = self.clock()
+        if not self.report_every or not self.report_to or abs(now - self.reported) < self.report_every:
+            return
+        with self.outbox.transaction() as db:
+            status = self.status(db, now)
+            for to in self.report_to:
+                name = f"{status['name']}: report"
+                data = self.mail(to, name, Answer("", status=status), status, control=not self.policy.secret, now=now,
+                                 headers={"Auto-Submitted": "auto-generated"})
+                self.outbox.add(db, NewItem(f"report-{int(now * 1000)}-{to}", to, data))
+        self.reported = now
+        self.ring()
+
+
+def block_name(text: str) -> str:
+    if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", text):
+        raise ValueError("a block's name is 1 to 64 of A-Z a-z 0-9 . _ - and does not start with a dot")
+    return text
+
+
+class Rule(NamedTuple):
+    """One command: what it does, what it needs, how it is written, what it is for."""
+
+    act: Callable[[Device, sqlite3.Connection, Request], Answer]
+    needs: Access
+    usage: str
+    purpose: str
+
+
+COMMANDS = {
+    "HELP": Rule(Device.do_help, Access.READ, "HELP", "this list, and how the device sees you"),
+    "STATUS": Rule(Device.do_status, Access.READ, "STATUS", "all parameters, cameras and data blocks"),
+    "GET": Rule(Device.do_get, Access.READ, "GET name", "one parameter"),
+    "LOG": Rule(Device.do_log, Access.READ, "LOG", f"the last {LOG_LINES} commands"),
+    "SET": Rule(Device.do_set, Access.CONTROL, "SET name=value", "set a parameter"),
+    "ARM": Rule(Device.do_arm, Access.CONTROL, "ARM", "SET armed=on"),
+    "DISARM": Rule(Device.do_arm, Access.CONTROL, "DISARM", "SET armed=off"),
+    "RECORD": Rule(Device.do_record, Access.CONTROL, "RECORD ON|OFF", "SET recording=…"),
+    "RELAY": Rule(Device.do_relay, Access.CONTROL, "RELAY n ON|OFF", "SET relay1=… to relay4"),
+    "SNAPSHOT": Rule(Device.do_snapshot, Access.READ, "SNAPSHOT camera", "a picture of cam1 to cam4"),
+    "UPDATE": Rule(Device.do_update, Access.CONTROL, "UPDATE block", "the attachment becomes the data block"),
+    "READ": Rule(Device.do_read, Access.READ, "READ block", "the data block as an attachment"),
+    "REBOOT": Rule(Device.do_reboot, Access.CONTROL, "REBOOT", "restart"),
+}
+
+
+class Replies:
+    """The owner of the outbox of replies (smtp_module's Owner): every item is one mail to its lane, at once."""
+
+    window, limit = 0.0, 0
+
+    def plan(self, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
+        return Plan([Draft((item.seq,), (item.lane,)) for item in itertools.islice(waiting, most)])
+
+    def recipients(self, lane: str) -> tuple[str, ...]:
+        return (lane,)
+
+    def render(self, mail: smtp_module.Mail, items: Sequence[Item]) -> Envelope:
+        return Envelope("", mail.recipients, [item.payload for item in items])
+
+
+# ────────────────────────────────────────── Debug receiver ──────────────────────────────────────────
 
 
 class Maildir:
@@ -923,7 +1797,7 @@ class Maildir:
         self.path = path
         for name in ("tmp", "new", "cur"):
             (path / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.names = collections.deque(sorted(os.listdir(path / "new"))) if keep else collections.deque()
+        self.names = collections.deque(sorted(os.listdir(path / "new")) if keep else ())
         self.keep = keep
         self.count = itertools.count(1)
         self.pattern = f"%d.M%06dP{os.getpid()}Q%d.{socket.gethostname().replace('/', '_')}"
@@ -954,8 +1828,9 @@ class DebugReceiver:
         self.mails = self.bytes = self.said = 0
         self.said_at = 0.0
 
-    def deliver(self, mail: Mail) -> bytes:
-        if ambiguous(mail):
+    def deliver(self, mail: Mail, peer: str) -> bytes:
+        """Show the mail; one with two Subjects is refused, as the device would."""
+        if two_subjects(mail):
             return TWO_SUBJECTS
         if self.maildir:
             self.maildir.add(mail)
@@ -966,82 +1841,249 @@ class DebugReceiver:
             self.out.flush()
         return ACCEPTED
 
-    def idle(self) -> None:
+    def idle(self, last: bool = False) -> None:
         """With --quiet: the counts, once a second while something comes."""
         now = time.monotonic()
-        if self.quiet and self.mails > self.said and now - self.said_at >= TICK_SECONDS:
+        if self.quiet and self.mails > self.said and (last or now - self.said_at >= TICK_SECONDS):
             self.said, self.said_at = self.mails, now
-            self.out.write(f"{self.mails} mails, {self.bytes} bytes\n")
-            self.out.flush()
+            print(f"{self.mails} mails, {self.bytes} bytes", file=self.out, flush=True)
+
+
+def two_subjects(mail: Mail) -> bool:
+    """Whether a person would read one Subject and a program another; cheap for the many mails where not."""
+    head = mail.chunks[0] if b"\r\n\r\n" in mail.chunks[0] else mail.content()
+    return len(SUBJECT.findall(head, 0, head.find(b"\r\n\r\n") + 1 or len(head))) > 1
+
+
+SUBJECT = re.compile(rb"^subject[ \t]*:", re.IGNORECASE | re.MULTILINE)
 
 
 def shown_mail(mail: Mail, number: int) -> str:
     """A mail as a person reads it, safe for a terminal: headers, text, and what is attached."""
-    message = email.message_from_bytes(mail.content(), policy=email.policy.default)
-    lines = [f"{name}: {value}" for name, value in message.items()]
-    lines.append("")
-    attached = []
-    text_seen = False
-    for part in message.walk():
-        if part.is_multipart():
-            continue
-        data = part.get_payload(decode=True)
-        data = data if isinstance(data, bytes) else b""
-        if part.get_content_type() == "text/plain" and not text_seen and not part.get_filename():
-            text_seen = True
-            lines += data.decode(charset_of(part), "replace").splitlines()
-        else:
-            attached.append(f"[{part.get_content_type()} {part.get_filename() or ''} {len(data)} bytes]")
+    content = mail.content()
     title = f"mail {number} from <{mail.sender}> to <{'>, <'.join(mail.recipients)}>, {mail.size} bytes"
-    body = "".join(f"{printable(line, SHOWN_LINE)}\n" for line in [*lines, *attached])
-    return f"---------- {printable(title)} ----------\n{body}\n"
-
-
-SHOWN_LINE = 10_000
-
-
-def charset_of(part: email.message.Message) -> str:
-    """The charset of a text part, one that Python knows."""
-    name = str(part.get_param("charset") or "utf-8")
+    lines = [f"---------- {title} ----------"]
     try:
-        codecs.lookup(name)
-    except LookupError:
-        return "utf-8"
-    return name
+        headers, _ = read_headers(content, 0, len(content))
+        lines += [f"{name.title()}: {decode_words(value)}" for name, values in headers.items() for value in values]
+        lines.append("")
+        for part in parts(content):
+            if part.kind == "text/plain" and not part.is_attachment:
+                lines += part.text().splitlines()
+            else:
+                lines.append(f"[{part.kind} {part.filename} {len(part.data())} bytes]")
+    except Unreadable:
+        lines += ["[not to be parsed; as it came:]", *content.decode("utf-8", "replace").splitlines()]
+    return "".join(f"{printable(line, SHOWN_LINE)}\n" for line in lines) + "\n"
 
 
-# ── Command line ────────────────────────────────────────────────────────────────────────────────────
+# ─────────────────────────────────────────── Camera mails ───────────────────────────────────────────
+# What recorders say in their alarm mails, and what it means to the relay. The tables hold what was seen of
+# Dahua and its brands, Reolink and Hikvision; a mail that fits none of them is still an alert.
+
+FIELDS = {
+    "event": ("alarm event", "event type"),
+    "name": ("alarm input channel name", "channel name", "alarm camera name"),
+    "number": ("alarm input channel no.", "alarm input channel", "channel number"),
+    "device": ("alarm device name", "dvr name", "ipc name"),
+}
+EVENTS = [  # the first that fits
+    (r"tamper|mask|blind|cover|obstruct|occlu|scene change|defocus", "TAMPER_DETECTED"),
+    (r"reconnect|video (signal )?(recover|restor)", "CAMERA_RECONNECTED"),
+    (r"video\s*(signal\s*)?loss|no video|signal lost|disconnect|offline|lost connection", "CAMERA_DISCONNECTED"),
+    (r"\bdoor\b", "DOOR_OPENED"),
+    (r"restart|reboot|power.?on|start.?up", "SYSTEM_RESTARTED"),
+    (r"\btest(ing)?\b", "TEST"),
+]
+ENDED = re.compile(r"\b(stop|stopped|end|ended)[.!]?$", re.IGNORECASE)
+PICTURES = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{12}[\x0c\x28\x40\x6c\x7c]\0\0\0", re.DOTALL)
+
+
+def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | None:
+    """The event of section "events" that a mail tells of; None when it says that an alarm ended. Pure."""
+    text, picture = text_and_picture(letter.content)
+    said = {name.strip().lower(): value.strip() for name, value in TEXT_LINE.findall(text)}
+    facts = {fact: next((said[name] for name in names if said.get(name)), "") for fact, names in FIELDS.items()}
+    title = facts["event"] or letter.subject
+    if ENDED.search(title):
+        return None
+    event = next((event for pattern, event in EVENTS if re.search(pattern, title, re.IGNORECASE)), "MOTION_DETECTED")
+    meta = {"subject": letter.subject, "from": letter.sender or mail.sender, "date": decode_words(letter.first("date"))} | said
+    made: dict[str, Any] = {
+        "event": event,
+        "camera": printed(camera_name(mail.recipients[0], facts), 128) or "camera",
+        "timestamp": datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds"),
+        "meta": {printed(k, 64): printed(v, 300) for k, v in list(meta.items())[:META_LINES] if printed(k, 64) and printed(v, 300)},
+    }
+    if picture:
+        made |= {"image_filename": picture.filename or "picture", "image_b64": base64.b64encode(picture.data()).decode("ascii")}
+    return made
+
+
+TEXT_LINE = re.compile(r"^[ \t]*([^:\n]{1,60}?)[ \t]*:[ \t]*(\S[^\n]{0,400})", re.MULTILINE)
+
+
+def camera_name(recipient: str, facts: Mapping[str, str]) -> str:
+    local = recipient.partition("@")[0]
+    if "+" in local:
+        return local.partition("+")[2]
+    both = f"{facts['device']} {facts['number']}" if facts["device"] and facts["number"] else ""
+    return facts["name"] or both or local
+
+
+def text_and_picture(content: bytes) -> tuple[str, Part | None]:
+    """The first text of a mail and its first picture, whatever its label says. What cannot be read is passed over."""
+    text, html_text, picture = "", "", None
+    try:
+        found = parts(content)
+    except Unreadable:
+        return content.partition(b"\r\n\r\n")[2].decode("utf-8", "replace"), None
+    for part in found:
+        with contextlib.suppress(Unreadable):
+            if PICTURES.match(part.data()):
+                picture = picture or part
+            elif part.kind == "text/plain":
+                text = text or part.text()
+            elif part.kind == "text/html":
+                html_text = html_text or html.unescape(re.sub(r"<[^>]*>", "\n", part.text()))
+    return (text or html_text).replace("\r\n", "\n").replace("\r", "\n"), picture
+
+
+def printed(text: str, limit: int) -> str:
+    """Text without control characters, bounded: fit for a field of an event."""
+    return " ".join(UNPRINTABLE.sub(" ", text).split())[:limit]
+
+
+class CameraMails(Replies):
+    """Takes mails of cameras and keeps them as events until the relay has them."""
+
+    def __init__(self, outbox: Outbox, ring: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time):
+        self.outbox = outbox
+        self.ring = ring
+        self.clock = clock
+
+    def deliver(self, mail: Mail, peer: str) -> bytes:
+        content = mail.content()
+        try:
+            letter = read_letter(content, lenient=True)
+        except Unreadable as error:
+            log.warning("refused a mail of <%s> from %s: it cannot be read", mail.sender, peer)
+            reply: bytes = error.args[0]
+            return reply
+        now = self.clock()
+        event = camera_event(mail, letter, now)
+        if event is None:
+            log.info("dropped a mail of <%s> from %s: the alarm ended", mail.sender, peer)
+            return ACCEPTED
+        known = hashlib.sha256(letter.message_id.encode() + content).hexdigest()[:32] if letter.message_id else ""
+        event["id"] = f"mail-{known or secrets.token_hex(16)}"
+        with self.outbox.transaction() as db:
+            if known and db.execute("SELECT 1 FROM items WHERE id = ?", (event["id"],)).fetchone():
+                return ACCEPTED
+            self.outbox.add(db, NewItem(event["id"], "relay", json.dumps(event).encode("ascii"), fresh=True))
+        log.info("%s of %s from %s", event["event"], event["camera"], peer)
+        self.ring()
+        return ACCEPTED
+
+    def idle(self) -> None:
+        pass
+
+
+class RelayTransport:
+    """Hands events to the relay (smtp_module's Transport), one line and one answer each."""
+
+    def __init__(self, host: str, port: int, token: str):
+        self.host, self.port, self.token = host, port, token
+        self.sock: socket.socket | None = None
+
+    def open(self) -> None:
+        if self.sock is None:
+            try:
+                self.sock = socket.create_connection((self.host, self.port), RELAY_SECONDS)
+            except OSError as error:
+                raise Unavailable(self._later("connect", str(error))) from None
+
+    def deliver(self, envelope: Envelope) -> dict[str, Outcome]:
+        event = json.loads(b"".join(envelope.data)) | ({"token": self.token} if self.token else {})
+        try:
+            self.open()
+            outcome = self._judge(self._ask(json.dumps(event).encode("ascii") + b"\n"))
+        except Unavailable as error:
+            outcome = error.outcome
+        except (OSError, ValueError) as error:
+            outcome = self._later("data", str(error))
+        if outcome.ours:
+            self.close()
+        return dict.fromkeys(envelope.recipients, outcome)
+
+    def _ask(self, line: bytes) -> dict[str, Any]:
+        assert self.sock is not None
+        self.sock.sendall(line)
+        answer, ends = b"", time.monotonic() + RELAY_SECONDS
+        while not answer.endswith(b"\n"):
+            data = self.sock.recv(RECV_BYTES)
+            answer += data
+            if not data or len(answer) > RECV_BYTES or time.monotonic() > ends:
+                raise ValueError("the relay gave no answer")
+        said = json.loads(answer)
+        if not isinstance(said, dict):
+            raise ValueError("the relay's answer is not an object")
+        return said
+
+    def _judge(self, said: Mapping[str, Any]) -> Outcome:
+        if said.get("ok") is True:
+            return Outcome(Verdict.SENT)
+        words = printable(f"{said.get('error')}: {said.get('detail')}")
+        if said.get("error") in {"bad_json", "bad_event", "too_large"}:
+            log.error("the relay refused an event, it is dropped: %s", words)
+            return Outcome(Verdict.REFUSED, detail=words, step="data")
+        return self._later("data", words)
+
+    def _later(self, step: str, words: str) -> Outcome:
+        return Outcome(Verdict.TRY_LATER, detail=f"relay {self.host}:{self.port}: {words}", step=step, ours=True)
+
+    def close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+
+# ─────────────────────────────────────────── Command line ───────────────────────────────────────────
 
 
 class Application(Protocol):
     """What stands behind the sessions."""
 
-    def deliver(self, mail: Mail) -> bytes: ...
+    def deliver(self, mail: Mail, peer: str) -> bytes: ...
     def idle(self) -> None: ...
 
 
-def run(settings: Settings, rules: Rules, app: Application, args: argparse.Namespace, default_port: int) -> int:
-    """Listen and serve until the stop signal."""
+def run(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy, app: Application) -> int:
+    """Serve until the stop signal; the exit code."""
     stop = StopSignal()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop)
     tls = tls_context(settings)
-    trace = functools.partial(print, file=sys.stderr) if args.trace else None
+    trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
 
     def attend(link: Link) -> None:
-        session = Session(rules, private=is_loopback(link.address), trace=trace)
-        converse(link, session, app.deliver, tls)
+        access = policy.access(link.address)
+        session = Session(rules, private=is_loopback(link.address), refused=access is Access.NONE, trace=trace)
+        if access is Access.NONE:
+            log.warning("%s is in no network that may talk to this device", link.address)
+        converse(link, session, functools.partial(delivered, app, link.address), tls)
 
     if args.stdio:
         with contextlib.suppress(Stopped):
             attend(StdioLink(stop))
         return EX_OK
     host = settings.read("DEVICE_HOST", str, "localhost")
+    number = settings.read("DEBUG_PORT" if args.debug else "DEVICE_PORT", port, 1025 if args.debug else 2525)
     try:
-        listeners = listen(host, default_port)
+        listeners = listen(host, number)
     except OSError as error:
-        log.error("cannot listen on %s port %d: %s", host, default_port, error)
-        return EX_TEMPFAIL
+        log.error("cannot listen on %s port %d: %s", host, number, error.strerror or error)
+        return EX_UNAVAILABLE
     for listener in listeners:
         address = listener.getsockname()
         log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
@@ -1051,39 +2093,152 @@ def run(settings: Settings, rules: Rules, app: Application, args: argparse.Names
     return EX_OK
 
 
+def delivered(app: Application, peer: str, mail: Mail) -> bytes:
+    """The application's reply to a mail; its own trouble is a 4xx, never a dead server."""
+    try:
+        return app.deliver(mail, peer)
+    except SpoolFull as error:
+        log.error("%s", error)
+        return DISK_FULL
+    except Exception:
+        log.exception("a mail of <%s> from %s failed", mail.sender, peer)
+        return FAILED
+
+
+def run_debug(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy) -> int:
+    """--debug: every mail for any mailbox is shown."""
+    maildir = Maildir(Path(args.maildir)) if args.maildir else None
+    app = DebugReceiver(sys.stderr if args.stdio else sys.stdout, maildir, args.quiet)
+    code = run(settings, args, replace(rules, user=b"", password=b"", any_login=True), policy, app)
+    app.idle(last=True)
+    return code
+
+
+def run_device(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy) -> int:
+    """The device itself."""
+    default = f"device@{hostname()},device@localhost"
+    mailboxes = settings.read("DEVICE_ADDRESS", addresses, addresses(default))
+    known = {address.lower() for address in mailboxes}
+    config = SMTPConfig.from_settings(settings)
+    state = Path(settings.read("DEVICE_STATE", str, "device-state"))
+    with contextlib.closing(Outbox(state / "device.db", schema=TABLES)) as outbox:
+        device = Device(outbox, policy, mailboxes, sender=settings.read("SMTP_FROM", str, ""), maildir=Maildir(state / "mail", KEPT_MAILS),
+                        report_to=settings.read("DEVICE_REPORT_TO", addresses, policy.operators))
+        courier = Courier(outbox, Replies(), lambda: SMTPTransport(config))
+        device.ring = courier.ring
+        courier.start()
+        try:
+            return run(settings, args, replace(rules, mailbox=lambda address: address.lower() in known), policy, device)
+        finally:
+            courier.stop()
+
+
+def run_to_relay(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy) -> int:
+    """--to-relay: mails of cameras become events."""
+    host, _, number = args.to_relay.rpartition(":")
+    try:
+        target = host.strip("[]") or "127.0.0.1", port(number)
+    except ValueError as error:
+        raise ConfigError(f"--to-relay: {error}; write HOST:PORT") from None
+    token = settings.secret("ALERT_TOKEN")
+    state = Path(settings.read("DEVICE_STATE", str, "device-state"))
+    with contextlib.closing(Outbox(state / "to-relay.db")) as outbox:
+        app = CameraMails(outbox)
+        courier = Courier(outbox, app, lambda: RelayTransport(*target, token), retry_first=1, retry_max=RELAY_RETRY_SECONDS,
+                          max_age=math.inf)
+        app.ring = courier.ring
+        courier.start()
+        try:
+            return run(settings, args, replace(rules, lenient=True, any_login=not rules.user), policy, app)
+        finally:
+            courier.stop()
+
+
+def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> int:
+    """--sign: print the Subject of a signed command."""
+    words = " ".join(args.sign.split())
+    words = words[4:] if words.upper().startswith("CMD ") else words
+    operator = args.operator or (policy.operators[0] if len(policy.operators) == 1 else "")
+    if not policy.secret:
+        raise ConfigError("DEVICE_SECRET: missing; a signature needs the secret that the device has")
+    if not operator:
+        raise ConfigError("--operator: missing; give the From address that the mail will have")
+    if read_command(f"CMD {words}") is None:
+        raise ConfigError(f"--sign: {printable(words)!r} is no command; {', '.join(COMMANDS)} are")
+    try:
+        data = Path(args.file).read_bytes() if args.file else None
+    except OSError as error:
+        raise ConfigError(f"--file: {args.file}: {error.strerror}") from None
+    expiry = int(time.time() + args.ttl)
+    print(f"CMD {words} ~{policy.sign(words, operator, expiry, secrets.token_bytes(6), data)}")
+    return EX_OK
+
+
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     cert, key = settings.read("DEVICE_TLS_CERT", str, ""), settings.read("DEVICE_TLS_KEY", str, "")
-    if not cert and not key:
-        return None
-    return server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY")
+    return server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert or key else None
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def policy_from(settings: Settings) -> Policy:
+    """The DEVICE_* variables of the policy. Raises ConfigError."""
+    return Policy(
+        allow=settings.read("DEVICE_ALLOW", networks, networks(PRIVATE)),
+        readonly=settings.read("DEVICE_READONLY", networks, ()),
+        operators=settings.read("DEVICE_OPERATORS", addresses, ()),
+        secret=settings.secret("DEVICE_SECRET").encode("utf-8", "surrogateescape"),
+    )
+
+
+def rules_from(settings: Settings) -> Rules:
+    """What a session allows. Raises ConfigError."""
+    user, password = settings.secret("DEVICE_USER"), settings.secret("DEVICE_PASS")
+    if bool(user) != bool(password):
+        raise ConfigError("DEVICE_USER and DEVICE_PASS: set both or neither")
+    limit = settings.read("DEVICE_MAX_MAIL", size, 16 << 20)
+    return Rules(hostname(), limit, lambda address: True, user.encode(), password.encode(), tls=tls_context(settings) is not None)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="An embedded device that is commanded by mail.")
-    parser.add_argument("--host", help="name or address to listen on (DEVICE_HOST)")
-    parser.add_argument("--port", help="port, 0 takes a free one (DEVICE_PORT; with --debug 1025)")
-    parser.add_argument("--debug", action="store_true", help="show every mail, for any mailbox")
-    parser.add_argument("--maildir", metavar="DIR", help="with --debug: keep the mails there")
-    parser.add_argument("--quiet", action="store_true", help="with --debug: print counts only")
+    parser.add_argument("--host", help="name or address to listen on (DEVICE_HOST, default localhost)")
+    parser.add_argument("--port", help="0 takes a free one (DEVICE_PORT, default 2525; with --debug 1025)")
+    parser.add_argument("--state", metavar="DIR", help="where everything durable lies (DEVICE_STATE, default device-state)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--debug", action="store_true", help="show every mail, for any mailbox; nothing is commanded")
+    mode.add_argument("--to-relay", metavar="HOST:PORT", help="make events of the mails of cameras, for the alert relay")
+    mode.add_argument("--sign", metavar="COMMAND", help='print the signed Subject of a command, for example "SET relay1=on"')
+    parser.add_argument("--maildir", metavar="DIR", help="with --debug: keep the mails there, too")
+    parser.add_argument("--quiet", action="store_true", help="with --debug: print counts in place of the mails")
+    parser.add_argument("--operator", metavar="ADDRESS", help="with --sign: the From address of the mail")
+    parser.add_argument("--file", help="with --sign: the attachment of the mail")
+    parser.add_argument("--ttl", metavar="SECONDS", type=duration, default=3600.0, help="with --sign: how long it is valid (1h)")
     parser.add_argument("--stdio", action="store_true", help="speak SMTP on standard input and output")
     parser.add_argument("--trace", action="store_true", help="show the dialogue, passwords masked")
     add_common_flags(parser)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code."""
     args = arguments(argv)
     start_logging(args.log_level)
+    flags = {"DEVICE_HOST": args.host, "DEVICE_PORT": args.port, "DEBUG_PORT": args.port, "DEVICE_STATE": args.state}
     try:
-        settings = Settings.load({"DEVICE_HOST": args.host, "DEVICE_PORT": args.port}, args.env_file)
-        rules = Rules(hostname(), settings.read("DEVICE_MAX_MAIL", size, 16 << 20), lambda address: True,
-                      any_login=True, tls=tls_context(settings) is not None)
-        out = sys.stderr if args.stdio else sys.stdout
-        app = DebugReceiver(out, Maildir(Path(args.maildir)) if args.maildir else None, args.quiet)
-        return run(settings, rules, app, args, port(args.port) if args.port else 1025)
+        settings = Settings.load(flags, args.env_file)
+        policy = policy_from(settings)
+        if args.sign:
+            return run_sign(settings, args, policy)
+        mode = run_debug if args.debug else run_to_relay if args.to_relay else run_device
+        return mode(settings, args, rules_from(settings), policy)
     except ConfigError as error:
         log.error("%s", error)
         return EX_CONFIG
+    except SpoolBusy as error:
+        log.error("%s", error)
+        return EX_TEMPFAIL
+    except SpoolError as error:
+        log.error("%s", error)
+        return EX_UNAVAILABLE
 
 
 if __name__ == "__main__":
