@@ -462,7 +462,7 @@ def shown_value(name: str, value: object) -> str:
 def status_text(status: Mapping[str, Any]) -> str:
     """The status as plain text, a line a parameter."""
     lines = [f"{name} = {value}" for name, value in status.items() if not isinstance(value, dict | list)]
-    lines += [""] + [f"{camera}: {seen['state']}, motion {seen['motion']}" for camera, seen in status["cameras"].items()]
+    lines += [""] + [f"{camera}: {seen['state']}, motion {seen['motion']} %" for camera, seen in status["cameras"].items()]
     lines += [""] + [f"block {name}: {kept['size']} bytes, SHA-256 {kept['sha256']}" for name, kept in status["blocks"].items()]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -470,7 +470,10 @@ def status_text(status: Mapping[str, Any]) -> str:
 def status_html(status: Mapping[str, Any], buttons: Sequence[Button]) -> str:
     """The status as an HTML mail."""
     plain = {name: value for name, value in status.items() if not isinstance(value, dict | list)}
-    cameras = [(bidi(name), bidi(seen["state"]), bar(seen["motion"], 0, 100)) for name, seen in status["cameras"].items()]
+    cameras = [
+        (bidi(name), f"{bidi(seen['state'])} · motion {seen['motion']} %{bar(seen['motion'], 0, 100)}")
+        for name, seen in status["cameras"].items()
+    ]
     blocks = [
         (bidi(name), f"{kept['size']:,} bytes", f'<span style="font-size:12px">{kept["sha256"][:16]}…</span>')
         for name, kept in status["blocks"].items()
@@ -1130,8 +1133,8 @@ class Letter:
     @property
     def sender(self) -> str:
         """The From address in lower case, "" unless there is exactly one (RFC 5322 section 3.6.2 allows more)."""
-        text = re.sub(r'"(?:[^"\\]|\\.)*+"', "", self.first("from").decode("ascii", "replace"))
-        found = ONE_ADDRESS.fullmatch(text)
+        text = self.first("from")[:PARAMETER_BYTES].decode("ascii", "replace")
+        found = ONE_ADDRESS.fullmatch(re.sub(r'"(?:[^"\\]|\\.)*+"', "", text))
         return (found[1] or found[2]).lower() if found else ""
 
     @property
@@ -1260,7 +1263,7 @@ def parts(content: bytes) -> list[Part]:
         start, end, depth = todo.pop()
         headers, body = read_headers(content, start, end)
         kind, options = parameters(next(iter(headers.get("content-type", ())), b"text/plain"))
-        if len(found) + len(todo) > PARTS or depth > DEPTH:
+        if len(found) + len(todo) >= PARTS or depth > DEPTH:
             raise Unreadable(CANNOT_PARSE)
         if kind.startswith("multipart/"):
             boundary = options.get("boundary", "").encode("utf-8", "surrogateescape")

@@ -1,0 +1,434 @@
+"""The device behind the sessions: commands, their effects and their replies, in a real SQLite file."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import hashlib
+import itertools
+import json
+import re
+import sqlite3
+import struct
+import urllib.parse
+import zlib
+from collections.abc import Iterator
+from email.message import EmailMessage
+from pathlib import Path
+
+import pytest
+
+import embedded_smtpd as emb
+from embedded_smtpd import Access, Device, Mail, Maildir, Policy, networks
+from smtp_module import Outbox, SpoolError
+
+OPS, SECRET = "ops@example.com", b"correct horse"
+LAN, OFFICE, WORLD = "192.168.1.2", "10.9.9.9", "8.8.8.8"
+NOW = 1_790_000_000.0
+serial = itertools.count()
+
+
+class Bench:
+    """A device with a clock to turn, and what it wants to send."""
+
+    def __init__(self, folder: Path, policy: Policy, **options: object):
+        self.now = NOW
+        self.outbox = Outbox(folder / "device.db", schema=emb.TABLES)
+        self.device = Device(self.outbox, policy, ("device@localhost", "device@dev"), clock=lambda: self.now,
+                             random_bytes=lambda count: hashlib.sha256(b"%d" % next(serial)).digest()[:count],
+                             maildir=Maildir(folder / "mail", 3), **options)  # type: ignore[arg-type]  # fmt: skip
+
+    def send(self, subject: str, *, sender: str = OPS, envelope: str | None = None, peer: str = LAN, data: bytes | None = None,
+             message_id: str = "", headers: dict[str, str] | None = None) -> str:  # fmt: skip
+        message = EmailMessage(policy=email.policy.SMTP)
+        message["From"], message["Subject"] = sender, subject
+        message["Message-ID"] = message_id or f"<{next(serial)}@test>"
+        for name, value in (headers or {}).items():
+            message[name] = value
+        message.set_content("hello\n")
+        if data is not None:
+            message.add_attachment(data, maintype="application", subtype="octet-stream", filename="x.bin")
+        return self.deliver(message.as_bytes(), OPS if envelope is None else envelope, peer)
+
+    def deliver(self, content: bytes, envelope: str = OPS, peer: str = LAN) -> str:
+        mail = Mail(envelope, ["device@localhost"], [content + b".\r\n"], len(content))
+        return self.device.deliver(mail, peer).decode().strip()
+
+    def replies(self) -> list[EmailMessage]:
+        """What waits to be sent, oldest first, and forgotten with this look."""
+        with self.outbox.transaction() as db:
+            rows = db.execute("SELECT lane, payload FROM items ORDER BY seq").fetchall()
+            db.execute("DELETE FROM items")
+        messages = [email.message_from_bytes(payload, policy=email.policy.default) for _, payload in rows]
+        assert [message["To"] for message in messages] == [lane for lane, _ in rows]
+        return messages  # type: ignore[return-value]
+
+    def ask(self, subject: str, **options: object) -> str:
+        """The text of the one reply."""
+        assert self.send(subject, **options) == emb.ACCEPTED.decode().strip()  # type: ignore[arg-type]
+        (reply,) = self.replies()
+        return text_of(reply)
+
+    def value(self, name: str) -> object:
+        with self.outbox.transaction() as db:
+            return self.device.parameters(db, self.now)[name]
+
+
+def text_of(message: EmailMessage, kind: str = "plain") -> str:
+    body = message.get_body((kind,))
+    assert body is not None
+    return str(body.get_content()).replace("\r\n", "\n").strip()
+
+
+def files_of(message: EmailMessage) -> dict[str, bytes]:
+    return {part.get_filename(): part.get_payload(decode=True) for part in message.walk() if part.get_filename()}  # type: ignore[misc]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def bench(folder: Path) -> Iterator[Bench]:
+    made = Bench(folder, Policy(allow=networks(emb.PRIVATE), readonly=networks("10.9.9.9")))
+    yield made
+    made.outbox.close()
+
+
+# Commands
+
+
+@pytest.mark.parametrize(
+    "subject, answer, name, value",
+    [
+        ("CMD SET relay1=on", "relay1: off -> on", "relay1", "on"),
+        ("cmd set RELAY1 = ON", "relay1: off -> on", "relay1", "on"),
+        ("CMD SET threshold=80", "threshold: 50 -> 80", "threshold", 80),
+        ("CMD SET name=دروازه 北門", "name: device -> دروازه 北門", "name", "دروازه 北門"),
+        ("CMD SET report_every=3600", "report_every: 0 -> 3600", "report_every", 3600),
+        ("CMD ARM", "armed: off -> on", "armed", "on"),
+        ("CMD DISARM", "armed: off -> off", "armed", "off"),
+        ("CMD RECORD ON", "recording: off -> on", "recording", "on"),
+        ("CMD RELAY 3 on", "relay3: off -> on", "relay3", "on"),
+    ],
+)
+def test_control_command_changes_one_parameter_and_says_what(
+    bench: Bench, subject: str, answer: str, name: str, value: object
+) -> None:
+    assert bench.ask(subject) == answer
+    assert bench.value(name) == value
+
+
+@pytest.mark.parametrize(
+    "subject, says",
+    [
+        ("CMD SET relay1=maybe", "relay1 is on or off, not 'maybe'"),
+        ("CMD SET relay5=on", "there is no parameter 'relay5'"),
+        ("CMD SET temperature=3", "temperature can only be read"),
+        ("CMD SET threshold=101", "from 0 to 100"),
+        ("CMD SET threshold=-1", "from 0 to 100"),
+        ("CMD SET threshold=" + "9" * 5000, "from 0 to 100"),
+        ("CMD SET name=", "1 to 64"),
+        ("CMD SET name=" + "x" * 65, "1 to 64"),
+        ("CMD SET relay1", "CMD SET name=value"),
+        ("CMD SET", "CMD SET name=value"),
+        ("CMD ARM now", "CMD ARM"),
+        ("CMD RELAY 5 ON", "the relays are 1 to 4"),
+        ("CMD RELAY 1", "on or off"),
+        ("CMD RECORD maybe", "on or off"),
+        ("CMD GET volume", "there are name, armed"),
+        ("CMD SNAPSHOT cam9", "cam1, cam2, cam3, cam4"),
+        ("CMD UPDATE ../x", "does not start with a dot"),
+        ("CMD UPDATE .x", "does not start with a dot"),
+        ("CMD UPDATE fw", "exactly one"),
+        ("CMD READ fw", "none yet"),
+    ],
+)
+def test_wrong_argument_gets_a_reply_that_says_what_is_right(bench: Bench, subject: str, says: str) -> None:
+    with bench.outbox.transaction() as db:
+        before = bench.device.status(db, NOW)
+    answer = bench.ask(subject)
+    assert says in answer and "Right is: CMD" in answer
+    with bench.outbox.transaction() as db:
+        assert bench.device.status(db, NOW) == before
+
+
+def test_status_says_the_same_in_text_html_and_json(bench: Bench) -> None:
+    bench.ask("CMD UPDATE fw", data=b"hello")
+    bench.ask("CMD SET name=<b>دروازه</b>")
+    bench.send("CMD STATUS")
+    (reply,) = bench.replies()
+    status = json.loads(files_of(reply)["status.json"])
+    for name in [*emb.SETTABLE, "temperature", "voltage", "disk_free", "uptime"]:
+        assert f"{name} = {status[name]}" in text_of(reply)
+    assert set(status["cameras"]) == set(emb.CAMERAS)
+    assert status["blocks"]["fw"]["sha256"] == hashlib.sha256(b"hello").hexdigest()
+    page = text_of(reply, "html")
+    assert "&lt;b&gt;دروازه" in page and "<b>" not in page and '<bdi dir="auto">' in page and "bgcolor" in page
+
+
+def test_simulated_values_are_smooth_and_a_function_of_the_time() -> None:
+    series = [emb.simulated(NOW + second, NOW) for second in range(0, 7200, 10)]
+    assert series == [emb.simulated(NOW + second, NOW) for second in range(0, 7200, 10)]
+    for one, two in itertools.pairwise(series):
+        assert abs(one["temperature"] - two["temperature"]) < 0.5 and abs(one["voltage"] - two["voltage"]) < 0.1
+    assert len({one["temperature"] for one in series}) > 10 and series[-1]["uptime"] == 7190
+
+
+def test_block_is_replaced_and_read_byte_for_byte(bench: Bench) -> None:
+    data = bytes(range(256)) * 100
+    for content in (b"old", data):
+        assert bench.ask("CMD UPDATE fw-1.2", data=content) == (
+            f"fw-1.2: {len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}"
+        )
+    bench.send("CMD READ fw-1.2")
+    (reply,) = bench.replies()
+    assert files_of(reply) == {"fw-1.2": data}
+
+
+def test_snapshot_is_a_png_that_moves(bench: Bench) -> None:
+    pictures = []
+    for bench.now in (NOW, NOW + 1):
+        bench.send("CMD SNAPSHOT CAM1", peer=OFFICE)
+        (reply,) = bench.replies()
+        (picture,) = files_of(reply).values()
+        assert picture.startswith(b"\x89PNG\r\n\x1a\n") and "cid:snapshot" in text_of(reply, "html")
+        assert struct.unpack(">II", picture[16:24]) == (320, 240)
+        length = int.from_bytes(picture[33:37], "big")
+        assert picture[37:41] == b"IDAT" and len(zlib.decompress(picture[41 : 41 + length])) == 240 * (1 + 320 * 3)
+        pictures.append(picture)
+    assert pictures[0] != pictures[1]
+
+
+def test_reboot_replies_first_and_starts_the_uptime_anew(bench: Bench) -> None:
+    bench.now += 500
+    assert bench.value("uptime") == 500
+    assert bench.ask("CMD REBOOT") == "restarting now"
+    assert bench.value("uptime") == 0
+
+
+def test_log_holds_the_last_twenty(bench: Bench) -> None:
+    for number in range(25):
+        bench.ask(f"CMD SET threshold={number}")
+    lines = bench.ask("CMD LOG").splitlines()
+    assert len(lines) == 20 and "SET threshold=24" in lines[0] and f"{OPS} from {LAN}" in lines[0]
+
+
+def test_help_says_how_the_device_sees_the_sender(bench: Bench) -> None:
+    here, office = bench.ask("CMD HELP"), bench.ask("CMD HELP", peer=OFFICE)
+    assert OPS in here and LAN in here and "all commands" in here
+    assert "only read" in office and "read access" in office
+    assert all(f"CMD {verb}" in here for verb in emb.COMMANDS)
+
+
+@pytest.mark.parametrize("subject", ["", "hello", "CMD", "CMD DANCE", "Re: CMD ARM", "AW: CMD ARM", "STATUS"])
+def test_mail_without_a_command_is_accepted_and_does_nothing(bench: Bench, subject: str) -> None:
+    assert bench.send(subject).startswith("250")
+    assert bench.replies() == [] and bench.value("armed") == "off"
+
+
+def test_unreadable_mail_is_refused_for_good_and_changes_nothing(bench: Bench) -> None:
+    assert bench.deliver(b"Subject: CMD ARM\r\nSubject: hello\r\n\r\nx\r\n").startswith("550 5.5.2")
+    broken = b"Subject: CMD UPDATE fw\r\nContent-Type: application/x\r\nContent-Transfer-Encoding: base64\r\n\r\n!!!!\r\n"
+    assert bench.deliver(broken).startswith("550 5.6.0")
+    assert bench.replies() == [] and bench.value("armed") == "off"
+
+
+# Exactly once
+
+
+def test_mail_that_comes_again_is_not_carried_out_again(bench: Bench) -> None:
+    bench.ask("CMD RELAY 1 ON", message_id="<one@x>")
+    bench.ask("CMD RELAY 1 OFF")
+    bench.now += 6 * 86400
+    assert bench.send("CMD RELAY 1 ON", message_id="<one@x>").startswith("250")
+    assert bench.replies() == [] and bench.value("relay1") == "off"
+    bench.now += 2 * 86400
+    assert bench.ask("CMD RELAY 1 ON", message_id="<one@x>") == "relay1: off -> on"
+
+
+def test_same_message_id_with_other_content_is_another_command(bench: Bench) -> None:
+    bench.ask("CMD RELAY 1 ON", message_id="<one@x>")
+    assert bench.ask("CMD RELAY 2 ON", message_id="<one@x>") == "relay2: off -> on"
+
+
+def test_effect_journal_and_reply_are_one_transaction(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.outbox, "add", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error")))
+    with pytest.raises(SpoolError):
+        bench.send("CMD ARM", message_id="<one@x>")
+    monkeypatch.undo()
+    assert bench.value("armed") == "off" and bench.replies() == []
+    assert bench.ask("CMD ARM", message_id="<one@x>") == "armed: off -> on"
+
+
+def test_state_survives_a_restart(folder: Path) -> None:
+    first = Bench(folder, Policy(allow=networks(emb.PRIVATE)))
+    first.ask("CMD ARM", message_id="<one@x>")
+    first.outbox.close()
+    second = Bench(folder, Policy(allow=networks(emb.PRIVATE)))
+    assert second.value("armed") == "on"
+    assert second.send("CMD ARM", message_id="<one@x>").startswith("250") and second.replies() == []
+    second.outbox.close()
+
+
+def test_maildir_keeps_the_newest(bench: Bench, folder: Path) -> None:
+    for number in range(5):
+        bench.send(f"hello {number}")
+    bench.deliver(b"Subject: a\r\nSubject: b\r\n\r\n")
+    kept = sorted((folder / "mail" / "new").iterdir())
+    assert [re.search(r"hello \d", path.read_text()).group() for path in kept] == ["hello 2", "hello 3", "hello 4"]  # type: ignore[union-attr]
+
+
+# Policy: who x network x signature x command
+
+CONTROL = [verb for verb, rule in emb.COMMANDS.items() if rule.needs is Access.CONTROL]
+READ = [verb for verb, rule in emb.COMMANDS.items() if rule.needs is Access.READ]
+ARGUMENTS = {"SET": " relay1=on", "RELAY": " 1 ON", "RECORD": " ON", "GET": " name", "SNAPSHOT": " cam1", "READ": " fw", "UPDATE": " fw"}
+CELLS = [
+    (secret, peer, signature, kind, verdict)
+    for secret, peer, signature, control in [
+        (False, LAN, "none", "done"), (False, LAN, "wrong", "done"),
+        (False, OFFICE, "none", "refused"), (False, OFFICE, "wrong", "refused"),
+        (True, LAN, "none", "refused"), (True, LAN, "wrong", "refused"), (True, LAN, "late", "refused"),
+        (True, LAN, "used", "refused"), (True, LAN, "right", "done"),
+        (True, OFFICE, "none", "refused"), (True, OFFICE, "wrong", "refused"), (True, OFFICE, "right", "done"),
+    ]  # fmt: skip
+    for kind, verdict in (("control", control), ("read", "done"))
+]
+
+
+@pytest.mark.parametrize("who", ["operator", "stranger", "anybody"])
+@pytest.mark.parametrize("secret, peer, signature, kind, verdict", CELLS)
+def test_policy_cell(folder: Path, who: str, secret: bool, peer: str, signature: str, kind: str, verdict: str) -> None:
+    """`anybody`: no operators are named. `stranger`: some are, and the sender is none of them."""
+    policy = Policy(networks(emb.PRIVATE), networks("10.9.9.9"), () if who == "anybody" else (OPS,), SECRET if secret else b"")
+    bench = Bench(folder, policy)
+    sender = "evil@example.com" if who == "stranger" else OPS
+    for verb in CONTROL if kind == "control" else READ:
+        words = verb + ARGUMENTS.get(verb, "")
+        data = b"hello" if verb == "UPDATE" else None
+        expiry = int(NOW) + (-1 if signature == "late" else 60)
+        signer = Policy(secret=b"other" if signature == "wrong" else SECRET)
+        token = signer.sign(words, sender, expiry, hashlib.sha256(verb.encode()).digest()[:6], data)
+        subject = f"CMD {words}" + (f" ~{token}" if signature != "none" else "")
+        if signature == "used":
+            bench.send(subject, sender=sender, peer=peer, data=data)
+            bench.replies()
+        with bench.outbox.transaction() as db:
+            before = db.execute("SELECT count(*) FROM journal").fetchone()
+        said = bench.send(subject, sender=sender, peer=peer, data=data)
+        with bench.outbox.transaction() as db:
+            done = db.execute("SELECT count(*) FROM journal").fetchone() != before
+        if who == "stranger":
+            assert said.startswith("250") and not done, verb
+        else:
+            assert said.startswith("250" if verdict == "done" else "550 5.7.1"), verb
+            assert done is (verdict == "done"), verb
+        assert len(bench.replies()) == done
+    bench.outbox.close()
+
+
+def test_refused_signature_is_not_used_up(folder: Path) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE), secret=SECRET))
+    token = bench.device.policy.sign("ARM", OPS, int(NOW) + 60, b"123456")
+    assert bench.send(f"CMD DISARM ~{token}").startswith("550")
+    assert bench.send(f"CMD ARM ~{token}", sender="evil@x.y").startswith("550")
+    assert bench.send(f"CMD ARM ~{token}", sender=f"{OPS}, evil@x.y").startswith("550")
+    bench.now = 1_000_000.0
+    assert bench.send(f"CMD ARM ~{token}").startswith("550")
+    bench.now = NOW
+    assert bench.ask(f"CMD ARM ~{token}") == "armed: off -> on"
+    assert bench.send(f"CMD ARM ~{token}").startswith("550")
+    bench.outbox.close()
+
+
+# Replies
+
+
+def test_reply_hangs_in_the_thread_and_hides_the_token(folder: Path) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE), operators=("Ops@example.com",), secret=SECRET))
+    token = bench.device.policy.sign("ARM", OPS, int(NOW) + 60, b"123456")
+    bench.send(f"CMD ARM ~{token}", envelope="bounce@elsewhere", message_id="<one@x>", headers={"References": "<zero@x>"})
+    (reply,) = bench.replies()
+    assert reply["Subject"] == "Re: CMD ARM" and token not in reply.as_string()
+    assert reply["To"] == "Ops@example.com"
+    assert reply["In-Reply-To"] == "<one@x>" and reply["References"] == "<zero@x> <one@x>"
+    assert reply["Auto-Submitted"] == "auto-replied" and reply["From"] == "device@localhost"
+    bench.outbox.close()
+
+
+@pytest.mark.parametrize(
+    "envelope, headers",
+    [
+        ("", {}),
+        ("a@b.c", {"Auto-Submitted": "auto-generated"}),
+        ("a@b.c", {"Precedence": "list"}),
+        ("a@b.c", {"List-Unsubscribe": "<mailto:x@y>"}),
+        ("MAILER-DAEMON@b.c", {}),
+        ("Device@localhost", {}),
+        ("nobody", {}),
+    ],
+)
+def test_automatic_mail_is_carried_out_and_not_answered(bench: Bench, envelope: str, headers: dict[str, str]) -> None:
+    assert bench.send("CMD ARM", envelope=envelope, headers=headers).startswith("250")
+    assert bench.replies() == [] and bench.value("armed") == "on"
+
+
+def test_address_gets_a_hundred_replies_an_hour(bench: Bench) -> None:
+    for _ in range(103):
+        bench.send("CMD GET name")
+    assert len(bench.replies()) == 100
+    bench.send("CMD GET name", envelope="other@example.com")
+    bench.now += 3601
+    bench.send("CMD GET name")
+    assert [reply["To"] for reply in bench.replies()] == ["other@example.com", OPS]
+
+
+def links(page: str) -> list[str]:
+    return [urllib.parse.unquote(link.partition("subject=")[2]) for link in re.findall(r'href="(mailto:[^"]+)"', page)]
+
+
+def test_buttons_are_signed_for_the_operator_alone_and_work_once(folder: Path) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE), networks("10.9.9.9"), (OPS,), SECRET), report_to=(OPS, "boss@example.com"))
+    bench.send("CMD STATUS", peer=OFFICE)
+    (reply,) = bench.replies()
+    subjects = links(text_of(reply, "html"))
+    assert len(subjects) == 11 and all(re.search(r" ~[a-z2-7]{32}$", subject) for subject in subjects)
+    arm = next(subject for subject in subjects if "CMD ARM" in subject)
+    bench.now += 86000
+    assert bench.ask(arm, peer=OFFICE) == "armed: off -> on"
+    assert bench.send(arm, peer=OFFICE).startswith("550")
+    late = next(subject for subject in subjects if "CMD DISARM" in subject)
+    bench.now += 1000
+    assert bench.send(late, peer=OFFICE).startswith("550")
+    bench.device.report_every = 60
+    bench.device.idle()
+    mine, other = bench.replies()
+    assert "~" in links(text_of(mine, "html"))[0] and "~" not in other.as_string().replace("~}", "")
+    bench.outbox.close()
+
+
+def test_buttons_without_a_secret_fit_what_the_sender_may_do(bench: Bench) -> None:
+    bench.send("CMD STATUS")
+    bench.send("CMD STATUS", peer=OFFICE)
+    full, reading = [links(text_of(reply, "html")) for reply in bench.replies()]
+    assert "CMD ARM" in full and "CMD RELAY 1 ON" in full
+    assert reading == ["CMD STATUS", *(f"CMD SNAPSHOT {camera}" for camera in emb.CAMERAS)]
+
+
+def test_report_comes_every_so_often_to_everyone_on_the_list(folder: Path) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE)), report_to=(OPS, "boss@example.com"))
+    bench.device.idle()
+    bench.ask("CMD SET report_every=60")
+    for _ in range(150):
+        bench.now += 1
+        bench.device.idle()
+    reports = bench.replies()
+    assert [report["To"] for report in reports] == [OPS, "boss@example.com"] * 2
+    assert reports[0]["Auto-Submitted"] == "auto-generated" and "status.json" in files_of(reports[0])
+    bench.ask("CMD SET report_every=0")
+    bench.now += 1000
+    bench.device.idle()
+    assert bench.replies() == []
+    bench.outbox.close()

@@ -1,0 +1,388 @@
+"""The whole program as a process on a free port: sockets, deadlines, TLS, the flags."""
+
+from __future__ import annotations
+
+import contextlib
+import mailbox
+import os
+import queue
+import re
+import shutil
+import signal
+import smtplib
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from email.message import EmailMessage
+from email.policy import SMTP
+from pathlib import Path
+
+import pytest
+
+PROGRAM = str(Path(__file__).parent.parent / "embedded_smtpd.py")
+PATIENCE = 20.0  # seconds: how long a condition may take on a busy machine
+
+
+class Program:
+    """embedded_smtpd.py as a process."""
+
+    def __init__(self, folder: Path, *flags: str, wait: bool = True, **variables: str):
+        self.folder = folder
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("DEVICE_", "SMTP_", "ALERT_"))}
+        self.process = subprocess.Popen([sys.executable, PROGRAM, *flags], cwd=folder, env=environment | variables, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        self.log: queue.Queue[str] = queue.Queue()
+        self.out: queue.Queue[str] = queue.Queue()
+        for stream, lines in ((self.process.stderr, self.log), (self.process.stdout, self.out)):
+            threading.Thread(target=lambda stream=stream, lines=lines: [lines.put(line) for line in stream], daemon=True).start()
+        if wait:
+            self.port = int(self.logged(r"listening on \S+:(\d+)")[1])
+
+    def logged(self, pattern: str) -> re.Match[str]:
+        return self.seen(self.log, pattern)
+
+    def seen(self, lines: queue.Queue[str], pattern: str) -> re.Match[str]:
+        ends = time.monotonic() + PATIENCE
+        while True:
+            line = lines.get(timeout=max(0.01, ends - time.monotonic()))
+            if found := re.search(pattern, line):
+                return found
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+
+    def smtp(self) -> smtplib.SMTP:
+        return smtplib.SMTP("127.0.0.1", self.port, local_hostname="test", timeout=PATIENCE)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(PATIENCE)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream is not None
+            with contextlib.suppress(OSError, ValueError):
+                stream.close()
+        return code
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    running: list[Program] = []
+
+    def starter(*flags: str, **variables: str) -> Program:
+        program = Program(tmp_path, *flags, **variables)
+        running.append(program)
+        return program
+
+    yield starter
+    for program in running:
+        program.stop()
+
+
+def debug(start: Callable[..., Program], *flags: str, **variables: str) -> Program:
+    return start("--debug", "--port", "0", *flags, **variables)
+
+
+def mail(subject: str = "hello", text: str = "hello\n") -> EmailMessage:
+    message = EmailMessage(policy=SMTP)
+    message["From"], message["To"], message["Subject"], message["Message-ID"] = "a@b.c", "d@e.f", subject, f"<{time.time_ns()}@x>"
+    message.set_content(text)
+    return message
+
+
+def talk(sock: socket.socket, *lines: bytes) -> list[bytes]:
+    """Say each line when the answer to the one before is there; all answers, the greeting first."""
+    with sock.makefile("rb") as answers:
+        said = [answers.readline()]
+        for line in lines:
+            sock.sendall(line)
+            answer = answers.readline()
+            while answer[3:4] == b"-":
+                answer = answers.readline()
+            said.append(answer)
+        return said
+
+
+OPEN = (b"EHLO x\r\n", b"MAIL FROM:<a@b.c>\r\n", b"RCPT TO:<d@e.f>\r\n", b"DATA\r\n")
+
+
+def test_debug_receiver_shows_and_keeps_each_mail(start: Callable[..., Program], tmp_path: Path) -> None:
+    program = debug(start, "--maildir", "kept")
+    message = mail("سلام 中文", "line one\n\x1b[31mred\n")
+    message.add_attachment(b"\x89PNG...", maintype="image", subtype="png", filename="x.png")
+    with program.smtp() as smtp:
+        smtp.login("anybody", "anything")
+        smtp.send_message(message, "a@b.c", ["d@e.f", "g@h.i"])
+    assert program.seen(program.out, r"mail 1 from <a@b.c> to <d@e.f>, <g@h.i>")
+    assert program.seen(program.out, "Subject: سلام 中文")
+    assert program.seen(program.out, r"^\\x1b\[31mred")
+    assert program.seen(program.out, r"\[image/png x.png 7 bytes\]")
+    (kept,) = mailbox.Maildir(tmp_path / "kept", create=False)
+    assert kept["Return-Path"] == "<a@b.c>" and kept.get_all("Delivered-To") == ["d@e.f", "g@h.i"]
+    assert [part.get_payload(decode=True) for part in kept.walk() if part.get_filename()] == [b"\x89PNG..."]
+    assert program.stop() == 0
+
+
+def test_quiet_receiver_prints_counts(start: Callable[..., Program]) -> None:
+    program = debug(start, "--quiet")
+    for _ in range(3):
+        with program.smtp() as smtp:
+            smtp.send_message(mail())
+            smtp.send_message(mail())
+    assert program.process.poll() is None
+    program.process.send_signal(signal.SIGTERM)
+    assert program.seen(program.out, "6 mails")
+
+
+def test_listens_on_every_address_of_a_name_and_on_both_families(start: Callable[..., Program]) -> None:
+    program = debug(start, "--host", "::")
+    for host in ("127.0.0.1", "::1") if socket.has_ipv6 else ("127.0.0.1",):
+        with smtplib.SMTP(host, program.port, timeout=PATIENCE) as smtp:
+            assert smtp.noop()[0] == 250
+
+
+def test_port_that_is_taken_is_an_error_and_not_a_traceback(start: Callable[..., Program], tmp_path: Path) -> None:
+    taken = debug(start).port
+    second = Program(tmp_path, "--debug", "--port", str(taken), wait=False)
+    assert second.process.wait(PATIENCE) == 69
+    assert "cannot listen on localhost port" in second.logged("cannot.*").string
+    second.stop()
+
+
+@pytest.mark.parametrize(
+    "variables, names",
+    [
+        ({"DEVICE_PORT": "x"}, "DEVICE_PORT"),
+        ({"DEVICE_ALLOW": "10.0.0.0/99"}, "DEVICE_ALLOW"),
+        ({"DEVICE_OPERATORS": "nobody"}, "DEVICE_OPERATORS"),
+        ({"DEVICE_USER": "ops"}, "DEVICE_PASS"),
+        ({"DEVICE_TLS_CERT": "/nowhere"}, "DEVICE_TLS_CERT"),
+        ({"DEVICE_MAX_MAIL": "many"}, "DEVICE_MAX_MAIL"),
+        ({"DEVICE_TIMEOUT": "soon"}, "DEVICE_TIMEOUT"),
+    ],
+)
+def test_wrong_setting_stops_the_start_and_names_the_variable(
+    tmp_path: Path, variables: dict[str, str], names: str
+) -> None:
+    program = Program(tmp_path, wait=False, **variables)
+    assert program.process.wait(PATIENCE) == 78
+    assert program.logged(names)
+    program.stop()
+
+
+def test_input_before_the_greeting_is_out_of_turn(start: Callable[..., Program]) -> None:
+    program = debug(start)
+    with program.connect() as first, program.connect() as second:
+        second.sendall(b"EHLO early\r\n")
+        assert talk(first, b"QUIT\r\n")[1].startswith(b"221")
+        with second.makefile("rb") as answers:
+            assert answers.read().startswith(b"554 5.5.0")
+
+
+@pytest.mark.parametrize("ending", ["reset", "close", "half-close in the mail"])
+def test_peer_that_vanishes_in_a_mail_delivers_nothing_and_the_next_is_served(
+    start: Callable[..., Program], tmp_path: Path, ending: str
+) -> None:
+    program = debug(start, "--maildir", "kept")
+    sock = program.connect()
+    assert talk(sock, *OPEN)[-1].startswith(b"354")
+    sock.sendall(b"Subject: x\r\n\r\nhalf a mail\r\n.")
+    if ending == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    elif ending == "half-close in the mail":
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(100) == b""
+    sock.close()
+    with program.smtp() as smtp:
+        smtp.send_message(mail())
+    assert len(list((tmp_path / "kept" / "new").iterdir())) == 1
+
+
+def test_half_closed_peer_still_gets_its_answer(start: Callable[..., Program]) -> None:
+    with debug(start).connect() as sock:
+        assert talk(sock, *OPEN)[-1].startswith(b"354")
+        sock.sendall(b"x\r\n.\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(100).startswith(b"250 2.6.0")
+
+
+def test_answer_reaches_a_peer_that_goes_on_talking(start: Callable[..., Program]) -> None:
+    with debug(start).connect() as sock:
+        talk(sock)
+        with contextlib.suppress(ConnectionError, BrokenPipeError):
+            for _ in range(50):
+                sock.sendall(b"x" * 65536)
+        with sock.makefile("rb") as answers:
+            assert answers.readline().startswith(b"421 4.7.0")
+
+
+def test_silent_and_dripping_peers_are_cut_off_by_the_clock(start: Callable[..., Program]) -> None:
+    program = debug(start, DEVICE_TIMEOUT="1")
+    for drip in (b"", b"x"):
+        with program.connect() as sock:
+            talk(sock)
+            sock.settimeout(0.2)
+            began, answer = time.monotonic(), b""
+            while not answer and time.monotonic() - began < PATIENCE:
+                with contextlib.suppress(TimeoutError):
+                    sock.sendall(drip)
+                    answer = sock.recv(100)
+            assert answer.startswith(b"421 4.4.2") and time.monotonic() - began < 5
+
+
+def test_peer_that_takes_no_answers_does_not_hold_the_device(start: Callable[..., Program]) -> None:
+    program = debug(start, DEVICE_TIMEOUT="1")
+    with program.connect() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        talk(deaf)
+        with program.smtp() as smtp:
+            assert smtp.noop()[0] == 250
+
+
+def test_stop_signal_ends_a_session_and_the_program(start: Callable[..., Program]) -> None:
+    program = debug(start)
+    with program.connect() as sock:
+        talk(sock, b"EHLO x\r\n")
+        began = time.monotonic()
+        assert program.stop() == 0
+        assert time.monotonic() - began < 5
+        assert sock.recv(100).startswith(b"421 4.3.2")
+
+
+def test_flood_of_connections_leaves_nothing_behind(start: Callable[..., Program]) -> None:
+    program = debug(start)
+    for _ in range(30):
+        with program.connect() as sock:
+            assert talk(sock)[0].startswith(b"220")
+    with program.smtp() as smtp:
+        assert smtp.noop()[0] == 250
+    assert len(os.listdir(f"/proc/{program.process.pid}/fd")) < 20 if Path("/proc").exists() else True
+
+
+def test_stdio_speaks_the_protocol(tmp_path: Path) -> None:
+    program = Program(tmp_path, "--debug", "--stdio", "--trace", wait=False)
+    assert program.process.stdin is not None
+    assert program.seen(program.out, "^220")
+    for line, answer in ((b"EHLO x", "250 HELP"), (b"AUTH LOGIN dXNlcg==", "334"), (b"c2VjcmV0", "235"), (b"QUIT", "221")):
+        program.process.stdin.write(line.decode() + "\r\n")
+        program.process.stdin.flush()
+        assert program.seen(program.out, answer)
+    assert program.process.wait(PATIENCE) == 0
+    traced = [program.log.get() for _ in range(program.log.qsize())]
+    assert any("(user)" in line for line in traced) and not any("c2VjcmV0" in line for line in traced)
+    program.stop()
+
+
+# TLS
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is missing")
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=DNS:localhost", "-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")],
+                   check=True, capture_output=True)  # fmt: skip
+    return folder
+
+
+def secured(start: Callable[..., Program], certificate: Path) -> Program:
+    return debug(start, DEVICE_TLS_CERT=str(certificate / "cert.pem"), DEVICE_TLS_KEY=str(certificate / "key.pem"))
+
+
+def test_mail_comes_through_tls(start: Callable[..., Program], certificate: Path) -> None:
+    program = secured(start, certificate)
+    with smtplib.SMTP("localhost", program.port, timeout=PATIENCE) as smtp:
+        smtp.starttls(context=ssl.create_default_context(cafile=str(certificate / "cert.pem")))
+        smtp.login("a", "b")
+        smtp.send_message(mail(text="x" * 70 + "\n" + "long line\n" * 20_000))
+    assert program.seen(program.out, "mail 1 from")
+
+
+@pytest.mark.parametrize("hello", [b"garbage garbage garbage\r\n", b""])
+def test_handshake_that_fails_costs_the_peer_alone(start: Callable[..., Program], certificate: Path, hello: bytes) -> None:
+    program = secured(start, certificate)
+    with program.connect() as sock:
+        assert talk(sock, b"EHLO x\r\n", b"STARTTLS\r\n")[-1].startswith(b"220")
+        sock.sendall(hello)
+        if not hello:
+            sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while sock.recv(1000):
+                pass
+    with program.smtp() as smtp:
+        assert smtp.noop()[0] == 250
+
+
+# The device
+
+def test_device_answers_a_command_by_mail(start: Callable[..., Program], tmp_path: Path) -> None:
+    receiver = debug(start)
+    variables = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(receiver.port), "DEVICE_STATE": str(tmp_path / "state")}
+    program = start("--port", "0", **variables)
+    with program.smtp() as smtp:
+        smtp.sendmail("ops@example.com", "device@localhost", mail("CMD SET relay1=on").as_bytes())
+        with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
+            smtp.sendmail("ops@example.com", "other@localhost", b"x")
+        assert refused.value.recipients["other@localhost"][0] == 550
+    assert receiver.seen(receiver.out, "from <> to <ops@example.com>")
+    assert receiver.seen(receiver.out, "relay1: off -> on")
+    assert program.stop() == 0
+    assert len(list((tmp_path / "state" / "mail" / "new").iterdir())) == 1
+
+
+def test_reply_that_cannot_be_sent_is_kept_over_a_restart(start: Callable[..., Program], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    variables = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(port), "DEVICE_STATE": str(tmp_path / "state")}
+    program = start("--port", "0", **variables)
+    with program.smtp() as smtp:
+        smtp.sendmail("ops@example.com", "device@localhost", mail("CMD ARM").as_bytes())
+    program.process.kill()
+    program.process.wait(PATIENCE)
+    receiver = debug(start)
+    start("--port", "0", **variables | {"SMTP_PORT": str(receiver.port)})
+    assert receiver.seen(receiver.out, "armed: off -> on")
+
+
+def test_second_device_on_the_same_state_is_sent_away(start: Callable[..., Program], tmp_path: Path) -> None:
+    start("--port", "0", DEVICE_STATE="state")
+    second = Program(tmp_path, "--port", "0", wait=False, DEVICE_STATE="state")
+    assert second.process.wait(PATIENCE) == 75
+    second.stop()
+
+
+def test_signed_subject_of_the_command_line_controls_the_device(start: Callable[..., Program], tmp_path: Path) -> None:
+    (tmp_path / "fw.bin").write_bytes(b"hello")
+    flags = ("--sign", "UPDATE fw", "--operator", "ops@example.com", "--file", "fw.bin")
+    signer = Program(tmp_path, *flags, wait=False, DEVICE_SECRET="correct horse")
+    subject = signer.seen(signer.out, "CMD UPDATE fw ~[a-z2-7]{32}$")[0]
+    assert signer.process.wait(PATIENCE) == 0
+    signer.stop()
+    program = start("--port", "0", DEVICE_SECRET="correct horse")
+    message = mail(subject)
+    message.replace_header("From", "ops@example.com")
+    message.add_attachment(b"hello", maintype="application", subtype="octet-stream", filename="fw.bin")
+    with program.smtp() as smtp:
+        assert not smtp.sendmail("ops@example.com", "device@localhost", message.as_bytes())
+        with pytest.raises(smtplib.SMTPDataError, match="5.7.1"):
+            smtp.sendmail("ops@example.com", "device@localhost", mail("CMD ARM").as_bytes())
+    assert program.logged("UPDATE fw of ops@example.com")
+
+
+def test_sign_without_a_secret_says_what_is_missing(tmp_path: Path) -> None:
+    signer = Program(tmp_path, "--sign", "ARM", "--operator", "a@b.c", wait=False)
+    assert signer.logged("DEVICE_SECRET: missing")
+    assert signer.process.wait(PATIENCE) == 78
+    signer.stop()
+
+
+def test_network_that_is_not_allowed_gets_554(start: Callable[..., Program]) -> None:
+    program = debug(start, DEVICE_ALLOW="10.0.0.0/8")
+    with program.connect() as sock, sock.makefile("rb") as answers:
+        assert answers.read().startswith(b"554 5.7.1")
