@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import contextlib
 import csv
 import datetime as dt
@@ -45,7 +44,7 @@ import threading
 import time
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,7 @@ UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
 STOP_S = 4.0
 META_MAX = 32
 NESTING_MAX = 16
+VALUES_MAX = 100_000  # in one line of JSON, so that it does not become a huge tree
 DIGEST_MAX = 10_000  # alerts in one digest
 DIGEST_ROWS, DIGEST_PICTURES = 50, 4
 CAMERAS_MAX = 10_000  # cameras whose silence is watched
@@ -308,28 +308,10 @@ class Ping:
     trusted: bool
 
 
-EVENT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
-EVENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
-WEB_LINK = re.compile(r"https?://[^\s<>\"'\\\x00-\x20\x7f-\x9f]{1,2000}", re.IGNORECASE)
-BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-PICTURE_TYPES = (
-    (re.compile(rb"\xff\xd8\xff"), "image/jpeg", ".jpg"),
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png", ".png"),
-    (re.compile(rb"GIF8[79]a"), "image/gif", ".gif"),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp", ".webp"),
-    (re.compile(rb"BM"), "image/bmp", ".bmp"),
-)
-CUT_FROM_BYTES = 2048  # a picture longer than this is cut out of the line before json reads it
-CUT_MARK = secrets.token_hex(16)  # stands in its place; not to be guessed
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-_decode = json.JSONDecoder(parse_constant=_reject_constant).decode
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+EVENT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+EVENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+WEB_LINK = re.compile(r"https?://[^\s<>\"\\]{1,4000}", re.IGNORECASE)
+INVISIBLE = " \xa0\u200b\u200c\u200d\u2060\u3000"  # part of many names, but not the whole of one
 
 
 def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Ping:
@@ -338,124 +320,149 @@ def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Pin
     `token` is the SHA-256 of the relay's secret, or b"" where there is none.
     """
     fields, picture = read_json(line)
-    trusted = not token or _is_token(fields.get("token"), token)
-    if fields.get("event") is not None:
-        _must(trusted)
+    event, heartbeat, given = fields.get("event"), fields.get("heartbeat"), fields.get("token")
+    trusted = not token or (given is not None and _is_token(given, token))
+    if not trusted and any(value is not None for value in (event, heartbeat, given)):  # a ping, too, may hold a guess
+        raise Refusal("unauthorized", "token is missing or wrong", closes=True)
+    if event is not None:
         return _event(fields, picture, now)
-    if fields.get("heartbeat") is not None:
-        _must(trusted)
-        return Heartbeat(camera_name(fields["heartbeat"], "heartbeat"))
+    if heartbeat is not None:
+        return Heartbeat(camera_name(heartbeat, "heartbeat"))
     if fields.get("ping") is not None:
         return Ping(trusted)
     raise Refusal("bad_event", "the line has neither event, heartbeat nor ping")
 
 
-def _must(trusted: bool) -> None:
-    if not trusted:
-        raise Refusal("unauthorized", "token is missing or wrong", closes=True)
-
-
 def _is_token(given: object, token: bytes) -> bool:
-    if not isinstance(given, str):
-        return False
-    return hmac.compare_digest(hashlib.sha256(given.encode("utf-8", "replace")).digest(), token)
+    guess = given.encode("utf-8", "replace") if isinstance(given, str) else b""
+    return hmac.compare_digest(hashlib.sha256(guess).digest(), token)
+
+
+# JSON that cannot hurt: bounded in depth, in values and in digits, without NaN, and with the picture kept out of it.
+
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+CUT_FROM_BYTES = 2048  # a picture longer than this is cut out of the line before json reads it
+CUT_MARK = secrets.token_hex(16)  # stands in its place; not to be guessed
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError("a number has too many digits")
+    return int(digits)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_decode = json.JSONDecoder(parse_int=_integer, parse_constant=_no_constant).decode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def read_json(line: bytes) -> tuple[dict[str, Any], object]:
-    """The object on the line, and its `image_b64`. Raises Refusal (bad_json).
+    """The object on the line, and its `image_b64`: bytes of its alphabet, or what stood there. Raises Refusal.
 
     A large picture never passes through json: it is cut out where it stands unescaped at the top level.
     """
-    picture = None
-    short = line
-    if len(line) > CUT_FROM_BYTES:
-        short, picture = _cut_picture(line)
+    short, picture = _cut_picture(line) if len(line) > CUT_FROM_BYTES else (line, None)
     try:
-        if short.count(b"[") + short.count(b"{") > NESTING_MAX and _nesting(short) > NESTING_MAX:
-            raise ValueError(f"nested deeper than {NESTING_MAX}")
+        _check_size(short)
         fields = _decode(short.decode("utf-8"))
+        if picture is not None and (type(fields) is not dict or fields.get("image_b64") != CUT_MARK):
+            picture = None  # what was cut stood in a nested object, or a second one followed
+            fields = _decode(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Refusal("bad_json", f"the line is not JSON: {error}") from None
     if type(fields) is not dict:
         raise Refusal("bad_json", "the line is JSON, but not an object; write {…}")
-    if picture is None:
-        return fields, fields.get("image_b64")
-    if fields.get("image_b64") != CUT_MARK:  # it stood in a nested object, or twice
-        fields = _decode(line.decode("utf-8"))
-        return fields, fields.get("image_b64")
-    return fields, picture
+    return fields, fields.get("image_b64") if picture is None else picture
 
 
 def _cut_picture(line: bytes) -> tuple[bytes, bytes | None]:
     key = re.search(rb'"image_b64"\s*:\s*"', line)
-    if not key:
-        return line, None
-    end = line.find(b'"', key.end())
-    picture = line[key.end() : end]
-    if end < 0 or len(picture) < CUT_FROM_BYTES or b"\\" in picture or not picture.isascii():
-        return line, None
-    return b"%b%b%b" % (line[: key.end()], CUT_MARK.encode(), line[end:]), picture
+    if key:
+        end = line.find(b'"', key.end())
+        picture = line[key.end() : end]
+        if len(picture) > CUT_FROM_BYTES and end > 0 and _has_alphabet(picture):
+            return b"%b%b%b" % (line[: key.end()], CUT_MARK.encode(), line[end:]), picture
+    return line, None
 
 
-def _nesting(line: bytes) -> int:
-    depth = deepest = 0
-    for char in _STRINGS.sub(b"", line):
-        if char in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif char in b"]}":
-            depth -= 1
-    return deepest
+def _has_alphabet(text: bytes) -> bool:
+    return not text.rstrip(b"=").translate(None, BASE64_ALPHABET)
+
+
+def _check_size(line: bytes) -> None:
+    """Refuse what json would make a deep recursion or a huge tree of. Raises ValueError."""
+    if line.count(b"[") + line.count(b"{") <= NESTING_MAX and line.count(b",") <= VALUES_MAX:
+        return
+    bare = _STRINGS.sub(b"", line)
+    if bare.count(b",") > VALUES_MAX:
+        raise ValueError(f"more than {VALUES_MAX} values")
+    nested = bare.translate(_BRACKETS, _NO_BRACKETS)
+    for _ in range(NESTING_MAX):
+        nested = nested.replace(b"[]", b"")
+    if nested:
+        raise ValueError(f"nested deeper than {NESTING_MAX}, or a bracket is missing")
+
+
+# The fields. Each check returns the value as it is kept.
+
+
+def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
+    content = {key: check(value) for key, check in FIELDS.items() if (value := fields.get(key)) is not None}
+    if "camera" not in content:
+        raise Refusal("bad_event", "camera is missing")
+    name, camera, wished = content["event"], content["camera"], content.pop("id", None)
+    base64_text = None
+    if picture is not None:
+        try:
+            base64_text, suffix = check_picture(picture)
+            content["image"] = picture_name(fields.get("image_filename"), suffix)
+        except ValueError as error:
+            base64_text, content["dropped"] = None, str(error)
+    payload = _encode(content).encode("utf-8")
+    item = NewItem(wished or secrets.token_hex(12), f"{name} {camera}", payload, base64_text, now, fresh=wished is None)
+    return Event(item, camera, name, f"image dropped: {content['dropped']}" if "dropped" in content else "")
 
 
 def camera_name(value: object, name: str = "camera") -> str:
     """A camera's name, checked. Raises Refusal."""
-    if type(value) is not str or not 1 <= len(value) <= 128 or not value.strip():
+    if type(value) is not str or len(value) > 128 or not value.strip(INVISIBLE):
         raise Refusal("bad_event", f"{name} must be a name of 1 to 128 characters")
     if smtp.UNPRINTABLE.search(value):
         raise Refusal("bad_event", f"{name} must not hold control, line-break or direction characters")
     return value
 
 
-def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
-    name = fields["event"]
-    if type(name) is not str or not EVENT_NAME.fullmatch(name):
+def _name(value: object) -> str:
+    if type(value) is not str or not EVENT_NAME.fullmatch(value):
         raise Refusal("bad_event", "event must be 1 to 64 characters of A-Z a-z 0-9 _ . -")
-    camera = camera_name(fields.get("camera"))
-    content: dict[str, Any] = {"event": name, "camera": camera}
-    for key, check in OPTIONAL_FIELDS:
-        if (value := fields.get(key)) is not None:
-            content[key] = check(value)
-    wished = fields.get("id")
-    if wished is not None and (type(wished) is not str or not EVENT_ID.fullmatch(wished)):
+    return value
+
+
+def _id(value: object) -> str:
+    if type(value) is not str or not EVENT_ID.fullmatch(value):
         raise Refusal("bad_event", "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -")
-    base64_text, warning = None, ""
-    if picture is not None:
-        base64_text, warning = check_picture(picture, fields.get("image_filename"))
-        if base64_text is not None:
-            content["image"] = picture_name(fields.get("image_filename"), base64_text)
-        else:
-            content["dropped"] = warning
-    payload = _encode(content).encode("utf-8")
-    identity = wished or secrets.token_hex(12)
-    item = NewItem(identity, f"{name} {camera}", payload, base64_text, now, fresh=wished is None)
-    return Event(item, camera, name, f"image dropped: {warning}" if warning else "")
+    return value
 
 
 def _timestamp(value: object) -> str:
     try:
-        event_time(value if type(value) is str else "")
+        return event_time(value if type(value) is str else "").isoformat()
     except (ValueError, OverflowError, OSError):
         raise Refusal("bad_event", "timestamp must be ISO 8601, like 2026-05-01T22:15:00Z") from None
-    return str(value)
 
 
 def event_time(text: str) -> dt.datetime:
-    """ISO 8601 -> an aware time; without an offset it is UTC. Raises ValueError and OverflowError."""
+    """ISO 8601 -> an aware time in UTC; without an offset it is UTC. Raises ValueError, OverflowError and OSError."""
     when = dt.datetime.fromisoformat(text.strip())
-    when = when if when.tzinfo else when.replace(tzinfo=dt.UTC)
-    when.astimezone()  # must be presentable in local time
-    return when.astimezone(dt.UTC)
+    when = when.astimezone(dt.UTC) if when.tzinfo else when.replace(tzinfo=dt.UTC)
+    when.astimezone()  # it must have a local time, too
+    return when
 
 
 def _link(value: object) -> str:
@@ -467,56 +474,67 @@ def _link(value: object) -> str:
 def _meta(value: object) -> dict[str, str | int | float | bool]:
     if type(value) is not dict or len(value) > META_MAX:
         raise Refusal("bad_event", f"meta must be an object of at most {META_MAX} values")
-    for key, entry in value.items():
-        plain = type(entry) in (str, int, bool) or (type(entry) is float and math.isfinite(entry))
-        if not plain:
+    kept = {key: entry for key, entry in value.items() if entry is not None}
+    for key, entry in kept.items():
+        if type(entry) not in (str, int, float, bool) or (type(entry) is float and not math.isfinite(entry)):
             raise Refusal("bad_event", f"meta {key!r} must be a string, a number, true or false")
-        with contextlib.suppress(UnicodeEncodeError):
-            f"{key}{entry}".encode()
-            continue
-        raise Refusal("bad_event", "meta holds half a surrogate pair, which is no character")
-    return value
+        if re.search("[\ud800-\udfff]", f"{key}{entry}"):
+            raise Refusal("bad_event", "meta holds half a surrogate pair, which is no character")
+    return kept
 
 
-OPTIONAL_FIELDS = (("timestamp", _timestamp), ("image_url", _link), ("meta", _meta))
+FIELDS: Mapping[str, Callable[[object], Any]] = {
+    "event": _name,
+    "camera": camera_name,
+    "timestamp": _timestamp,
+    "image_url": _link,
+    "meta": _meta,
+    "id": _id,
+}
+
+PICTURE_TYPES = (
+    (re.compile(rb"\xff\xd8\xff"), "image/jpeg", ".jpg"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png", ".png"),
+    (re.compile(rb"GIF8[79]a"), "image/gif", ".gif"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp", ".webp"),
+    (re.compile(rb"BM"), "image/bmp", ".bmp"),
+)
 
 
-def check_picture(picture: object, name: object) -> tuple[bytes | None, str]:
-    """Strict, canonical Base64 of a picture as it came, or None and why not. The picture is not decoded whole."""
-    if not isinstance(picture, str | bytes) or not isinstance(name, str | None):
-        return None, "image_b64 and image_filename must be strings"
-    try:
-        text = picture.encode("ascii") if isinstance(picture, str) else picture
-    except UnicodeEncodeError:
-        return None, "not valid Base64"
-    if len(text) > (PICTURE_MAX_BYTES + 2) // 3 * 4:
-        return None, f"larger than {PICTURE_MAX_BYTES >> 20} MiB"
+def check_picture(picture: object) -> tuple[bytes, str]:
+    """The strict, canonical Base64 of a picture as it came, not decoded whole, and its suffix. Raises ValueError."""
+    if not isinstance(picture, str | bytes):
+        raise ValueError("image_b64 must be a string")
+    text = picture.encode("ascii", "replace") if isinstance(picture, str) else picture
     body = text.rstrip(b"=")
-    tail = body[len(body) & ~3 :]
-    if len(text) % 4 or len(text) - len(body) > 2 or body.translate(None, BASE64_ALPHABET):
-        return None, "not valid Base64"
-    with contextlib.suppress(binascii.Error):
-        padded = tail + b"=" * (-len(tail) % 4)
-        if base64.b64encode(base64.b64decode(padded)) == padded:
-            return (text, "") if picture_type(text) else (None, "not a JPEG, PNG, GIF, WebP or BMP picture")
-    return None, "not valid Base64"
+    padding, tail = len(text) - len(body), body[len(body) & ~3 :]
+    padded = tail + b"=" * padding
+    if len(text) % 4 or padding > 2 or (isinstance(picture, str) and not _has_alphabet(text)):
+        raise ValueError("not valid Base64")
+    if base64.b64encode(base64.b64decode(padded)) != padded:  # bits that are cut off must be 0, RFC 4648 3.5
+        raise ValueError("not valid Base64")
+    if len(text) // 4 * 3 - padding > PICTURE_MAX_BYTES:
+        raise ValueError(f"larger than {PICTURE_MAX_BYTES >> 20} MiB")
+    return text, picture_type(text)[1]
 
 
-def picture_type(text: bytes) -> tuple[str, str] | None:
-    """Content type and file suffix by the first bytes of a picture in Base64."""
+def picture_type(text: bytes) -> tuple[str, str]:
+    """Content type and file suffix by the first bytes of a picture in Base64. Raises ValueError."""
     start = base64.b64decode(text[:64])
-    return next(((kind, suffix) for magic, kind, suffix in PICTURE_TYPES if magic.match(start)), None)
+    for magic, kind, suffix in PICTURE_TYPES:
+        if magic.match(start):
+            return kind, suffix
+    raise ValueError("not a JPEG, PNG, GIF, WebP or BMP picture")
 
 
-def picture_name(name: object, text: bytes) -> str:
-    """The last path component of the wished name, cleaned; the right suffix where it has none of a picture."""
-    last = re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
+def picture_name(name: object, suffix: str) -> str:
+    """The last path component of the wished name, cleaned; with `suffix` where it has none of a picture."""
+    if not isinstance(name, str | None):
+        raise ValueError("image_filename must be a string")
+    last = re.split(r"[/\\]", name or "")[-1]
     clean = re.sub(r'[<>:"|?*\s]+', "_", smtp.UNPRINTABLE.sub("", last)).strip("._ -")[:100]
-    suffix = (picture_type(text) or ("", ".jpg"))[1]
-    if not clean:
-        return f"picture{suffix}"
-    known = {".jpg", ".jpeg", *(entry[2] for entry in PICTURE_TYPES)}
-    return clean if Path(clean).suffix.lower() in known else f"{clean}{suffix}"
+    known = re.search(r"\.(jpe?g|png|gif|webp|bmp)$", clean, re.IGNORECASE)
+    return clean if known else f"{clean or 'picture'}{suffix}"
 
 
 def answer(receipt: smtp.Receipt, event: Event) -> bytes:
@@ -884,7 +902,7 @@ class Relay:
 # Pure: what waits, what was sent, the configuration and the time in; the mails that are due out. No plan is
 # stored, so a changed recipient, route or quiet hour counts for what waits, too.
 
-SUMMARY = "DAILY_SUMMARY"  # the event name of the relay's own daily mail
+SUMMARY = "daily:summary"  # the event name of the relay's own daily mail; no client can send a colon
 
 
 def split_lane(lane: str) -> tuple[str, str]:
@@ -1251,7 +1269,7 @@ class Renderer:
         }
 
     def _picture(self, shown: Shown, picture: bytes, number: int) -> smtp.Attachment:
-        kind = (picture_type(picture) or ("application/octet-stream", ""))[0]
+        kind, _ = picture_type(picture)
         cid = f"picture{number}@{self._domain}"
         return smtp.Attachment(shown.content["image"], kind, base64=picture, cid=cid)
 
@@ -1419,7 +1437,7 @@ def summary(outbox: Outbox, silent: Sequence[str], now: float) -> NewItem:
     meta = {"received": sum(number for _, number in lanes), "lanes": lanes[:20], "silent": silent, "why": why, **counts}
     day = dt.datetime.fromtimestamp(now).date()
     payload = _encode({"event": SUMMARY, "camera": "relay", "meta": meta}).encode("utf-8")
-    return NewItem(f"summary-{day}", f"{SUMMARY} relay", payload, None, now)
+    return NewItem(f"summary/{day}", f"{SUMMARY} relay", payload, None, now)
 
 
 class Calendar:
@@ -1428,7 +1446,7 @@ class Calendar:
     def __init__(self, at: dt.time | None, now: float, outbox: Outbox) -> None:
         self._at = at
         with outbox.transaction() as db:
-            last = db.execute("SELECT max(id) FROM items WHERE id >= 'summary-2' AND id < 'summary-3'").fetchone()[0]
+            last = db.execute("SELECT max(id) FROM items WHERE id >= 'summary/2' AND id < 'summary/3'").fetchone()[0]
         self._done = dt.date.fromisoformat(last[8:18]) if last else self._latest(now)
 
     def _latest(self, now: float) -> dt.date:
