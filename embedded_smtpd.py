@@ -191,7 +191,6 @@ class Link:
 
     def receive(self) -> bytes:
         """The next bytes, b"" at the end. Raises TimeoutError past a deadline, OSError when the peer is gone."""
-        self.check()
         with self.stop:
             while True:
                 try:
@@ -214,13 +213,11 @@ class Link:
             self.sock.settimeout(0)
             self.sock.send(data)
 
-    def progress(self) -> None:
-        """A line is complete: the wait for the next one begins."""
-        self.since = time.monotonic()
-
-    def check(self) -> None:
-        """Raise TimeoutError when the line or the session has lasted too long."""
+    def check(self, progress: bool = False) -> None:
+        """Raise TimeoutError when the line or the session has lasted too long; `progress`: a new line begins."""
         now = time.monotonic()
+        if progress:
+            self.since = now
         waited = now - self.since
         if now > self.ends or waited > self.timeout or (waited > CROWDED_SECONDS and self.others_wait()):
             raise TimeoutError
@@ -274,7 +271,7 @@ class StdioLink(Link):
         with contextlib.suppress(OSError):
             os.write(1, data)
 
-    def progress(self) -> None:
+    def check(self, progress: bool = False) -> None:
         pass
 
     def early(self) -> bool:
@@ -333,9 +330,8 @@ def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes],
     try:
         while True:
             event = session.next_event()
-            if session.lines != lines:
-                lines = session.lines
-                link.progress()
+            link.check(progress=session.lines != lines)
+            lines = session.lines
             if event is REPLY:
                 if not session.honest and link.early():
                     session.receive(link.receive())
@@ -2069,9 +2065,13 @@ def run(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Poli
     tls = tls_context(settings)
     trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
 
+    @functools.lru_cache(maxsize=256)
+    def known(host: str) -> tuple[Access, bool]:
+        return policy.access(host), is_loopback(host)
+
     def attend(link: Link) -> None:
-        access = policy.access(link.address)
-        session = Session(rules, private=is_loopback(link.address), refused=access is Access.NONE, trace=trace)
+        access, private = known(link.address)
+        session = Session(rules, private=private, refused=access is Access.NONE, trace=trace)
         if access is Access.NONE:
             log.warning("%s is in no network that may talk to this device", link.address)
         converse(link, session, functools.partial(delivered, app, link.address), tls)
