@@ -903,6 +903,24 @@ class Relay:
 # stored, so a changed recipient, route or quiet hour counts for what waits, too.
 
 SUMMARY = "daily:summary"  # the event name of the relay's own daily mail; no client can send a colon
+LATE_S = 3600.0  # where mails are counted, what is later than this comes as a digest
+RECHECK_S = 60.0  # a mail that is under way may fail, and then its place in the daily limit is free again
+
+
+def plan(config: RelayConfig, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
+    """The mails that are due now, and when to look again.
+
+    Single alerts go oldest first. Looking stops at `most` of them; then no digest is made yet, since more may
+    belong to it.
+    """
+    desk = _Desk(config, sent, now)
+    for row in waiting:
+        desk.place(row)
+        if len(desk.drafts) >= most:
+            return Plan(desk.drafts, now if desk.groups else desk.wake, desk.why)
+    for (kind, to), rows in desk.groups.items():
+        desk.draft(kind, to, rows)
+    return Plan(desk.drafts, desk.wake, desk.why)
 
 
 def split_lane(lane: str) -> tuple[str, str]:
@@ -914,127 +932,128 @@ def split_lane(lane: str) -> tuple[str, str]:
 def route(config: RelayConfig, event: str, camera: str) -> tuple[str, ...]:
     """Who gets this alert: the first route with a pattern that matches, else ALERT_RECIPIENT."""
     for entry in config.routes:
-        if any(fnmatch.fnmatchcase(camera, p) or fnmatch.fnmatchcase(event, p) for p in entry.patterns):
+        if _matches(camera, entry.patterns) or _matches(event, entry.patterns):
             return entry.recipients
     return config.recipients
 
 
-def quiet_until(rules: Sequence[Quiet], now: float) -> float | None:
-    """The end of the quiet hours that `now` lies in, or None."""
-    end = None
-    for _ in range(8):  # windows that touch make one
-        moment = now if end is None else end
-        day = dt.datetime.fromtimestamp(moment).date()
-        ends = [
-            found[1]
-            for rule in rules
-            for found in (rule.window(day - dt.timedelta(days=1)), rule.window(day))
-            if found and found[0] <= moment < found[1]
-        ]
-        if not ends:
-            break
-        end = max(ends)
-    return end
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-@dataclass
+def quiet_hours(rules: Sequence[Quiet], now: float) -> tuple[float, float]:
+    """When quiet hours last ended, and when those of now end (`now`: it is not quiet). Windows that touch are one."""
+    today = dt.datetime.fromtimestamp(now).date()
+    days = [today + dt.timedelta(days=number) for number in range(-8, 9)]
+    windows = [window for rule in rules for day in days if (window := rule.window(day))]
+    until = now
+    while ends := [end for start, end in windows if start <= until < end]:
+        until = max(ends)
+    return max((end for _, end in windows if end <= now), default=-math.inf), until
+
+
 class _Desk:
     """One run of the plan: what it has decided so far."""
 
-    config: RelayConfig
-    sent: History
-    now: float
-    drafts: list[Draft] = field(default_factory=list)
-    groups: dict[tuple[str, tuple[str, ...]], list[Waiting]] = field(default_factory=lambda: defaultdict(list))
-    opened: set[str] = field(default_factory=set)
-    wake: float = math.inf
-    why: str = ""
+    def __init__(self, config: RelayConfig, sent: History, now: float) -> None:
+        self._config, self._sent, self._now = config, sent, now
+        self.drafts: list[Draft] = []
+        self.groups: dict[tuple[str, tuple[str, ...]], list[Waiting]] = {}  # digests, by kind and recipients
+        self._joined: dict[str, str] = {}  # lane -> kind of the digest that holds its alerts
+        self._opened: set[str] = set()  # lanes with a single mail in this run
+        self.wake: float | None = None
+        self.why = ""
+        self._quiet_ended, self._quiet_until = quiet_hours(config.quiet, now) if config.quiet else (-math.inf, now)
+        # Mails of the last 24 hours; of a clock that was set back, none from further ahead than that.
+        self._times = sorted(when for when in sent.times if now - smtp.DAY_S < when <= now + smtp.DAY_S)
+        self._back = (self._times[0] if self._times else now) + smtp.DAY_S
 
-    def __post_init__(self) -> None:
-        self.times = [when for when in self.sent.times if when > self.now - smtp.DAY_S]
-        self.quiet = quiet_until(self.config.quiet, self.now)
+    def place(self, row: Waiting) -> None:
+        """Draft the row alone, put it into the digest that it belongs to, or hold it."""
+        event, camera = split_lane(row.lane)
+        to = tuple(name for name in route(self._config, event, camera) if name not in row.taken)
+        urgent = event == SUMMARY or _matches(event, self._config.priority)
+        if not urgent and self._now < self._quiet_until:
+            return self._hold(self._quiet_until, "quiet hours")
+        kind = "" if urgent else self._late(row)
+        if not kind and self._config.cooldown_s and event != SUMMARY:
+            opens = self._opens(row.lane)
+            if self._now < opens:
+                return self._hold(opens, "cooldown")
+            kind = self._joined.get(row.lane) or (row.lane if row.arrived < opens else "")
+        if (kind, to) in self.groups:
+            self._join(kind, to, row)
+        elif kind == "spread" and (due := self._digest_due(row)) > self._now:
+            self._hold_for_budget(due, "half of the daily limit is used: digests only")
+        elif self._left() <= 0:
+            self._hold_for_budget(self._back, "the daily limit is used up")
+        elif kind:
+            self._join(kind, to, row)
+        else:
+            self._opened.add(row.lane)
+            self.draft("", to, [row])
 
-    def left(self) -> float:
+    def _late(self, row: Waiting) -> str:
+        """The digest of what had to wait: for the daily limit, or for the end of quiet hours."""
+        most = self._config.daily_max
+        if most and (self._left() <= most / 2 or self._now - row.arrived > LATE_S):
+            return "spread"
+        return "quiet" if row.arrived < self._quiet_ended else ""
+
+    def _opens(self, lane: str) -> float:
+        """When the next mail of a lane may go: its last one opened a window."""
+        if lane in self._opened:
+            return self._now + self._config.cooldown_s
+        last = self._sent.lanes.get(lane, math.inf)
+        return -math.inf if last > self._now else last + self._config.cooldown_s  # later than now: the clock was set back
+
+    # the daily limit
+
+    def _left(self) -> float:
         """Mails that may still go in these 24 hours."""
-        if not self.config.daily_max:
+        if not self._config.daily_max:
             return math.inf
-        return self.config.daily_max - len(self.times) - self.sent.pending - len(self.drafts)
+        used = len(self._times) + self._sent.pending + len(self.drafts) + len(self.groups)
+        return self._config.daily_max - used
 
-    def hold(self, until: float, why: str) -> None:
-        """Something waits until then."""
-        if until < self.wake:
+    def _digest_due(self, row: Waiting) -> float:
+        """When the next digest goes: at most half of what remained at half-time, evenly over the time that is left.
+
+        The rest stays free for priority alerts, but behind them nothing waits for more than a day.
+        """
+        most = self._config.daily_max
+        spare = self._left() - math.ceil(most / 4)
+        if self._left() > most / 2 or self._now - row.arrived > smtp.DAY_S:
+            return self._now
+        if spare <= 0:
+            return self._back
+        half = math.ceil(most / 2)
+        used = self._times[half - 1] if len(self._times) >= half else self._now
+        began = min(self._now, max(used, self._sent.kinds.get("spread", used)))
+        return began + (self._back - began) / spare
+
+    # what is decided
+
+    def _hold(self, until: float, why: str) -> None:
+        if self.wake is None or until < self.wake:
             self.wake, self.why = until, why
 
-    def budget_back(self) -> float:
-        """When the oldest counted mail is 24 hours old."""
-        return min((*self.times, self.now)) + smtp.DAY_S if self.times else self.now + 60.0
+    def _hold_for_budget(self, until: float, why: str) -> None:
+        under_way = self._sent.pending or self.drafts
+        self._hold(min(until, self._now + RECHECK_S) if under_way else until, why)
 
-    def decide(self, row: Waiting) -> None:
-        """Draft the row alone, put it into the group of a digest that is due, or hold it."""
-        config, now = self.config, self.now
-        event, camera = split_lane(row.lane)
-        recipients = tuple(name for name in route(config, event, camera) if name not in row.taken)
-        if self.left() <= 0:
-            return self.hold(self.budget_back(), "the daily limit is used up")
-        if event != SUMMARY and not any(fnmatch.fnmatchcase(event, p) for p in config.priority):
-            if self.quiet:
-                return self.hold(self.quiet, "quiet hours")
-            if self.left() <= config.daily_max / 2:
-                due = self._spread_due()
-                if now < due:
-                    return self.hold(due, "half of the daily limit is used: digests only")
-                return self.groups["spread", recipients].append(row)
-            if config.quiet and quiet_until(config.quiet, row.arrived):
-                return self.groups["quiet", recipients].append(row)
-        last = self.sent.lanes.get(row.lane, -math.inf) if config.cooldown_s else -math.inf
-        opens = last + config.cooldown_s
-        if row.lane in self.opened:
-            return self.hold(now + config.cooldown_s, "cooldown")
-        if last <= now < opens:
-            return self.hold(opens, "cooldown")
-        if row.arrived < opens and last <= now:
-            return self.groups[row.lane, recipients].append(row)
-        if config.cooldown_s:
-            self.opened.add(row.lane)
-        self.drafts.append(Draft((row.seq,), recipients, "alert", (row.lane,)))
+    def _join(self, kind: str, to: tuple[str, ...], row: Waiting) -> None:
+        rows = self.groups.setdefault((kind, to), [])
+        rows.append(row)
+        self._joined[row.lane] = kind
+        if len(rows) == DIGEST_MAX:
+            self.draft(kind, to, self.groups.pop((kind, to)))
 
-    def _spread_due(self) -> float:
-        """When the next of the digests is due that spread what may be used over the time that is left."""
-        allowed = self.left() // 2
-        if allowed < 1:
-            return self.budget_back()
-        interval = (self.budget_back() - self.now) / allowed
-        return self.sent.kinds.get("spread", self.times[-1] if self.times else self.now) + interval
-
-    def digests(self) -> None:
-        """A draft for each group, a digest where there is more than one alert in it."""
-        for (kind, recipients), rows in self.groups.items():
-            if self.left() <= 0:
-                self.hold(self.budget_back(), "the daily limit is used up")
-                return
-            for start in range(0, len(rows), DIGEST_MAX):
-                part = rows[start : start + DIGEST_MAX]
-                lanes = tuple(dict.fromkeys(row.lane for row in part))
-                word = "spread" if kind == "spread" else "digest" if len(part) > 1 else "alert"
-                self.drafts.append(Draft(tuple(row.seq for row in part), recipients, word, lanes))
-
-
-def plan(config: RelayConfig, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
-    """The mails that are due now, and when to look again.
-
-    Single alerts go oldest first. Looking stops at `most` of them; then no digest is made yet, since more may
-    belong to it.
-    """
-    desk = _Desk(config, sent, now)
-    for row in waiting:
-        desk.decide(row)
-        if len(desk.drafts) >= most:
-            if desk.groups:
-                desk.wake = now
-            break
-    else:
-        desk.digests()
-    return Plan(desk.drafts, None if desk.wake == math.inf else desk.wake, desk.why)
+    def draft(self, kind: str, to: tuple[str, ...], rows: Sequence[Waiting]) -> None:
+        """A mail is due."""
+        word = "spread" if kind == "spread" else "digest" if len(rows) > 1 else "alert"
+        lanes = tuple(dict.fromkeys(row.lane for row in rows))
+        self.drafts.append(Draft(tuple(row.seq for row in rows), to, word, lanes))
 
 
 # ───────────────────────────────────────────── Watch ────────────────────────────────────────────────
@@ -1529,7 +1548,8 @@ class Demo:
                 command, cwd=self.folder, env=self._environ | environ, stdout=output, stderr=output, text=True
             )
         self._running.append(process)
-        found = self.until(lambda: re.search(r"listening on \S+:(\d+)", logfile.read_text("utf-8")), f"{name} did not start")
+        port = re.compile(r"listening on \S+:(\d+)")
+        found = self.until(lambda: port.search(logfile.read_text("utf-8")), f"{name} did not start")
         say(f"  {name:<9} listens on port {found[1]}")
         return int(found[1])
 
@@ -1572,7 +1592,8 @@ class Demo:
             page = body.get_content()
             for part in pictures:
                 encoded = base64.b64encode(part.get_content()).decode("ascii")
-                page = page.replace(f"cid:{part['Content-ID'][1:-1]}", f"data:{part.get_content_type()};base64,{encoded}")
+                shown = f"data:{part.get_content_type()};base64,{encoded}"
+                page = page.replace(f"cid:{part['Content-ID'][1:-1]}", shown)
             (self.folder / f"{name}.html").write_text(page, "utf-8")
         files = [part.get_filename() for part in message.walk() if part.get_filename()]
         say(f"  {message['Subject']}" + (f"   [{', '.join(files)}]" if files else ""))
@@ -1608,7 +1629,8 @@ def demo() -> int:
 
 def _demo(show: Demo) -> None:
     say("1. Start a mail receiver, the relay, a device, and the gateway for cameras that only speak SMTP")
-    mail = str(show.start("receiver", "embedded_smtpd.py", "--debug", "--quiet", "--port", "0", "--maildir", str(show.maildir)))
+    debug = ("--debug", "--quiet", "--port", "0", "--maildir", str(show.maildir))
+    mail = str(show.start("receiver", "embedded_smtpd.py", *debug))
     relay = show.start("relay", "server.py", "--port", "0", SMTP_PORT=mail)
     device = show.start("device", "embedded_smtpd.py", DEVICE_HOST="127.0.0.1", DEVICE_PORT="0", SMTP_PORT=mail)
     gateway = show.start("gateway", "embedded_smtpd.py", "--to-relay", f"127.0.0.1:{relay}", "--port", "0")
@@ -1644,9 +1666,11 @@ def test_card(width: int = 320, height: int = 180) -> bytes:
     """A PNG of colour bars, for want of a camera."""
     bars = ((192, 192, 192), (192, 192, 0), (0, 192, 192), (0, 192, 0), (192, 0, 192), (192, 0, 0), (0, 0, 192))
     row = b"\0" + b"".join(bytes(bars[x * len(bars) // width]) for x in range(width))
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(row * height)), (b"IEND", b""))
-    framed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(row * height)), (b"IEND", b"")):
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png
 
 
 # ───────────────────────────────────────────── Command line ─────────────────────────────────────────
