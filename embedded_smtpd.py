@@ -21,6 +21,7 @@ import email.header
 import email.message
 import email.policy
 import enum
+import errno
 import functools
 import hashlib
 import hmac
@@ -78,6 +79,7 @@ from smtp_module import (
     Waiting,
     add_common_flags,
     addresses,
+    advice,
     compose,
     duration,
     hostname,
@@ -156,30 +158,41 @@ class StopSignal:
 def listen(host: str, port: int) -> list[socket.socket]:
     """Listen on every address of `host`; `::` is both families. The same free port on all when `port` is 0.
 
-    Raises OSError when an address cannot be had.
+    An address family that this machine only has by name is passed over. Raises OSError when nothing is left.
     """
     sockets: list[socket.socket] = []
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, address in dict.fromkeys((item[0], item[4]) for item in found):
-            taken = sockets[0].getsockname()[1] if sockets else port
-            both = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
-            one = socket.create_server((address[0], taken, *address[2:]), family=family, backlog=BACKLOG,
-                                       dualstack_ipv6=both)
-            one.setblocking(False)
-            sockets.append(one)
-    except OSError:
-        for one in sockets:
-            one.close()
-        raise
+    missing = OSError("it has no address")
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, address in dict.fromkeys((item[0], item[4]) for item in found):
+        taken = sockets[0].getsockname()[1] if sockets else port
+        both = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
+        where = (address[0], taken, *address[2:])
+        try:
+            one = socket.create_server(where, family=family, backlog=BACKLOG, dualstack_ipv6=both)
+        except OSError as error:
+            missing = error
+            if error.errno in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+                continue
+            close_all(sockets)
+            raise
+        one.setblocking(False)
+        sockets.append(one)
+    if not sockets:
+        raise missing
     return sockets
+
+
+def close_all(sockets: Sequence[socket.socket]) -> None:
+    for one in sockets:
+        one.close()
 
 
 class Link:
     """One peer: reads and writes that keep to wall-clock deadlines, however slowly the bytes drip."""
 
-    def __init__(self, sock: socket.socket, address: str, stop: StopSignal, timeout: float,
-                 others_wait: Callable[[], bool]):
+    def __init__(
+        self, sock: socket.socket, address: str, stop: StopSignal, timeout: float, others_wait: Callable[[], bool]
+    ):
         self.sock = sock
         self.address = address
         self.stop = stop
@@ -203,7 +216,7 @@ class Link:
         with self.stop:
             while data:
                 try:
-                    data = data[self.sock.send(data):]
+                    data = data[self.sock.send(data) :]
                 except (BlockingIOError, TimeoutError):
                     self.check()
 
@@ -265,7 +278,7 @@ class StdioLink(Link):
     def send(self, data: bytes) -> None:
         with self.stop:
             while data:
-                data = data[os.write(1, data):]
+                data = data[os.write(1, data) :]
 
     def last_words(self, data: bytes) -> None:
         with contextlib.suppress(OSError):
@@ -296,12 +309,18 @@ def set_tick(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
-def serve(listeners: list[socket.socket], stop: StopSignal, timeout: float,
-          attend: Callable[[Link], None], idle: Callable[[], None]) -> None:
+def serve(
+    listeners: list[socket.socket],
+    stop: StopSignal,
+    timeout: float,
+    attend: Callable[[Link], None],
+    idle: Callable[[], None],
+) -> None:
     """Serve one peer after the other until the stop signal; `idle` is called about every second.
 
     No trouble of one peer ends it, nor does running out of file descriptors.
     """
+
     def others_wait() -> bool:
         return bool(select.select(listeners, [], [], 0)[0])
 
@@ -323,32 +342,14 @@ def serve(listeners: list[socket.socket], stop: StopSignal, timeout: float,
             idle()
 
 
-def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes],
-             tls: ssl.SSLContext | None) -> None:
+def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes], tls: ssl.SSLContext | None) -> None:
     """Carry one session from its greeting to its end. Raises Stopped alone."""
     lines = 0
     try:
-        while True:
-            event = session.next_event()
+        while (event := session.next_event()) is not CLOSED:
             link.check(progress=session.lines != lines)
             lines = session.lines
-            if event is REPLY:
-                if not session.honest and link.early():
-                    session.receive(link.receive())
-                link.send(session.take_reply())
-            elif event is NEED_DATA:
-                session.receive(link.receive())
-            elif event is CLOSED:
-                break
-            elif event is START_TLS:
-                assert tls is not None
-                link.start_tls(tls)
-                session.tls_started()
-            elif isinstance(event, Mail):
-                if link.early():
-                    session.receive(link.receive())
-                if session.state is State.WAITING:
-                    session.complete(deliver(event))
+            take_turn(event, link, session, deliver, tls)
     except TimeoutError:
         session.abort(TIMED_OUT)
     except Stopped:
@@ -360,6 +361,26 @@ def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes],
         if session.reply_due:
             link.last_words(session.take_reply())
         link.close(session.unread)
+
+
+def take_turn(
+    event: Mail | Signal, link: Link, session: Session, deliver: Callable[[Mail], bytes], tls: ssl.SSLContext | None
+) -> None:
+    """Do what the session asks for; what the peer sent before its turn is shown to the session first."""
+    if event is REPLY:
+        if not session.honest and link.early():
+            session.receive(link.receive())
+        link.send(session.take_reply())
+    elif event is NEED_DATA:
+        session.receive(link.receive())
+    elif event is START_TLS and tls is not None:
+        link.start_tls(tls)
+        session.tls_started()
+    elif isinstance(event, Mail):
+        if link.early():
+            session.receive(link.receive())
+        if session.state is State.WAITING:
+            session.complete(deliver(event))
 
 
 # ───────────────────────────────────────── E-mail encoding ──────────────────────────────────────────
@@ -386,6 +407,7 @@ class Button:
 
 UNITS = {"threshold": "%", "temperature": "°C", "voltage": "V", "disk_free": "%", "uptime": "s", "report_every": "s"}
 BARS = {"threshold": (0, 100), "temperature": (0, 60), "voltage": (10, 14), "disk_free": (0, 100)}
+NO_GAPS = 'cellpadding="0" cellspacing="0"'
 FONT = "font-family:-apple-system,'Segoe UI',Roboto,Arial,sans-serif"
 CELL = f'style="padding:9px 10px;border-bottom:1px solid #e3e7ec;{FONT};font-size:15px;line-height:20px;color:#1d2733'
 
@@ -414,7 +436,9 @@ def bidi(text: object) -> str:
 def table(heading: str, rows: Iterable[Sequence[str]]) -> str:
     """A headed table of cells that are HTML already; the first column is the name."""
     lines = [
-        "<tr>" + "".join(f'<td valign="middle" {CELL};{_column(at)}">{cell}</td>' for at, cell in enumerate(row)) + "</tr>"
+        "<tr>"
+        + "".join(f'<td valign="middle" {CELL};{_column(at)}">{cell}</td>' for at, cell in enumerate(row))
+        + "</tr>"
         for row in rows
     ]
     if not lines:
@@ -439,7 +463,7 @@ def bar(value: float, low: float, high: float) -> str:
         for width, colour in cells
         if width
     )
-    return f'<table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="margin-top:4px"><tr>{drawn}</tr></table>'
+    return f'<table role="presentation" width="100%" {NO_GAPS} style="margin-top:4px"><tr>{drawn}</tr></table>'
 
 
 def switch(value: str) -> str:
@@ -451,15 +475,21 @@ def shown_value(name: str, value: object) -> str:
     """The value of a parameter as a person reads it, HTML."""
     if value in ("on", "off"):
         return switch(str(value))
-    words = bidi(f"{timedelta(seconds=int(str(value)))}" if name == "uptime" else f"{value} {UNITS.get(name, '')}".strip())
+    words = bidi(
+        f"{timedelta(seconds=int(str(value)))}" if name == "uptime" else f"{value} {UNITS.get(name, '')}".strip()
+    )
     return words + (bar(float(str(value)), *BARS[name]) if name in BARS else "")
 
 
 def status_text(status: Mapping[str, Any]) -> str:
     """The status as plain text, a line a parameter."""
     lines = [f"{name} = {value}" for name, value in status.items() if not isinstance(value, dict | list)]
-    lines += [""] + [f"{camera}: {seen['state']}, motion {seen['motion']} %" for camera, seen in status["cameras"].items()]
-    lines += [""] + [f"block {name}: {kept['size']} bytes, SHA-256 {kept['sha256']}" for name, kept in status["blocks"].items()]
+    lines += [""] + [
+        f"{camera}: {seen['state']}, motion {seen['motion']} %" for camera, seen in status["cameras"].items()
+    ]
+    lines += [""] + [
+        f"block {name}: {kept['size']} bytes, SHA-256 {kept['sha256']}" for name, kept in status["blocks"].items()
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -486,7 +516,7 @@ def status_html(status: Mapping[str, Any], buttons: Sequence[Button]) -> str:
 def button_bar(buttons: Sequence[Button]) -> str:
     """Links that write a command mail; pressing one opens the mail program with everything filled in."""
     return "".join(
-        '<table role="presentation" cellpadding="0" cellspacing="0" style="display:inline-table;margin:0 8px 8px 0"><tr>'
+        f'<table role="presentation" {NO_GAPS} style="display:inline-table;margin:0 8px 8px 0"><tr>'
         f'<td bgcolor="#e8eff5" style="padding:9px 14px;border:1px solid #b9cbd9"><a href="{html.escape(button.link)}" '
         f'style="{FONT};font-size:15px;color:#1f3a52;text-decoration:none;font-weight:bold">{button.label}</a></td></tr></table>'
         for button in buttons
@@ -496,8 +526,12 @@ def button_bar(buttons: Sequence[Button]) -> str:
 def text_html(title: str, text: str, snapshot: bool) -> str:
     """A short answer as an HTML mail, with the picture that is attached as `snapshot`."""
     lines = "<br>".join(bidi(line) for line in text.rstrip().split("\n"))
-    picture = '<img src="cid:snapshot" alt="snapshot" width="100%" style="display:block;max-width:568px">' if snapshot else ""
-    return page(bidi(title), f'<div style="{FONT};font-size:16px;line-height:24px;color:#1d2733">{lines}</div>', picture)
+    picture = (
+        '<img src="cid:snapshot" alt="snapshot" width="100%" style="display:block;max-width:568px">' if snapshot else ""
+    )
+    return page(
+        bidi(title), f'<div style="{FONT};font-size:16px;line-height:24px;color:#1d2733">{lines}</div>', picture
+    )
 
 
 DIGITS = {  # 3 x 5 dots, a row a character pair of octal bits
@@ -511,19 +545,20 @@ def test_card(camera: int, now: float) -> bytes:
     """The picture of a simulated camera as a PNG: colour bars, its number and the time in UTC, a block that moves."""
     bars = b"".join(bytes(colour) * (PICTURE_WIDTH // 8) for colour in itertools.product((200, 30), repeat=3))
     rows = [bytearray(bars) for _ in range(PICTURE_HEIGHT)]
-    paint(rows, int(now * 8) % (PICTURE_WIDTH - 40), 190, 40, 30, 255)
-    paint(rows, 10, 10, PICTURE_WIDTH - 20, 110, 0)
+    paint(rows, int(now * 8) % (PICTURE_WIDTH - 40), 190, (40, 30), 255)
+    paint(rows, 10, 10, (PICTURE_WIDTH - 20, 110), 0)
     for words, top in ((f"{camera} {time.strftime('%Y-%m-%d', time.gmtime(now))}", 20),
                        (time.strftime("%H:%M:%S", time.gmtime(now)), 70)):  # fmt: skip
         for index, row, column in itertools.product(range(len(words)), range(5), range(3)):
             if int(DIGITS[words[index]][row]) >> (2 - column) & 1:
-                paint(rows, 20 + (index * 4 + column) * DOT, top + row * DOT, DOT, DOT, 255)
+                paint(rows, 20 + (index * 4 + column) * DOT, top + row * DOT, (DOT, DOT), 255)
     header = struct.pack(">IIBBBBB", PICTURE_WIDTH, PICTURE_HEIGHT, 8, 2, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
 
 
-def paint(rows: list[bytearray], left: int, top: int, width: int, height: int, grey: int) -> None:
+def paint(rows: list[bytearray], left: int, top: int, size: tuple[int, int], grey: int) -> None:
+    width, height = size
     for row in rows[top : top + height]:
         row[3 * left : 3 * (left + width)] = bytes((grey,)) * (3 * width)
 
@@ -697,8 +732,9 @@ class Session:
     START_TLS wants `tls_started`.
     """
 
-    def __init__(self, rules: Rules, private: bool = True, refused: bool = False,
-                 trace: Callable[[str], None] | None = None):
+    def __init__(
+        self, rules: Rules, private: bool = True, refused: bool = False, trace: Callable[[str], None] | None = None
+    ):
         self.rules = rules
         self.private = private  # over loopback or TLS: a password may be said
         self.trace = trace
@@ -830,8 +866,13 @@ class Session:
         if fault := content.fault(self.rules.lenient):
             self.complete(fault)
             return REPLY
-        return Mail(self._sender, self._recipients, content.chunks, content.size - 3,
-                    self.rules.lenient and not content.crs == content.lfs == content.crlfs)
+        return Mail(
+            self._sender,
+            self._recipients,
+            content.chunks,
+            content.size - 3,
+            self.rules.lenient and not content.crs == content.lfs == content.crlfs,
+        )
 
     def _may_be_early(self, data: bytes) -> bool:
         """Nothing may; but some cameras send QUIT with the final dot, and everybody's QUIT is answered."""
@@ -1192,7 +1233,9 @@ def decode_words(value: bytes) -> str:
         return text
     try:
         parts = email.header.decode_header(text)
-        return "".join(part if isinstance(part, str) else part.decode(charset or "ascii", "replace") for part, charset in parts)
+        return "".join(
+            part if isinstance(part, str) else part.decode(charset or "ascii", "replace") for part, charset in parts
+        )
     except Exception as error:  # unknown charsets, broken Base64, and what else a stranger can think of
         raise Unreadable(CANNOT_PARSE) from error
 
@@ -1369,12 +1412,14 @@ class Policy:
     def sign(self, words: str, operator: str, expiry: int, nonce: bytes, attachment: bytes | None = None) -> str:
         """The token for a command: `attachment` is the data that goes with it."""
         digest = "" if attachment is None else hashlib.sha256(attachment).hexdigest()
-        signed = "\n".join((words, operator.lower(), str(expiry), nonce.hex(), digest)).encode("utf-8", "surrogateescape")
+        signed = "\n".join((words, operator.lower(), str(expiry), nonce.hex(), digest)).encode(
+            "utf-8", "surrogateescape"
+        )
         mac = hmac.digest(self.secret, signed, "sha256")[:10]
         return base64.b32encode(struct.pack(">I", expiry) + nonce + mac).decode("ascii").lower()
 
     def verify(self, command: Command, sender: str, now: float, attachment: bytes | None) -> Signature | None:
-        """The signature of a command when it is genuine and of this time, else None. Whether it was used is not asked."""
+        """The signature of a command when it is genuine and of this time, else None; used or not."""
         if not self.secret or len(command.token) != TOKEN_LETTERS or now < CLOCK_IS_SET:
             return None
         try:
@@ -1410,7 +1455,8 @@ def networks(text: str) -> tuple[Network, ...]:
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS parameters(name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS blocks(name TEXT PRIMARY KEY, data BLOB NOT NULL, sha256 TEXT NOT NULL, stored REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS blocks(
+  name TEXT PRIMARY KEY, data BLOB NOT NULL, sha256 TEXT NOT NULL, stored REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS signatures(nonce BLOB PRIMARY KEY, expiry INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS journal(seq INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, network TEXT NOT NULL,
   command TEXT NOT NULL, result TEXT NOT NULL, mail BLOB, answered TEXT);
@@ -1430,6 +1476,7 @@ def number(low: int, high: int) -> Callable[[str], str]:
         if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
             raise ValueError(f"is a whole number from {low} to {high}")
         return str(int(text))
+
     return convert
 
 
@@ -1479,9 +1526,19 @@ class Request(NamedTuple):
 class Device:
     """The device behind the sessions. `clock` gives Unix time, `random_bytes` the nonces of buttons."""
 
-    def __init__(self, outbox: Outbox, policy: Policy, mailboxes: Sequence[str], *, sender: str = "",
-                 report_to: Sequence[str] = (), maildir: Maildir | None = None, ring: Callable[[], None] = lambda: None,
-                 clock: Callable[[], float] = time.time, random_bytes: Callable[[int], bytes] = secrets.token_bytes):
+    def __init__(
+        self,
+        outbox: Outbox,
+        policy: Policy,
+        mailboxes: Sequence[str],
+        *,
+        sender: str = "",
+        report_to: Sequence[str] = (),
+        maildir: Maildir | None = None,
+        ring: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.time,
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ):
         self.outbox = outbox
         self.policy = policy
         self.mailboxes = mailboxes
@@ -1531,10 +1588,13 @@ class Device:
             self.check(command, access, signature is not None and self.use(db, signature, now))
             answer = self.carry_out(db, request)
             to = self.reply_address(db, mail, letter, operator, now)
-            seq = db.execute(
-                "INSERT INTO journal(at, who, network, command, result, mail, answered) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (now, who, peer, command.words, answer.result, key, to.lower() or None),
-            ).lastrowid or 0
+            seq = (
+                db.execute(
+                    "INSERT INTO journal(at, who, network, command, result, mail, answered) VALUES (?,?,?,?,?,?,?)",
+                    (now, who, peer, command.words, answer.result, key, to.lower() or None),
+                ).lastrowid
+                or 0
+            )
             db.execute("DELETE FROM journal WHERE at < ? AND seq <= ?", (now - MEMORY_SECONDS, seq - LOG_LINES))
             if to:
                 self.outbox.add(db, NewItem(f"reply-{seq}", to, self.reply(db, request, answer, to)))
@@ -1595,8 +1655,9 @@ class Device:
         if self.policy.secret:
             rights = "the commands that only read; with a signature all"
         named = "an operator" if request.operator else "nobody is named as operator"
-        seen = (f"You are {request.letter.sender or 'a sender without one From address'} ({named}), your mail came from "
-                f"{request.peer}, a network with {request.access.name.lower()} access. You may use {rights}.")  # fmt: skip
+        who = request.letter.sender or "a sender without exactly one From address"
+        network = f"{request.peer}, a network with {request.access.name.lower()} access"
+        seen = f"You are {who} ({named}); your mail came from {network}. You may use {rights}."
         return Answer("told the commands", "\n".join([*lines, "", seen]))
 
     def do_status(self, db: sqlite3.Connection, request: Request) -> Answer:
@@ -1609,7 +1670,9 @@ class Device:
         return Answer(f"{name} = {values[name]}")
 
     def do_log(self, db: sqlite3.Connection, request: Request) -> Answer:
-        rows = db.execute("SELECT at, who, network, command, result FROM journal ORDER BY seq DESC LIMIT ?", (LOG_LINES,))
+        rows = db.execute(
+            "SELECT at, who, network, command, result FROM journal ORDER BY seq DESC LIMIT ?", (LOG_LINES,)
+        )
         lines = [f"{iso(at)}  {who} from {network}  {command}  {result}" for at, who, network, command, result in rows]
         return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
 
@@ -1650,7 +1713,9 @@ class Device:
         camera = request.command.argument.lower()
         if camera not in CAMERAS:
             raise ValueError(f"there is no camera {camera!r}; there are {', '.join(CAMERAS)}")
-        picture = Attachment(f"{camera}.png", "image/png", test_card(CAMERAS.index(camera) + 1, request.now), cid="snapshot")
+        picture = Attachment(
+            f"{camera}.png", "image/png", test_card(CAMERAS.index(camera) + 1, request.now), cid="snapshot"
+        )
         return Answer(f"a picture of {camera}, {iso(request.now)}", files=(picture,))
 
     def do_update(self, db: sqlite3.Connection, request: Request) -> Answer:
@@ -1691,7 +1756,9 @@ class Device:
     def buttons(self, status: Mapping[str, Any], to: str, control: bool, now: float) -> list[Button]:
         """Links that write the common commands; with a secret signed, for the operator `to` alone."""
         signed = bool(self.policy.secret) and to in self.policy.operators and now >= CLOCK_IS_SET
-        changes = ["ARM", "DISARM"] + [f"RELAY {n} {'OFF' if status[f'relay{n}'] == 'on' else 'ON'}" for n in range(1, 5)]
+        changes = ["ARM", "DISARM"] + [
+            f"RELAY {n} {'OFF' if status[f'relay{n}'] == 'on' else 'ON'}" for n in range(1, 5)
+        ]
         wanted = ["STATUS", *(changes if control or signed else []), *(f"SNAPSHOT {camera}" for camera in CAMERAS)]
         made = []
         for words in wanted:
@@ -1708,11 +1775,27 @@ class Device:
         thread = [*re.findall(r"<[!-;=?-~]{1,250}>", references)[-10:], *([ours] if ours else [])]
         headers = {"In-Reply-To": ours, "References": " ".join(thread), "Auto-Submitted": "auto-replied"}
         status = answer.status or self.status(db, request.now)
-        return self.mail(to, f"Re: {subject}", answer, status, control=self.may_control(request), now=request.now,
-                         headers={name: value for name, value in headers.items() if value})
+        return self.mail(
+            to,
+            f"Re: {subject}",
+            answer,
+            status,
+            control=self.may_control(request),
+            now=request.now,
+            headers={name: value for name, value in headers.items() if value},
+        )
 
-    def mail(self, to: str, subject: str, answer: Answer, status: Mapping[str, Any], *, control: bool, now: float,
-             headers: Mapping[str, str]) -> bytes:
+    def mail(
+        self,
+        to: str,
+        subject: str,
+        answer: Answer,
+        status: Mapping[str, Any],
+        *,
+        control: bool,
+        now: float,
+        headers: Mapping[str, str],
+    ) -> bytes:
         if answer.status:
             text, page = status_text(status), status_html(status, self.buttons(status, to, control, now))
             data = json.dumps(status, ensure_ascii=False, indent=1).encode()
@@ -1720,8 +1803,16 @@ class Device:
         else:
             text, files = answer.text or answer.result, answer.files
             page = text_html(str(status["name"]), text, any(file.cid for file in files))
-        return compose(subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=page,
-                       attachments=files, date=now, headers=headers)
+        return compose(
+            subject=subject,
+            sender=self.sender,
+            to=[to],
+            text=text.rstrip() + "\n",
+            html=page,
+            attachments=files,
+            date=now,
+            headers=headers,
+        )
 
     def idle(self) -> None:
         """The periodic report, when it is due. Called about every second."""
@@ -1732,8 +1823,15 @@ class Device:
             status = self.status(db, now)
             for to in self.report_to:
                 name = f"{status['name']}: report"
-                data = self.mail(to, name, Answer("", status=status), status, control=not self.policy.secret, now=now,
-                                 headers={"Auto-Submitted": "auto-generated"})
+                data = self.mail(
+                    to,
+                    name,
+                    Answer("", status=status),
+                    status,
+                    control=not self.policy.secret,
+                    now=now,
+                    headers={"Auto-Submitted": "auto-generated"},
+                )
                 self.outbox.add(db, NewItem(f"report-{int(now * 1000)}-{to}", to, data))
         self.reported = now
         self.ring()
@@ -1793,9 +1891,9 @@ class Maildir:
     """A Maildir (https://cr.yp.to/proto/maildir.html) of the newest `keep` mails; 0 keeps all."""
 
     def __init__(self, path: Path, keep: int = 0):
-        self.path = path
         for name in ("tmp", "new", "cur"):
             (path / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.tmp, self.new = f"{path}/tmp/", f"{path}/new/"  # joined as text: pathlib costs more than the system calls
         self.names = collections.deque(sorted(os.listdir(path / "new")) if keep else ())
         self.keep = keep
         self.count = itertools.count(1)
@@ -1806,14 +1904,15 @@ class Maildir:
         now = time.time()
         name = self.pattern % (now, now % 1 * 1e6, next(self.count))
         envelope = [f"Return-Path: <{mail.sender}>", *(f"Delivered-To: {who}" for who in mail.recipients), ""]
-        handle = os.open(self.path / "tmp" / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(self.tmp + name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(handle, "wb", buffering=0) as file:
             file.write("\r\n".join(envelope).encode() + mail.content())
-        os.rename(self.path / "tmp" / name, self.path / "new" / name)
+        os.rename(self.tmp + name, self.new + name)
         if self.keep:
             self.names.append(name)
             while len(self.names) > self.keep:
-                (self.path / "new" / self.names.popleft()).unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # somebody read it and moved it to cur
+                    os.unlink(self.new + self.names.popleft())
         return name
 
 
@@ -1895,7 +1994,9 @@ EVENTS = [  # the first that fits
     (r"\btest(ing)?\b", "TEST"),
 ]
 ENDED = re.compile(r"\b(stop|stopped|end|ended)[.!]?$", re.IGNORECASE)
-PICTURES = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{12}[\x0c\x28\x40\x6c\x7c]\0\0\0", re.DOTALL)
+PICTURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{12}[\x0c\x28\x40\x6c\x7c]\0\0\0", re.DOTALL
+)
 
 
 def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | None:
@@ -1907,15 +2008,26 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
     if ENDED.search(title):
         return None
     event = next((event for pattern, event in EVENTS if re.search(pattern, title, re.IGNORECASE)), "MOTION_DETECTED")
-    meta = {"subject": letter.subject, "from": letter.sender or mail.sender, "date": decode_words(letter.first("date"))} | said
+    meta = {
+        "subject": letter.subject,
+        "from": letter.sender or mail.sender,
+        "date": decode_words(letter.first("date")),
+    } | said
     made: dict[str, Any] = {
         "event": event,
         "camera": printed(camera_name(mail.recipients[0], facts), 128) or "camera",
         "timestamp": datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds"),
-        "meta": {printed(k, 64): printed(v, 300) for k, v in list(meta.items())[:META_LINES] if printed(k, 64) and printed(v, 300)},
+        "meta": {
+            printed(k, 64): printed(v, 300)
+            for k, v in list(meta.items())[:META_LINES]
+            if printed(k, 64) and printed(v, 300)
+        },
     }
     if picture:
-        made |= {"image_filename": picture.filename or "picture", "image_b64": base64.b64encode(picture.data()).decode("ascii")}
+        made |= {
+            "image_filename": picture.filename or "picture",
+            "image_b64": base64.b64encode(picture.data()).decode("ascii"),
+        }
     return made
 
 
@@ -2081,7 +2193,7 @@ def run(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Poli
             attend(StdioLink(stop))
         return EX_OK
     host = settings.read("DEVICE_HOST", str, "localhost")
-    number = settings.read("DEBUG_PORT" if args.debug else "DEVICE_PORT", port, 1025 if args.debug else 2525)
+    number = settings.read("--port", port, 1025) if args.debug else settings.read("DEVICE_PORT", port, 2525)
     try:
         listeners = listen(host, number)
     except OSError as error:
@@ -2091,8 +2203,7 @@ def run(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Poli
         address = listener.getsockname()
         log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
     serve(listeners, stop, settings.read("DEVICE_TIMEOUT", duration, 60.0), attend, app.idle)
-    for listener in listeners:
-        listener.close()
+    close_all(listeners)
     return EX_OK
 
 
@@ -2125,9 +2236,16 @@ def run_device(settings: Settings, args: argparse.Namespace, rules: Rules, polic
     config = SMTPConfig.from_settings(settings)
     state = Path(settings.read("DEVICE_STATE", str, "device-state"))
     with contextlib.closing(Outbox(state / "device.db", schema=TABLES)) as outbox:
-        device = Device(outbox, policy, mailboxes, sender=settings.read("SMTP_FROM", str, ""), maildir=Maildir(state / "mail", KEPT_MAILS),
-                        report_to=settings.read("DEVICE_REPORT_TO", addresses, policy.operators))
-        courier = Courier(outbox, Replies(), lambda: SMTPTransport(config))
+        device = Device(
+            outbox,
+            policy,
+            mailboxes,
+            sender=settings.read("SMTP_FROM", str, ""),
+            maildir=Maildir(state / "mail", KEPT_MAILS),
+            report_to=settings.read("DEVICE_REPORT_TO", addresses, policy.operators),
+        )
+        advise = functools.partial(advice, host=config.host)
+        courier = Courier(outbox, Replies(), lambda: SMTPTransport(config), advise=advise)
         device.ring = courier.ring
         courier.start()
         try:
@@ -2147,8 +2265,14 @@ def run_to_relay(settings: Settings, args: argparse.Namespace, rules: Rules, pol
     state = Path(settings.read("DEVICE_STATE", str, "device-state"))
     with contextlib.closing(Outbox(state / "to-relay.db")) as outbox:
         app = CameraMails(outbox)
-        courier = Courier(outbox, app, lambda: RelayTransport(*target, token), retry_first=1, retry_max=RELAY_RETRY_SECONDS,
-                          max_age=math.inf)
+        courier = Courier(
+            outbox,
+            app,
+            lambda: RelayTransport(*target, token),
+            retry_first=1,
+            retry_max=RELAY_RETRY_SECONDS,
+            max_age=math.inf,
+        )
         app.ring = courier.ring
         courier.start()
         try:
@@ -2198,23 +2322,33 @@ def rules_from(settings: Settings) -> Rules:
     if bool(user) != bool(password):
         raise ConfigError("DEVICE_USER and DEVICE_PASS: set both or neither")
     limit = settings.read("DEVICE_MAX_MAIL", size, 16 << 20)
-    return Rules(hostname(), limit, lambda address: True, user.encode(), password.encode(), tls=tls_context(settings) is not None)
+    return Rules(
+        hostname(), limit, lambda address: True, user.encode(), password.encode(), tls=tls_context(settings) is not None
+    )
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="An embedded device that is commanded by mail.")
     parser.add_argument("--host", help="name or address to listen on (DEVICE_HOST, default localhost)")
     parser.add_argument("--port", help="0 takes a free one (DEVICE_PORT, default 2525; with --debug 1025)")
-    parser.add_argument("--state", metavar="DIR", help="where everything durable lies (DEVICE_STATE, default device-state)")
+    parser.add_argument(
+        "--state", metavar="DIR", help="where everything durable lies (DEVICE_STATE, default device-state)"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--debug", action="store_true", help="show every mail, for any mailbox; nothing is commanded")
-    mode.add_argument("--to-relay", metavar="HOST:PORT", help="make events of the mails of cameras, for the alert relay")
-    mode.add_argument("--sign", metavar="COMMAND", help='print the signed Subject of a command, for example "SET relay1=on"')
+    mode.add_argument(
+        "--to-relay", metavar="HOST:PORT", help="make events of the mails of cameras, for the alert relay"
+    )
+    mode.add_argument(
+        "--sign", metavar="COMMAND", help='print the signed Subject of a command, for example "SET relay1=on"'
+    )
     parser.add_argument("--maildir", metavar="DIR", help="with --debug: keep the mails there, too")
     parser.add_argument("--quiet", action="store_true", help="with --debug: print counts in place of the mails")
     parser.add_argument("--operator", metavar="ADDRESS", help="with --sign: the From address of the mail")
     parser.add_argument("--file", help="with --sign: the attachment of the mail")
-    parser.add_argument("--ttl", metavar="SECONDS", type=duration, default=3600.0, help="with --sign: how long it is valid (1h)")
+    parser.add_argument(
+        "--ttl", metavar="SECONDS", type=duration, default=3600.0, help="with --sign: how long it is valid (1h)"
+    )
     parser.add_argument("--stdio", action="store_true", help="speak SMTP on standard input and output")
     parser.add_argument("--trace", action="store_true", help="show the dialogue, passwords masked")
     add_common_flags(parser)
@@ -2225,7 +2359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
     args = arguments(argv)
     start_logging(args.log_level)
-    flags = {"DEVICE_HOST": args.host, "DEVICE_PORT": args.port, "DEBUG_PORT": args.port, "DEVICE_STATE": args.state}
+    flags = {"DEVICE_HOST": args.host, "DEVICE_PORT": args.port, "--port": args.port, "DEVICE_STATE": args.state}
     try:
         settings = Settings.load(flags, args.env_file)
         policy = policy_from(settings)

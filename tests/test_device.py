@@ -38,8 +38,17 @@ class Bench:
                              random_bytes=lambda count: hashlib.sha256(b"%d" % next(serial)).digest()[:count],
                              maildir=Maildir(folder / "mail", 3), **options)  # type: ignore[arg-type]  # fmt: skip
 
-    def send(self, subject: str, *, sender: str = OPS, envelope: str | None = None, peer: str = LAN, data: bytes | None = None,
-             message_id: str = "", headers: dict[str, str] | None = None) -> str:  # fmt: skip
+    def send(
+        self,
+        subject: str,
+        *,
+        sender: str = OPS,
+        envelope: str = OPS,
+        peer: str = LAN,
+        data: bytes | None = None,
+        message_id: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> str:
         message = EmailMessage(policy=email.policy.SMTP)
         message["From"], message["Subject"] = sender, subject
         message["Message-ID"] = message_id or f"<{next(serial)}@test>"
@@ -48,7 +57,7 @@ class Bench:
         message.set_content("hello\n")
         if data is not None:
             message.add_attachment(data, maintype="application", subtype="octet-stream", filename="x.bin")
-        return self.deliver(message.as_bytes(), OPS if envelope is None else envelope, peer)
+        return self.deliver(message.as_bytes(), envelope, peer)
 
     def deliver(self, content: bytes, envelope: str = OPS, peer: str = LAN) -> str:
         mail = Mail(envelope, ["device@localhost"], [content + b".\r\n"], len(content))
@@ -230,7 +239,9 @@ def test_mail_without_a_command_is_accepted_and_does_nothing(bench: Bench, subje
 
 def test_unreadable_mail_is_refused_for_good_and_changes_nothing(bench: Bench) -> None:
     assert bench.deliver(b"Subject: CMD ARM\r\nSubject: hello\r\n\r\nx\r\n").startswith("550 5.5.2")
-    broken = b"Subject: CMD UPDATE fw\r\nContent-Type: application/x\r\nContent-Transfer-Encoding: base64\r\n\r\n!!!!\r\n"
+    broken = (
+        b"Subject: CMD UPDATE fw\r\nContent-Type: application/x\r\nContent-Transfer-Encoding: base64\r\n\r\n!!!!\r\n"
+    )
     assert bench.deliver(broken).startswith("550 5.6.0")
     assert bench.replies() == [] and bench.value("armed") == "off"
 
@@ -254,7 +265,9 @@ def test_same_message_id_with_other_content_is_another_command(bench: Bench) -> 
 
 
 def test_effect_journal_and_reply_are_one_transaction(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.outbox, "add", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error")))
+    monkeypatch.setattr(
+        bench.outbox, "add", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error"))
+    )
     with pytest.raises(SpoolError):
         bench.send("CMD ARM", message_id="<one@x>")
     monkeypatch.undo()
@@ -284,25 +297,43 @@ def test_maildir_keeps_the_newest(bench: Bench, folder: Path) -> None:
 
 CONTROL = [verb for verb, rule in emb.COMMANDS.items() if rule.needs is Access.CONTROL]
 READ = [verb for verb, rule in emb.COMMANDS.items() if rule.needs is Access.READ]
-ARGUMENTS = {"SET": " relay1=on", "RELAY": " 1 ON", "RECORD": " ON", "GET": " name", "SNAPSHOT": " cam1", "READ": " fw", "UPDATE": " fw"}
+ARGUMENTS = {
+    "SET": " relay1=on",
+    "RELAY": " 1 ON",
+    "RECORD": " ON",
+    "GET": " name",
+    "SNAPSHOT": " cam1",
+    "READ": " fw",
+    "UPDATE": " fw",
+}
 CELLS = [
     (secret, peer, signature, kind, verdict)
     for secret, peer, signature, control in [
-        (False, LAN, "none", "done"), (False, LAN, "wrong", "done"),
-        (False, OFFICE, "none", "refused"), (False, OFFICE, "wrong", "refused"),
-        (True, LAN, "none", "refused"), (True, LAN, "wrong", "refused"), (True, LAN, "late", "refused"),
-        (True, LAN, "used", "refused"), (True, LAN, "right", "done"),
-        (True, OFFICE, "none", "refused"), (True, OFFICE, "wrong", "refused"), (True, OFFICE, "right", "done"),
-    ]  # fmt: skip
+        (False, LAN, "none", "done"),
+        (False, LAN, "wrong", "done"),
+        (False, OFFICE, "none", "refused"),
+        (False, OFFICE, "wrong", "refused"),
+        (True, LAN, "none", "refused"),
+        (True, LAN, "wrong", "refused"),
+        (True, LAN, "late", "refused"),
+        (True, LAN, "used", "refused"),
+        (True, LAN, "right", "done"),
+        (True, OFFICE, "none", "refused"),
+        (True, OFFICE, "wrong", "refused"),
+        (True, OFFICE, "right", "done"),
+    ]
     for kind, verdict in (("control", control), ("read", "done"))
 ]
 
 
 @pytest.mark.parametrize("who", ["operator", "stranger", "anybody"])
-@pytest.mark.parametrize("secret, peer, signature, kind, verdict", CELLS)
-def test_policy_cell(folder: Path, who: str, secret: bool, peer: str, signature: str, kind: str, verdict: str) -> None:
+@pytest.mark.parametrize("cell", CELLS)
+def test_policy_cell(folder: Path, who: str, cell: tuple[bool, str, str, str, str]) -> None:
     """`anybody`: no operators are named. `stranger`: some are, and the sender is none of them."""
-    policy = Policy(networks(emb.PRIVATE), networks("10.9.9.9"), () if who == "anybody" else (OPS,), SECRET if secret else b"")
+    secret, peer, signature, kind, verdict = cell
+    policy = Policy(
+        networks(emb.PRIVATE), networks("10.9.9.9"), () if who == "anybody" else (OPS,), SECRET if secret else b""
+    )
     bench = Bench(folder, policy)
     sender = "evil@example.com" if who == "stranger" else OPS
     for verb in CONTROL if kind == "control" else READ:
@@ -349,7 +380,9 @@ def test_refused_signature_is_not_used_up(folder: Path) -> None:
 def test_reply_hangs_in_the_thread_and_hides_the_token(folder: Path) -> None:
     bench = Bench(folder, Policy(networks(emb.PRIVATE), operators=("Ops@example.com",), secret=SECRET))
     token = bench.device.policy.sign("ARM", OPS, int(NOW) + 60, b"123456")
-    bench.send(f"CMD ARM ~{token}", envelope="bounce@elsewhere", message_id="<one@x>", headers={"References": "<zero@x>"})
+    bench.send(
+        f"CMD ARM ~{token}", envelope="bounce@elsewhere", message_id="<one@x>", headers={"References": "<zero@x>"}
+    )
     (reply,) = bench.replies()
     assert reply["Subject"] == "Re: CMD ARM" and token not in reply.as_string()
     assert reply["To"] == "Ops@example.com"
@@ -390,7 +423,9 @@ def links(page: str) -> list[str]:
 
 
 def test_buttons_are_signed_for_the_operator_alone_and_work_once(folder: Path) -> None:
-    bench = Bench(folder, Policy(networks(emb.PRIVATE), networks("10.9.9.9"), (OPS,), SECRET), report_to=(OPS, "boss@example.com"))
+    bench = Bench(
+        folder, Policy(networks(emb.PRIVATE), networks("10.9.9.9"), (OPS,), SECRET), report_to=(OPS, "boss@example.com")
+    )
     bench.send("CMD STATUS", peer=OFFICE)
     (reply,) = bench.replies()
     subjects = links(text_of(reply, "html"))

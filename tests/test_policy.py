@@ -100,7 +100,7 @@ def test_most_specific_network_gives_the_access(policy: Policy, host: str, acces
 
 def test_networks_are_read_leniently_and_refused_with_the_right_form() -> None:
     assert networks("10.0.0.1/24") == (ipaddress.ip_network("10.0.0.0/24"),)
-    with pytest.raises(ValueError, match="192.168.1.0/24"):
+    with pytest.raises(ValueError, match=r"192\.168\.1\.0/24"):
         networks("10.0.0.0/99")
 
 

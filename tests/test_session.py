@@ -220,8 +220,8 @@ def test_hundred_recipients_pass_and_the_thousand_and_first_waits() -> None:
 
 TAIL = b"MAIL FROM:<e@x>\r\nRCPT TO:<device@localhost>\r\nDATA\r\nSubject: REBOOT\r\n\r\nB\r\n.\r\n"
 SMUGGLING = [
-    b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r.\n", b"\r.\r\n", b"\n.\r", b"\r\n.\r", b"\r\n\0.\r\n", b"\r\n.\0\r\n",
-    b"\r\n.\r\r\n", b"\r\r\n.\r\r\n", b"\r\r\n.\r\n", b"\r\n.\r\n", b"\r\n. \r\n", b"\r\n.\t\r\n",
+    b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r.\n", b"\r.\r\n", b"\n.\r", b"\r\n.\r", b"\r\n\0.\r\n",
+    b"\r\n.\0\r\n",    b"\r\n.\r\r\n", b"\r\r\n.\r\r\n", b"\r\r\n.\r\n", b"\r\n.\r\n", b"\r\n. \r\n", b"\r\n.\t\r\n",
     b"\x85.\x85", b"\xe2\x80\xa8.\xe2\x80\xa8", b"\x0b.\x0b", b"\x0c.\x0c", b"\x1c.\x1c",
 ]  # fmt: skip
 
@@ -447,10 +447,12 @@ def test_commands_hidden_behind_starttls_end_the_session() -> None:
 
 # Old cameras
 
+
 def test_old_cameras_get_through() -> None:
     peer = Peer(OLD, private=False)
     assert "AUTH LOGIN" in peer.say("EHLO cam")
-    for line, reply in (("HELO", "250"), ("AUTH LOGIN", "334 VXNlcm5hbWU6"), ("YQ==", "334 UGFzc3dvcmQ6"), ("YQ==", "235"),
+    for line, reply in (("HELO", "250"), ("AUTH LOGIN", "334 VXNlcm5hbWU6"),
+                        ("YQ==", "334 UGFzc3dvcmQ6"), ("YQ==", "235"),
                         ("MAIL FROM:<camera>", "250"), ("RCPT TO:<alerts>", "250"), ("DATA", "354")):  # fmt: skip
         assert peer.say(line).startswith(reply), line
     said = peer.send(b"Subject: x\n\nline\rline\n.\nmore\r\n.\r\nQUIT\r\n")

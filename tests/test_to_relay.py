@@ -49,8 +49,8 @@ def event_of(content: bytes, recipient: str = "alerts@localhost") -> dict[str, A
 def written(text: str, subject: str = "Alert", encoding: str = "7bit") -> bytes:
     data = text.replace("\n", "\r\n").encode()
     data = base64.encodebytes(data).replace(b"\n", b"\r\n") if encoding == "base64" else data
-    head = f"Subject: {subject}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
-    return head.encode() + data
+    kind = f"Content-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: {encoding}"
+    return f"Subject: {subject}\r\n{kind}\r\n\r\n".encode() + data
 
 
 @pytest.mark.parametrize("encoding", ["7bit", "base64"])
@@ -64,7 +64,11 @@ def written(text: str, subject: str = "Alert", encoding: str = "7bit") -> bytes:
         (DAHUA.replace("Channel No.", "Channel"), "MOTION_DETECTED", "NVR-6C39 2"),
         (REOLINK, "MOTION_DETECTED", "Garage"),
         (HIKVISION, "TAMPER_DETECTED", "Front door"),
-        (HIKVISION.replace("CHANNEL NAME", "X").replace("DVR NAME", "IPC NAME"), "TAMPER_DETECTED", "Embedded Net DVR A1"),
+        (
+            HIKVISION.replace("CHANNEL NAME", "X").replace("DVR NAME", "IPC NAME"),
+            "TAMPER_DETECTED",
+            "Embedded Net DVR A1",
+        ),
         (HIKVISION.replace("Tampering Alarm", "Video Signal Lost"), "CAMERA_DISCONNECTED", "Front door"),
         ("Alarm Event: Door opened\n", "DOOR_OPENED", "alerts"),
         ("Alarm Event: Device restart\n", "SYSTEM_RESTARTED", "alerts"),
@@ -99,7 +103,9 @@ def test_subject_says_it_where_the_text_does_not(subject: str, event: str) -> No
     assert made and made["event"] == event
 
 
-@pytest.mark.parametrize("text, subject", [("Alarm Event: Motion Detection Stop\n", "x"), ("hello", "Motion Detection Stop")])
+@pytest.mark.parametrize(
+    "text, subject", [("Alarm Event: Motion Detection Stop\n", "x"), ("hello", "Motion Detection Stop")]
+)
 def test_alarm_that_ended_is_no_event(text: str, subject: str) -> None:
     assert event_of(written(text, subject)) is None
 
@@ -132,7 +138,16 @@ def test_what_the_mail_said_is_kept_in_bounds() -> None:
     assert made["timestamp"] == "2026-09-21T14:13:20.000+00:00"
 
 
-@pytest.mark.parametrize("content", [b"", b"\r\n", b"no headers at all", b"Content-Type: multipart/mixed\r\n\r\nx", b"Subject: a\x01b\r\nSubject: c\r\n\r\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\r\n",
+        b"no headers at all",
+        b"Content-Type: multipart/mixed\r\n\r\nx",
+        b"Subject: a\x01b\r\nSubject: c\r\n\r\n",
+    ],
+)
 def test_odd_mail_is_still_an_alert(content: bytes) -> None:
     made = event_of(content)
     assert made and made["event"] == "MOTION_DETECTED" and made["camera"] == "alerts"
@@ -183,7 +198,9 @@ class Relay:
 
 @pytest.fixture
 def relay() -> Iterator[Relay]:
-    made = Relay(answers=({"ok": False, "error": "bad_event", "detail": "no"}, {"ok": False, "error": "busy", "detail": "later"}))
+    made = Relay(
+        answers=({"ok": False, "error": "bad_event", "detail": "no"}, {"ok": False, "error": "busy", "detail": "later"})
+    )
     yield made
     made.close()
 
@@ -238,4 +255,3 @@ def test_wrong_target_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         emb.main(["--to-relay"])
     assert emb.main(["--to-relay", "nowhere", "--port", "0"]) == 78
-
