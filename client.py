@@ -1,0 +1,861 @@
+#!/usr/bin/env python3
+"""client: the DVR. Hands events to the relay over TCP, one JSON object a line.
+
+    settings ─▶ event ─▶ window of unanswered lines ──JSON lines──▶ the relay
+                             │  ▲
+                             ▼  │  what could not be handed over
+                            outbox
+
+    python3 client.py --event DOOR_OPENED --camera garage --image door.jpg
+    python3 client.py --loop 10 --camera cam2 --image /run/cam2.jpg --outbox /var/spool/cam2
+    python3 client.py --loop 0 --count 10000          as fast as the relay acknowledges
+    python3 client.py --heartbeat 60 --camera cam2    says that the camera lives
+
+The promise: exit 0 means that the relay has every event on disk. An event keeps its id and its content over every
+reconnection, so the relay takes it once, however often it had to be sent. With --outbox, an event that could not be
+handed over is on disk here before the client first waits, and goes first next time.
+
+Cameras start one process an event, so an event must cost little more than Python's own start. That is why the flags
+are read by a table of our own (argparse would take half of what is allowed), why no dataclasses or typing are loaded,
+and ssl, random and signal only where they are needed.
+"""
+
+from __future__ import annotations
+
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage; looking for it would cost 1.3 ms; loops turn it on again
+
+import io
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections import deque
+from types import SimpleNamespace as Options
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING without loading typing
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Any
+
+__version__ = "1.0.0"
+
+EX_OK, EX_USAGE, EX_DATAERR, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG, EX_INTERRUPTED = 0, 2, 65, 75, 77, 78, 130
+
+WINDOW_LINES = 512  # lines on their way at once: their answers fit into the socket buffers, so nobody blocks
+WINDOW_BYTES = 4 * 1024 * 1024  # the same in bytes: a backlog of pictures must not fill the memory
+CHUNK_BYTES = 64 * 1024  # one read or write
+ANSWER_MAX_BYTES = 64 * 1024  # a longer line is no answer of a relay
+IMAGE_MAX_BYTES = 64 * 1024 * 1024  # far more than a relay takes; /dev/zero is no picture
+SLOWEST_BYTES_S = 128 * 1024  # each of these makes a deadline a second longer: slow uplinks get pictures through
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0  # doubled from one to the other: a relay restarts within a second or two
+CLOSING_S = 2.0  # after Ctrl-C, outstanding answers are waited for this long
+LONGEST_WAIT_S = 3600.0  # for one system call: a socket's own limit is 24 days
+PROGRESS_S = 0.2  # between two looks of the progress line
+
+REFUSED = ("bad_json", "bad_event", "too_large")  # about the line: sending it again would not help
+
+
+class Stop(Exception):
+    """The program cannot start: an exit code and a sentence."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Lost(Exception):
+    """The connection is of no use any more; `retry`: another one soon may be."""
+
+    def __init__(self, reason: object, *, retry: bool = True, code: int = EX_TEMPFAIL) -> None:
+        super().__init__(reason)
+        self.retry, self.code = retry, code
+
+
+# ───────────────────────────────────────────── Settings ─────────────────────────────────────────────
+# A flag wins over the environment, the environment over .env.
+
+
+def seconds(text: str) -> float:
+    """`90`, `0.5`, `5m`, `1h`, `5d` -> seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:].lower(), 0)
+    try:
+        value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1e9:
+        raise ValueError(f"{text!r} is not a duration; write 90 (seconds), 0.5, 5m, 1h or 5d")
+    return value
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A converter for whole numbers from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        if not (text.isdecimal() and len(text) <= 12 and low <= int(text) <= high):
+            raise ValueError(f"{text!r} is wrong; give a whole number from {low} to {high}")
+        return int(text)
+
+    return convert
+
+
+def key_value(text: str) -> tuple[str, str | float]:
+    """`KEY=VALUE`. What JSON would write the same way (21.5, 7, true) is that number or boolean, all else is text."""
+    key, _, value = text.partition("=")
+    if not key or key == text:
+        raise ValueError(f"{text!r} is not KEY=VALUE")
+    try:
+        number = json.loads(value) if len(value) <= 20 else None
+    except ValueError:
+        number = None
+    if isinstance(number, int | float) and math.isfinite(number) and json.dumps(number) == value:
+        return clean(key), number
+    return clean(key), clean(value)
+
+
+def clean(text: str) -> str:
+    """What the command line held that is no text (lone surrogates) becomes U+FFFD: the alert must get through."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# Flag: the word for its value ("": a switch), default, converter, what --help says. Options hold it by the same name.
+FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
+    "host": ("H", "127.0.0.1", str, "the relay (ALERT_HOST); 0.0.0.0 and :: mean this machine"),
+    "port": ("P", 5000, whole(1, 65535), "its port (ALERT_PORT)"),
+    "event": ("E", "MOTION_DETECTED", clean, "what happened: any name of A-Z a-z 0-9 _ . -"),
+    "camera": ("C", "cam1", clean, "where: a name in any script"),
+    "timestamp": ("T", "", clean, "when, ISO 8601 (default: now; with --id, when the relay gets it)"),
+    "image": ("FILE", "", str, "the picture, read anew for each event; -: standard input, read once"),
+    "image-url": ("U", "", clean, "a link to the picture"),
+    "meta": ("KEY=VALUE", None, key_value, "shown in the mail; may be repeated"),
+    "id": ("ID", "", clean, "calls with the same id are one alert; a loop adds -1, -2, … (default: random)"),
+    "token": ("T", "", clean, "the relay's secret; in ALERT_TOKEN other users do not see it"),
+    "loop": ("SECONDS", None, seconds, "an event every so often until Ctrl-C; 0: as fast as the relay answers"),
+    "count": ("N", 0, whole(1, 10**11), "end after N events, or heartbeats where there are no events"),
+    "timeout": ("S", 10.0, seconds, "how long a connection or an answer is waited for"),
+    "retries": ("N", 3, whole(0, 10**6), "how often to try again, waiting longer each time"),
+    "outbox": ("DIR", "", str, "keep there what could not be handed over; it goes first next time"),
+    "heartbeat": ("SECONDS", 0.0, seconds, "say so often that the camera lives; without --loop, no events"),
+    "tls": ("", False, bool, "speak TLS; certificate and host name are verified"),
+    "cafile": ("F", "", str, "trust these certificates (PEM), not the system's; implies --tls"),
+    "cert": ("F", "", str, "show this certificate (PEM) to the relay; implies --tls"),
+    "key": ("F", "", str, "its private key (PEM), unless --cert holds it"),
+    "json": ("", False, bool, "print each answer line as it came"),
+    "env-file": ("FILE", "", str, "settings file (default: .env, if it is there)"),
+    "version": ("", False, bool, "print the version"),
+    "help": ("", False, bool, "print this"),
+}
+VARIABLES = {"host": "ALERT_HOST", "port": "ALERT_PORT", "token": "ALERT_TOKEN"}
+
+
+def help_text() -> str:
+    """--help, made from the table that reads the flags."""
+    lines = ["usage: client.py [flags]", "", "Hands events to the alert relay, as a DVR would.", ""]
+    for flag, (word, default, _, text) in FLAGS.items():
+        lines.append(f"  {f'--{flag} {word}':<20} {text}{f' (default: {default})' if default else ''}")
+    return "\n".join(lines) + (
+        "\n\nexit: 0 all accepted; 2 usage; 65 refused by the relay; 75 not handed over, try again (also when kept in"
+        "\n      the outbox); 77 unauthorized; 78 a setting is wrong"
+    )
+
+
+def unquoted(text: str) -> str:
+    """Without one pair of literal quotes around it: Motion 5 passes them along."""
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def read_flags(words: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """`--flag value`, `--flag=value` and `--switch` as flag and converted value. Raises Stop."""
+    for word in words:
+        flag, equals, text = unquoted(word).partition("=")
+        name = flag.removeprefix("--")
+        if name == flag or name not in FLAGS:
+            raise Stop(EX_USAGE, f"{flag!r} is not a flag; --help shows them all")
+        value_word, _, convert, _ = FLAGS[name]
+        if value_word and not equals:
+            text = next(words, "--")
+            if text.startswith("--"):
+                raise Stop(EX_USAGE, f"--{name} needs a value: --{name} {value_word}")
+        elif equals and not value_word:
+            raise Stop(EX_USAGE, f"--{name} takes no value")
+        try:
+            yield name, convert(unquoted(text)) if value_word else True
+        except ValueError as error:
+            raise Stop(EX_USAGE, f"--{name}: {error}") from None
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """`KEY=value` lines; `#` comments, optional quotes and `export`. "": ./.env, if it is there. Raises Stop."""
+    name, values = path or ".env", {}
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            lines = file.read().splitlines()
+    except (OSError, ValueError) as error:
+        if not path and isinstance(error, FileNotFoundError):
+            return {}
+        raise Stop(EX_CONFIG, f"settings file {name}: {explain(error)}") from None
+    for number, line in enumerate(lines, 1):
+        key, equals, value = (part.strip() for part in line.strip().removeprefix("export ").partition("="))
+        if not key or key.startswith("#"):
+            continue
+        if not equals:
+            raise Stop(EX_CONFIG, f"settings file {name}, line {number}: not KEY=value")
+        if value[:1] in ("'", '"') and (end := value.find(value[0], 1)) > 0:
+            values[key] = value[1:end]
+        else:
+            values[key] = "" if value.startswith("#") else value.partition(" #")[0].rstrip()
+    return values
+
+
+def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
+    """Flags, environment and .env in one. Raises Stop, naming the flag or variable that is wrong."""
+    meta: dict[str, str | float] = {}
+    given: dict[str, Any] = {}
+    for name, value in read_flags(iter(argv)):
+        given[name] = value
+        if name == "meta":
+            meta.update([value])
+    from_file = read_env_file(given.get("env-file", ""))
+    for name, variable in VARIABLES.items():
+        text = environ.get(variable, "").strip() or from_file.get(variable, "")
+        if text and name not in given:
+            try:
+                given[name] = FLAGS[name][2](text)
+            except ValueError as error:
+                raise Stop(EX_CONFIG, f"{variable}: {error}") from None
+    values = {name: row[1] for name, row in FLAGS.items()} | given | {"meta": meta}
+    options = Options(**{name.replace("-", "_"): value for name, value in values.items()})
+    if options.key and not options.cert:
+        raise Stop(EX_USAGE, "--key needs --cert")
+    if options.loop is None and options.heartbeat and "event" in given:
+        raise Stop(EX_USAGE, "--heartbeat alone sends no event; add --loop SECONDS, or leave --event out")
+    if options.loop is None and not options.heartbeat:  # one event is a loop of one
+        options.loop, options.count = (0.0, options.count) if options.count else (math.inf, 1)
+    host = options.host.strip().removeprefix("[").removesuffix("]")
+    options.host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return options
+
+
+# ────────────────────────────────────────────── Events ──────────────────────────────────────────────
+# Pure: values in, values out.
+
+
+class Line:
+    """An event or a heartbeat on its way to the relay; `kept` names the file that keeps it, if one does."""
+
+    __slots__ = ("content", "kept", "wire")
+
+    def __init__(self, content: dict[str, Any], token: str, kept: str = "") -> None:
+        self.content, self.kept = content, kept
+        self.wire = json.dumps({**content, "token": token} if token else content).encode() + b"\n"
+
+    def __str__(self) -> str:
+        """What and where, for a person."""
+        content = self.content
+        return f"{content['event']} {content.get('camera')}" if "event" in content else str(content.get("heartbeat"))
+
+
+def make_event(options: Options, picture: bytes, number: int, now: float) -> dict[str, Any]:
+    """Event `number` (from 1) of this call; `now` in Unix time. Fields that were not asked for are left out."""
+    event: dict[str, Any] = {"event": options.event, "camera": options.camera, "id": options.id}
+    if not options.id:
+        event["id"] = os.urandom(12).hex()
+    elif options.count != 1:
+        event["id"] = f"{options.id}-{number}"
+    if options.timestamp or not options.id:  # with an id of the caller's, nothing may differ in a repeated call
+        event["timestamp"] = options.timestamp or utc(now)
+    if options.image_url:
+        event["image_url"] = options.image_url
+    if options.meta:
+        event["meta"] = options.meta
+    if picture:
+        import binascii  # noqa: PLC0415
+
+        if options.image != "-":
+            event["image_filename"] = clean(os.path.basename(options.image))
+        event["image_b64"] = binascii.b2a_base64(picture, newline=False).decode("ascii")
+    return event
+
+
+def utc(now: float) -> str:
+    """ISO 8601 in UTC, to the millisecond."""
+    second, thousandths = divmod(int(now * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{thousandths:03d}Z"
+
+
+def parse_answer(raw: bytes) -> dict[str, Any]:
+    """The answer in a line of the relay. Raises Lost: who says anything else is no relay."""
+    try:
+        answer = json.loads(raw.decode())
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
+        said = raw[:80].decode("utf-8", "replace")
+        raise Lost(f"this is no answer of an alert relay (is it the right port?): {said}")
+    return answer
+
+
+def printable(value: object, limit: int = 500) -> str:
+    """Text of others on one line, harmless to a terminal, bounded. Persian and emoji need U+200C and U+200D."""
+    text = str(value)[:limit]
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+class Ticker:
+    """The deadlines start, start + interval, …, `left` of them; missed ones are skipped: no drift and no burst."""
+
+    def __init__(self, interval: float, left: float, start: float) -> None:
+        self.interval, self.left, self.start, self.index = interval, left, start, 0
+        self.due = start if left else math.inf
+
+    def take(self, now: float) -> None:
+        """The tick that was due by `now` is done."""
+        self.left -= 1
+        if self.interval:
+            self.index = max(self.index + 1, math.ceil((now - self.start) / self.interval))
+        self.due = self.start + self.index * self.interval if self.left else math.inf
+
+    def stop(self) -> None:
+        self.left, self.due = 0, math.inf
+
+
+# ──────────────────────────────────────────── Connection ────────────────────────────────────────────
+
+
+def explain(error: Exception) -> str:
+    """What went wrong in one sentence, with what to do about it where that is known."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if hasattr(error, "verify_message"):  # ssl.SSLCertVerificationError, without loading ssl
+        return f"its certificate does not verify ({error.verify_message}); give its CA as --cafile, its name as --host"
+    if "CERTIFICATE_REQUIRED" in text:
+        return "the relay wants to see a certificate; give one with --cert and --key"
+    if "WRONG_VERSION_NUMBER" in text:
+        return "no TLS is spoken on this port; leave out --tls, --cafile and --cert"
+    return text
+
+
+def tls_context(options: Options) -> ssl.SSLContext | None:
+    """A context that verifies, or None for a plain connection. Raises Stop where a file cannot be used."""
+    if not (options.tls or options.cafile or options.cert):
+        return None
+    import ssl  # noqa: PLC0415
+
+    try:
+        context = ssl.create_default_context(cafile=options.cafile or None)
+    except OSError as error:
+        raise Stop(EX_USAGE, f"--cafile {options.cafile}: {explain(error)}") from None
+    if options.cafile:  # Python 3.13 asks for extensions that a CA made with `openssl req -x509` does not have
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if options.cert:
+        try:  # the empty password makes an encrypted key an error here instead of a question on the terminal
+            context.load_cert_chain(options.cert, options.key or None, password="")
+        except OSError as error:
+            raise Stop(EX_USAGE, f"--cert {options.cert}, --key {options.key}: {explain(error)}") from None
+    return context
+
+
+def connect(options: Options, tls: ssl.SSLContext | None) -> socket.socket:
+    """A connection to the first address of the name that takes one, within the time-out. Raises Lost."""
+    deadline = time.monotonic() + options.timeout
+    host = options.host
+    try:  # bytes: for a str, Python would load its tables of international names
+        found = socket.getaddrinfo(host.encode() if host.isascii() else host, options.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise Lost(explain(error)) from None
+    for left, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found, strict=True):
+        plain = socket.socket(family, kind, protocol)
+        try:
+            plain.settimeout(max(0.01, (deadline - time.monotonic()) / left))
+            plain.connect(address)
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return tls.wrap_socket(plain, server_hostname=host) if tls else plain
+        except (OSError, ValueError) as error:
+            plain.close()
+            problem = error
+    raise Lost(explain(problem), retry=not hasattr(problem, "verify_message"))
+
+
+class Connection:
+    """One connection to the relay; whatever ends it is raised as Lost."""
+
+    def __init__(self, options: Options, tls: ssl.SSLContext | None) -> None:
+        self.socket = connect(options, tls)
+        self.rest = b""  # of an answer that has not ended yet
+        self.hint = "" if tls else " without an answer (does it want --tls?)"
+
+    def send(self, data: bytes, deadline: float) -> None:
+        """Everything, by `deadline` (monotonic)."""
+        view = memoryview(data)
+        try:
+            while view:
+                self.socket.settimeout(max(0.001, deadline - time.monotonic()))
+                view = view[self.socket.send(view[:CHUNK_BYTES]) :]
+        except OSError as error:
+            raise Lost(explain(error)) from None
+
+    def receive(self, wait: float) -> list[bytes]:
+        """The answer lines that come within `wait` seconds, as soon as there are any; none is no error."""
+        try:
+            self.socket.settimeout(max(0.001, wait))
+            data = self.socket.recv(CHUNK_BYTES)
+        except TimeoutError:
+            return []
+        except OSError as error:
+            raise Lost(explain(error)) from None
+        if not data:
+            raise Lost(f"the relay closed the connection{self.hint}")
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        if lines:
+            self.hint = ""
+        if len(self.rest) > ANSWER_MAX_BYTES:
+            raise Lost("the relay's answer has no end")
+        return lines
+
+
+# ────────────────────────────────────────────── Outbox ──────────────────────────────────────────────
+
+
+class Outbox:
+    """A folder of events that could not be handed over: a complete JSON line a file, the oldest name first.
+
+    Any number of clients may share a folder. A lock lets one at a time hand over what is kept, which only saves work:
+    an event that two clients send has one id and is taken once. The token is never written. Trouble with the folder is
+    told and stops nothing: the event can still be sent. The folder "" keeps nothing.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.mine: set[str] = set()  # kept by this process and not handed over yet
+        self.newest = 0
+        self.lock: int | None = None
+        try:
+            if folder and not os.path.isdir(folder):
+                os.makedirs(folder, 0o700, exist_ok=True)
+                sync_folder(os.path.dirname(os.path.abspath(folder)))
+        except OSError as error:
+            tell(f"--outbox {folder}: {explain(error)}; nothing will be kept")
+            self.folder = ""
+
+    def names(self) -> list[str]:
+        """The files that hold an event, oldest first."""
+        try:
+            found = os.listdir(self.folder) if self.folder else []
+        except OSError as error:
+            tell(f"--outbox {self.folder}: {explain(error)}")
+            return []
+        return sorted(name for name in found if name.endswith(".json") and name[:20].isdecimal())
+
+    def keep(self, content: Mapping[str, Any]) -> str:
+        """The name under which the event is on disk, durably, when this returns; "" where that failed."""
+        if not self.folder:
+            return ""
+        self.newest = max(time.time_ns(), self.newest + 1)  # in order even where the clock was set back
+        name = f"{self.newest:020d}-{os.urandom(4).hex()}.json"
+        path = os.path.join(self.folder, name)
+        try:
+            with open(os.open(path + ".tmp", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(json.dumps(content).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".tmp", path)
+            sync_folder(self.folder)
+        except OSError as error:
+            tell(f"--outbox {self.folder}: cannot keep an event: {explain(error)}")
+            self.done(name + ".tmp")
+            return ""
+        self.mine.add(name)
+        return name
+
+    def claim(self) -> list[str]:
+        """What is kept, for this process to hand over until it calls `release`; nothing where another one is at it."""
+        if not self.names():
+            return []
+        try:
+            import fcntl  # noqa: PLC0415
+
+            self.lock = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            return []
+        except (ImportError, OSError):
+            pass  # Windows, network file systems: two clients may send the same, and the relay takes it once
+        names = self.names()
+        self.newest = max(self.newest, *(int(name[:20]) for name in names[-1:]))
+        return names
+
+    def release(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def load(self, name: str) -> dict[str, Any]:
+        """The event of a file; empty where there is none any more or none that can be read."""
+        try:
+            with open(os.path.join(self.folder, name), "rb") as file:
+                content = json.loads(file.read().decode())
+            if isinstance(content, dict):
+                return content
+            problem = "not a JSON object"
+        except FileNotFoundError:
+            return {}  # another client has handed it over
+        except OSError as error:
+            tell(f"--outbox {self.folder}: {name}: {explain(error)}")
+            return {}
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        tell(f"--outbox {self.folder}: {name} is damaged: {problem}")
+        self.done(name, refused=True)
+        return {}
+
+    def done(self, name: str, *, refused: bool = False) -> None:
+        """Forget an event that the relay has. One that it will never take is moved aside, so that it blocks nothing.
+
+        Should a power cut undo this, the event goes again and the relay answers `duplicate`.
+        """
+        path = os.path.join(self.folder, name)
+        self.mine.discard(name)
+        try:
+            if refused:
+                os.replace(path, path + ".refused")
+                tell(f"moved aside: {path}.refused")
+            else:
+                os.unlink(path)
+        except FileNotFoundError:
+            pass  # another client was faster
+        except OSError as error:
+            tell(f"--outbox {path}: {explain(error)}")
+
+
+def sync_folder(folder: str) -> None:
+    """Make the names in a folder durable. Windows cannot open one."""
+    if sys.platform != "win32":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ────────────────────────────────────────────── Sending ─────────────────────────────────────────────
+
+
+def say(text: str) -> None:
+    """A line on standard output. A reader that has gone (`| head -1`) or a full disk stops no alert."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(text: str, *, end: str = "\n") -> None:
+    """A sentence on standard error; on a terminal in place of the progress line."""
+    if sys.stderr:
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        try:
+            print(f"{clear}client.py: {printable(text)}", end=end, file=sys.stderr, flush=True)
+        except OSError:
+            pass
+
+
+class Sender:
+    """Makes what is due, keeps a window of lines on their way, matches the answers in order.
+
+    After a lost connection the unanswered lines go again as they were: the relay knows their ids. A line is given up
+    only when the retries are used up, and with an outbox it is in there before the first wait.
+    """
+
+    def __init__(self, options: Options, tls: ssl.SSLContext | None, outbox: Outbox) -> None:
+        self.options, self.tls, self.outbox = options, tls, outbox
+        self.timeout, self.retries = options.timeout, options.retries
+        self.peer = f"{options.host} port {options.port}"
+        self.connection: Connection | None = None
+        self.backlog: deque[str] = deque()  # names of kept events, to be handed over before new ones
+        self.unsent: deque[Line] = deque()
+        self.unanswered: deque[Line] = deque()
+        self.window_bytes = 0  # of both
+        self.failures = 0  # in a row
+        self.retry_at = self.deadline = 0.0  # when to connect again; when the next answer must be here
+        self.stdin_picture: bytes | None = None
+        self.made = self.accepted = self.refused = self.lost = 0
+        self.code = EX_OK
+        self.signals, self.waiting, self.stopped = 0, False, False
+
+        self.start, self.shown_at = time.monotonic(), 0.0
+        count = options.count or math.inf
+        self.elastic = options.loop == 0  # events are made as fast as the relay acknowledges
+        self.events = Ticker(options.loop or 0, 0 if options.loop is None else count, self.start)
+        beats = count if options.loop is None else math.inf
+        self.beats = Ticker(options.heartbeat, beats if options.heartbeat else 0, self.start)
+        self.leading = self.events if self.events.left else self.beats  # the run ends with these
+
+        self.progress = self.elastic and bool(sys.stderr) and sys.stderr.isatty()
+        self.quiet = self.progress and bool(sys.stdout) and sys.stdout.isatty()  # no line an event under it
+
+    def run(self) -> int:
+        """Until everything is answered or given up. Returns the exit code."""
+        while True:
+            self.fill()
+            if not (self.leading.left or self.backlog or self.unsent or self.unanswered):
+                break
+            try:
+                self.step()
+            except Lost as lost:
+                self.recover(lost)
+            except KeyboardInterrupt:
+                self.interrupt()
+        self.disconnect()
+        kept = len(self.outbox.mine.intersection(self.outbox.names()))
+        if self.options.loop != math.inf:
+            took = time.monotonic() - self.start
+            counts = f"{self.accepted} accepted, {self.refused} refused, {kept} kept, {self.lost} lost"
+            tell(f"{counts} in {took:.1f} s ({self.accepted / max(took, 1e-3):.1f}/s)")
+        return max(self.code, EX_TEMPFAIL if kept else EX_OK)
+
+    def fill(self) -> None:
+        """Put into the window what is due: kept events first, for they are older."""
+        now = time.monotonic()
+        if not (self.backlog or self.unsent or self.unanswered):
+            self.outbox.release()
+            if now >= min(self.events.due, self.beats.due):
+                self.backlog.extend(self.outbox.claim())
+        while self.backlog and self.has_room():
+            name = self.backlog.popleft()
+            if content := self.outbox.load(name):
+                self.enqueue(Line(content, self.options.token, name))
+        if now >= self.beats.due:
+            self.beats.take(now)
+            if not any("heartbeat" in line.content for line in (*self.unsent, *self.unanswered)):
+                self.enqueue(Line({"heartbeat": self.options.camera}, self.options.token))
+        while now >= self.events.due and self.may_make():
+            self.events.take(now)
+            self.make()
+
+    def has_room(self) -> bool:
+        return len(self.unsent) + len(self.unanswered) < WINDOW_LINES and self.window_bytes < WINDOW_BYTES
+
+    def may_make(self) -> bool:
+        """Timed events are made at their time and wait in the outbox, if there is one; others wait for room."""
+        return (self.has_room() and not self.backlog) or (bool(self.outbox.folder) and not self.elastic)
+
+    def enqueue(self, line: Line) -> None:
+        self.unsent.append(line)
+        self.window_bytes += len(line.wire)
+
+    def make(self) -> None:
+        """A new event, in order behind the kept ones."""
+        self.made += 1
+        line = Line(make_event(self.options, self.picture(), self.made, time.time()), self.options.token)
+        if self.backlog or self.failures or not self.has_room():
+            line.kept = self.outbox.keep(line.content)
+        if line.kept:
+            self.backlog.append(line.kept)
+        else:
+            self.enqueue(line)
+
+    def picture(self) -> bytes:
+        """The picture as it is now; empty, with a warning, where there is none to be had."""
+        path = self.options.image
+        if not path or self.stdin_picture is not None:
+            return self.stdin_picture or b""
+        try:
+            with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+                data = file.read(IMAGE_MAX_BYTES + 1)
+            if not 0 < len(data) <= IMAGE_MAX_BYTES:
+                raise ValueError("it is too big" if data else "it is empty")
+        except (OSError, ValueError) as error:
+            tell(f"warning: --image {path}: {explain(error)}; the event goes without it")
+            data = b""
+        if path == "-":
+            self.stdin_picture = data
+        return data
+
+    def step(self) -> None:
+        """Send what is unsent, then wait for answers, for the next tick or for the next try."""
+        data = b""
+        if self.unsent and time.monotonic() >= self.retry_at:
+            data = b"".join(line.wire for line in self.unsent)
+            if not self.unanswered:
+                self.deadline = math.inf
+            self.unanswered.extend(self.unsent)
+            self.unsent.clear()
+        self.waiting = True
+        try:
+            if self.signals and not self.stopped:
+                raise KeyboardInterrupt
+            answers = self.exchange(data)
+        finally:
+            self.waiting = False
+        for raw in answers:
+            self.settle(raw)
+        self.show_progress()
+        if self.unanswered and time.monotonic() >= self.deadline:
+            raise Lost(f"no answer within {self.timeout:g} s")
+
+    def exchange(self, data: bytes) -> list[bytes]:
+        """All that may block: connect, send, receive or sleep. A signal may end it anywhere, so it counts nothing."""
+        if data:
+            if self.connection is None:
+                self.connection = Connection(self.options, self.tls)
+            if self.deadline == math.inf:
+                self.deadline = time.monotonic() + self.timeout
+            self.deadline += len(data) / SLOWEST_BYTES_S
+            try:
+                self.connection.send(data, self.deadline)
+            except Lost:
+                if answers := self.connection.receive(0):  # the relay said why it closed
+                    return answers
+                raise
+        wake = min(self.beats.due, self.events.due if self.may_make() else math.inf)
+        wake = min(wake, self.deadline if self.unanswered else math.inf, self.retry_at if self.unsent else math.inf)
+        wait = min(max(0.0, wake - time.monotonic()), LONGEST_WAIT_S)
+        if self.connection:
+            return self.connection.receive(wait)
+        time.sleep(wait)
+        return []
+
+    def settle(self, raw: bytes) -> None:
+        """Match one answer to the oldest unanswered line. Raises Lost where the lines must go again later."""
+        answer = parse_answer(raw)
+        if self.options.json:
+            say(raw.decode("utf-8", "replace").rstrip("\r"))
+        error = "" if answer["ok"] else str(answer.get("error"))
+        told = f"{error}: {answer.get('detail', '')}"
+        if error == "unauthorized":
+            raise Lost(f"the relay says {told}", retry=False, code=EX_NOPERM)
+        if (error and error not in REFUSED) or not self.unanswered:
+            raise Lost(f"the relay says {told if error else 'yes, without being asked'}")
+        line = self.unanswered.popleft()
+        self.window_bytes -= len(line.wire)
+        self.failures = 0
+        self.deadline = time.monotonic() + self.timeout + self.window_bytes / SLOWEST_BYTES_S
+        if error:
+            self.refused += 1
+            self.code = max(self.code, EX_DATAERR)
+            tell(f"refused: {line} {line.content.get('id', '')}: {told}")
+        else:
+            self.accepted += 1
+            if not (self.quiet or self.options.json):
+                warning = f"  warning: {answer['warning']}" if answer.get("warning") else ""
+                say(printable(f"{answer.get('status')!s:<10} {line}  {answer.get('id', '')}{warning}".rstrip()))
+        if line.kept:
+            self.outbox.done(line.kept, refused=bool(error))
+
+    def show_progress(self) -> None:
+        now = time.monotonic()
+        if self.progress and now - self.shown_at >= PROGRESS_S:
+            self.shown_at = now
+            total = f" of {self.options.count}" if self.options.count else ""
+            tell(f"{self.accepted}{total} accepted, {self.accepted / max(now - self.start, 1e-3):.0f}/s", end="")
+
+    # What goes wrong.
+
+    def recover(self, lost: Lost) -> None:
+        """Try again later, or give up, what was on its way. A connection that ends when nothing was costs nothing."""
+        self.take_back()
+        if not self.unsent:
+            return
+        self.failures += 1
+        if not lost.retry or self.failures > self.retries:
+            self.give_up(lost)
+            return
+        import random  # noqa: PLC0415
+
+        pause = min(BACKOFF_FIRST_S * 2.0 ** min(self.failures - 1, 30), BACKOFF_MAX_S) * random.uniform(0.75, 1.25)
+        self.retry_at = time.monotonic() + pause
+        tell(f"{self.peer}: {lost}; next try in {pause:.1f} s")
+
+    def take_back(self) -> None:
+        """Off the connection and into the outbox, so that no wait and no kill can lose it."""
+        self.disconnect()
+        self.unsent.extendleft(reversed(self.unanswered))
+        self.unanswered.clear()
+        for line in self.unsent:
+            if "event" in line.content and not line.kept:
+                line.kept = self.outbox.keep(line.content)
+
+    def give_up(self, lost: Lost) -> None:
+        """What is kept stays for the next time, the rest is lost. A timed loop goes on, where that may help."""
+        tell(f"{self.peer}: not handed over: {lost}")
+        if kept := len(self.backlog) + sum(bool(line.kept) for line in self.unsent):
+            tell(f"kept in {self.options.outbox}: {kept}; first to go next time")
+        for line in self.unsent:
+            if not line.kept:
+                self.lost += 1
+                self.code = max(self.code, lost.code)
+                if not self.elastic:
+                    tell(f"lost: {line} {line.content.get('id', '')}")
+        self.unsent.clear()
+        self.backlog.clear()
+        self.window_bytes = self.failures = 0
+        if self.elastic or lost.code == EX_NOPERM:
+            self.code = max(self.code, lost.code)
+            self.stop()
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Ends a wait at once, the work between two waits when it is done; a second signal ends anything."""
+        self.signals += 1
+        if self.waiting or self.signals > 1:
+            raise KeyboardInterrupt
+
+    def interrupt(self) -> None:
+        """No new events. The answers that are missing are asked for once more; a second signal ends that, too."""
+        ask_again = self.connection and not self.stopped
+        self.stop()
+        self.take_back()
+        if self.unsent and not ask_again:
+            self.give_up(Lost("interrupted"))
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.events.stop()
+        self.beats.stop()
+        self.backlog.clear()
+        self.timeout, self.retries = min(self.timeout, CLOSING_S), 0
+
+    def disconnect(self) -> None:
+        if self.connection:
+            self.connection.socket.close()
+            self.connection = None
+
+
+# ─────────────────────────────────────────── Command line ───────────────────────────────────────────
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name in any script, on a terminal in any encoding
+    if {"-h", "--help", "--version"} & set(words):
+        say(f"client.py {__version__}" if "--version" in words else help_text())
+        return EX_OK
+    try:
+        options = read_options(words, os.environ)
+        sender = Sender(options, tls_context(options), Outbox(options.outbox))
+        if options.outbox or options.loop != math.inf:
+            import signal  # noqa: PLC0415
+
+            gc.enable()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets it for what runs in the background
+                    signal.signal(number, sender.on_signal)
+        return sender.run()
+    except Stop as stop:
+        tell(str(stop))
+        return stop.code
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
+
+
+if __name__ == "__main__":
+    os._exit(main())  # Python's own clean-up would be a tenth of the whole run; all output is flushed
