@@ -43,7 +43,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,11 +91,11 @@ log = logging.getLogger("relay")
 
 @dataclass(frozen=True)
 class Quiet:
-    """One rule of ALERT_QUIET: on these weekdays (0 is Monday) from one minute of the day to another."""
+    """One rule of ALERT_QUIET: on these weekdays (0 is Monday) from one time of day to another."""
 
     days: frozenset[int]
     start: dt.time
-    end: dt.time
+    end: dt.time  # not after the start: on the next day
 
     def window(self, day: dt.date) -> tuple[float, float] | None:
         """The window that begins on this day, in wall-clock seconds; clock changes are the library's business."""
@@ -103,6 +103,12 @@ class Quiet:
             return None
         last = day if self.end > self.start else day + dt.timedelta(days=1)
         return dt.datetime.combine(day, self.start).timestamp(), dt.datetime.combine(last, self.end).timestamp()
+
+    def minutes(self) -> set[int]:
+        """The minutes of the week that it covers."""
+        first, last = (time.hour * 60 + time.minute for time in (self.start, self.end))
+        length = (last - first) % 1440 or 1440
+        return {(day * 1440 + first + number) % 10080 for day in self.days for number in range(length)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Route:
 
 @dataclass(frozen=True)
 class RelayConfig:
-    """The ALERT_* variables."""
+    """The ALERT_* variables, and who the mails are from."""
 
     host: str = "127.0.0.1"
     port: int = 5000
@@ -145,57 +151,53 @@ class RelayConfig:
     @classmethod
     def from_settings(cls, settings: Settings, mail: smtp.SMTPConfig) -> RelayConfig:
         """Read them. Raises ConfigError."""
-        read, whole, duration = settings.read, smtp.whole, smtp.duration
-        recipients: tuple[str, ...] = read("ALERT_RECIPIENT", smtp.addresses, ())
-        if not recipients and not mail.debug:
+        values = {name: settings.read(f"ALERT_{variable}", convert, getattr(cls, name))
+                  for variable, (name, convert) in VARIABLES.items()}  # fmt: skip
+        if not settings.read("ALERT_RECIPIENT", str, "") and not mail.debug:
             raise ConfigError("ALERT_RECIPIENT: missing; give the address that gets the alerts")
-        cert, client_ca = read("ALERT_TLS_CERT", str, ""), read("ALERT_TLS_CLIENT_CA", str, "")
-        if client_ca and not cert:
-            raise ConfigError("ALERT_TLS_CERT: missing, though ALERT_TLS_CLIENT_CA is set; give the relay's certificate")
-        key = read("ALERT_TLS_KEY", str, "")
+        if mail.debug and not settings.read("ALERT_SENDERS", str, ""):
+            values["senders"] = 1  # the debug receiver serves one session at a time
+        cert, key, client_ca = (settings.read(f"ALERT_TLS_{name}", str, "") for name in ("CERT", "KEY", "CLIENT_CA"))
+        if (key or client_ca) and not cert:
+            other = "ALERT_TLS_KEY" if key else "ALERT_TLS_CLIENT_CA"
+            raise ConfigError(f"ALERT_TLS_CERT: missing, though {other} is set; give the relay's certificate")
         names = "ALERT_TLS_CERT, ALERT_TLS_KEY, ALERT_TLS_CLIENT_CA"
-        return cls(
-            host=read("ALERT_HOST", str, cls.host),
-            port=read("ALERT_PORT", smtp.port, cls.port),
-            recipients=recipients or cls.recipients,
-            spool=read("ALERT_SPOOL", str, cls.spool),
-            token=settings.secret("ALERT_TOKEN").strip(),
-            tls=smtp.server_tls(cert, key, client_ca, names=names) if cert else None,
-            client_ca=bool(client_ca),
-            max_line=read("ALERT_MAX_LINE", positive(smtp.size), cls.max_line),
-            max_connections=read("ALERT_MAX_CONNECTIONS", whole(1, 1_000_000), cls.max_connections),
-            idle_timeout_s=read("ALERT_IDLE_TIMEOUT", positive(duration), cls.idle_timeout_s),
-            senders=read("ALERT_SENDERS", whole(1, 64), 1 if mail.debug else cls.senders),
-            cooldown_s=read("ALERT_COOLDOWN", duration, cls.cooldown_s),
-            retry_first_s=read("ALERT_RETRY_FIRST", positive(duration), cls.retry_first_s),
-            retry_max_s=read("ALERT_RETRY_MAX", positive(duration), cls.retry_max_s),
-            max_age_s=read("ALERT_MAX_AGE", positive(duration), cls.max_age_s),
-            daily_max=read("ALERT_DAILY_MAX", whole(0, 1_000_000), cls.daily_max),
-            priority=read("ALERT_PRIORITY", patterns, cls.priority),
-            quiet=read("ALERT_QUIET", quiet_rules, ()),
-            routes=read("ALERT_ROUTES", routes, ()),
-            expect=read("ALERT_EXPECT", expectations, ()),
-            summary_at=read("ALERT_SUMMARY_AT", clock_time, None),
-            lang=read("ALERT_LANG", smtp.one_of("en", "fa", "zh"), "en"),
-            spool_max=read("ALERT_SPOOL_MAX", positive(smtp.size), cls.spool_max),
-            sender=mail.sender,
-        )
+        tls = smtp.server_tls(cert, key, client_ca, names=names) if cert else None
+        token = settings.secret("ALERT_TOKEN").strip()
+        return cls(**values, token=token, tls=tls, client_ca=bool(client_ca), sender=mail.sender)
 
     def exposed(self) -> bool:
         """Would it listen beyond this machine with nothing that keeps strangers out?"""
         return not (self.token or self.client_ca or smtp.is_loopback(self.host))
 
 
-def positive(convert: Any) -> Any:
+# Converters: text in, value out; ValueError says what is wrong and what is right.
+
+
+def positive(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """The same converter, refusing 0."""
 
     def check(text: str) -> Any:
-        value = convert(text)
-        if value <= 0:
+        if not (value := convert(text)):
             raise ValueError(f"{smtp.printable(text)!r} is wrong; give more than 0")
         return value
 
     return check
+
+
+def listed(separator: str, convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A converter for a list, which names the part that is wrong."""
+
+    def convert_all(text: str) -> tuple[Any, ...]:
+        found = []
+        for part in filter(None, map(str.strip, text.split(separator))):
+            try:
+                found.append(convert(part))
+            except ValueError as error:
+                raise ValueError(f"in {smtp.printable(part)!r}: {error}") from None
+        return tuple(found)
+
+    return convert_all
 
 
 def patterns(text: str) -> tuple[str, ...]:
@@ -203,32 +205,24 @@ def patterns(text: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(","))
     if not all(found):
         raise ValueError(f"{smtp.printable(text)!r} has an empty pattern; write them like DOOR_*,cam1")
+    for pattern in found:
+        if "[" in pattern and "]" not in pattern.partition("[")[2]:
+            raise ValueError(f"{smtp.printable(pattern)!r} has a [ without a ]; write it like cam[123]")
     return found
 
 
-def routes(text: str) -> tuple[Route, ...]:
-    """`cam1,DOOR_*=a@x.org,b@y.org; garage*=c@z.org` -> the routes, in order."""
-    found = []
-    for part in filter(None, map(str.strip, text.split(";"))):
-        names, equals, recipients = part.rpartition("=")
-        if not equals:
-            raise ValueError(f"{smtp.printable(part)!r} is not a route; write cam1,DOOR_*=a@example.com")
-        try:
-            found.append(Route(patterns(names), smtp.addresses(recipients)))
-        except ValueError as error:
-            raise ValueError(f"in {smtp.printable(part)!r}: {error}") from None
-    return tuple(found)
+def _route(text: str) -> Route:
+    names, equals, recipients = text.partition("=")
+    if not equals:
+        raise ValueError("no = in it; write cam1,DOOR_*=a@example.com")
+    return Route(patterns(names), smtp.addresses(recipients))
 
 
-def expectations(text: str) -> tuple[tuple[str, float], ...]:
-    """`cam1=5m,garage=1h,*=10m` -> who must be heard how often."""
-    found = []
-    for part in filter(None, map(str.strip, text.split(","))):
-        camera, _, limit = part.rpartition("=")
-        if not camera.strip():
-            raise ValueError(f"{smtp.printable(part)!r} is wrong; write cam1=5m or *=10m")
-        found.append((camera.strip(), positive(smtp.duration)(limit)))
-    return tuple(found)
+def _expectation(text: str) -> tuple[str, float]:
+    camera, _, limit = text.rpartition("=")
+    if not camera.strip():
+        raise ValueError("a camera or a time is missing; write cam1=5m or *=10m")
+    return patterns(camera)[0], positive(smtp.duration)(limit)
 
 
 def clock_time(text: str) -> dt.time:
@@ -242,34 +236,63 @@ def clock_time(text: str) -> dt.time:
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
-def quiet_rules(text: str) -> tuple[Quiet, ...]:
-    """`22:00-07:00` or `Mon-Fri 22:00-07:00; Sat,Sun 23:00-09:00` -> the rules."""
-    found = []
-    for part in filter(None, map(str.strip, text.split(";"))):
-        days, _, hours = part.rpartition(" ")
-        start, dash, end = hours.partition("-")
-        try:
-            if not dash:
-                raise ValueError("no hours; write them like 22:00-07:00")
-            rule = Quiet(_weekdays(days) if days.strip() else frozenset(range(7)), clock_time(start), clock_time(end))
-            if rule.start == rule.end:
-                raise ValueError("it begins and ends at the same time")
-        except ValueError as error:
-            raise ValueError(f"in {smtp.printable(part)!r}: {error}") from None
-        found.append(rule)
-    return tuple(found)
-
-
 def _weekdays(text: str) -> frozenset[int]:
     days: set[int] = set()
-    for part in filter(None, re.split(r"[,\s]+", text.strip().lower())):
+    for part in filter(None, re.split(r"[,\s]+", text.lower())):
         first, dash, last = part.partition("-")
         if first[:3] not in WEEKDAYS or (dash and last[:3] not in WEEKDAYS):
             raise ValueError(f"{smtp.printable(part)!r} is no weekday; write Mon-Fri or Sat,Sun")
         low = WEEKDAYS.index(first[:3])
         high = WEEKDAYS.index(last[:3]) if dash else low
         days.update((low + step) % 7 for step in range((high - low) % 7 + 1))
-    return frozenset(days)
+    return frozenset(days or range(7))
+
+
+def _quiet(text: str) -> Quiet:
+    days, _, hours = re.sub(r"\s*-\s*", "-", text).rpartition(" ")
+    start, dash, end = hours.partition("-")
+    if not dash:
+        raise ValueError("no hours in it; write them like 22:00-07:00")
+    midnight = end == "24:00"
+    rule = Quiet(_weekdays(days), clock_time(start), dt.time() if midnight else clock_time(end))
+    if rule.start == rule.end and not midnight:
+        raise ValueError("it begins and ends at the same time; a whole day is 00:00-24:00")
+    return rule
+
+
+def quiet_rules(text: str) -> tuple[Quiet, ...]:
+    """`22:00-07:00` or `Mon-Fri 22:00-07:00; Sat,Sun 23:00-09:00` -> the rules."""
+    rules = listed(";", _quiet)(text)
+    if len(set().union(*(rule.minutes() for rule in rules))) == 7 * 1440:
+        raise ValueError(f"{smtp.printable(text)!r} never ends; leave some time in which alerts may come")
+    return rules
+
+
+routes = listed(";", _route)
+expectations = listed(",", _expectation)
+
+VARIABLES: Mapping[str, tuple[str, Callable[[str], Any]]] = {  # ALERT_…: the field of RelayConfig, the converter
+    "HOST": ("host", str),
+    "PORT": ("port", smtp.port),
+    "RECIPIENT": ("recipients", smtp.addresses),
+    "SPOOL": ("spool", str),
+    "MAX_LINE": ("max_line", positive(smtp.size)),
+    "MAX_CONNECTIONS": ("max_connections", smtp.whole(1, 1_000_000)),
+    "IDLE_TIMEOUT": ("idle_timeout_s", positive(smtp.duration)),
+    "SENDERS": ("senders", smtp.whole(1, 64)),
+    "COOLDOWN": ("cooldown_s", smtp.duration),
+    "RETRY_FIRST": ("retry_first_s", positive(smtp.duration)),
+    "RETRY_MAX": ("retry_max_s", positive(smtp.duration)),
+    "MAX_AGE": ("max_age_s", positive(smtp.duration)),
+    "DAILY_MAX": ("daily_max", smtp.whole(0, 1_000_000)),
+    "PRIORITY": ("priority", patterns),
+    "QUIET": ("quiet", quiet_rules),
+    "ROUTES": ("routes", routes),
+    "EXPECT": ("expect", expectations),
+    "SUMMARY_AT": ("summary_at", clock_time),
+    "LANG": ("lang", smtp.one_of("en", "fa", "zh")),
+    "SPOOL_MAX": ("spool_max", positive(smtp.size)),
+}
 
 
 # ───────────────────────────────────────────── Events ───────────────────────────────────────────────
@@ -1005,7 +1028,9 @@ class _Desk:
         if lane in self._opened:
             return self._now + self._config.cooldown_s
         last = self._sent.lanes.get(lane, math.inf)
-        return -math.inf if last > self._now else last + self._config.cooldown_s  # later than now: the clock was set back
+        if last > self._now:  # nothing was sent, or the clock was set back since
+            return -math.inf
+        return last + self._config.cooldown_s
 
     # the daily limit
 
