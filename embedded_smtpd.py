@@ -1,13 +1,21 @@
 #!/usr/bin/env python3
-"""An embedded device that is commanded by mail: a lock-step SMTP server written by hand.
+"""embedded_smtpd: an embedded device that is commanded by mail, through an SMTP server written by hand.
 
     mail ──▶ socket communication ──▶ SMTP/ESMTP protocol ──▶ e-mail parsing ──▶ attachment parsing ──▶ device
-             reply ◀── e-mail encoding ◀───────────────────────────────────────────────────────────────┘
+    reply ◀──────────────────────────────────── e-mail encoding ◀─────────────────────────────────────────┘
 
-One connection is served at a time, five may wait in the kernel, nothing is ever relayed onwards.
-The promise: the 250 after the final dot means that the mail is dealt with; whatever was refused changed nothing.
+One connection is served at a time, five may wait in the kernel, nothing is relayed onwards. It is lock-step: what
+comes before its turn ends the session, so that no mail can be smuggled in behind another.
 
-    python3 embedded_smtpd.py --debug            shows every mail that it is sent, on port 1025
+The promise: 250 after the final dot means that the command is journalled and carried out exactly once, its reply is
+on disk, and the same mail coming again changes nothing. A mail that was refused, or cut off, has changed nothing.
+
+    python3 embedded_smtpd.py                          the device, on port 2525
+    python3 embedded_smtpd.py --debug                  shows every mail that it is sent, on port 1025
+    python3 embedded_smtpd.py --to-relay HOST:PORT     mails of real cameras become events of the alert relay
+    python3 embedded_smtpd.py --sign "SET relay1=on" --operator you@example.com
+
+The protocol follows RFC 5321 (SMTP), 4954 (AUTH), 3207 (STARTTLS) and 3834 (automatic replies).
 """
 
 from __future__ import annotations
@@ -253,9 +261,9 @@ class Link:
                         raise
 
     def close(self, unread: bool) -> None:
-        """Close; with input `unread` a plain close would reset the connection and destroy the last answer."""
+        """Close; with input that is `unread` a plain close would reset the connection and destroy the last answer."""
         with contextlib.suppress(OSError):
-            if unread:
+            if unread and self.early():
                 self.sock.shutdown(socket.SHUT_WR)
                 self.sock.settimeout(LINGER_SECONDS)
                 ends = time.monotonic() + LINGER_SECONDS
@@ -746,7 +754,7 @@ class Session:
         self._ended = False
         self._skipped = 0
         self._errors = 0
-        self._hello = self._esmtp = False
+        self._esmtp = False
         self.user: bytes | None = None
         self._answer: Step = Session._login
         self._challenge = b""
@@ -806,7 +814,7 @@ class Session:
     def tls_started(self) -> None:
         """Everything that was said in the clear is forgotten (RFC 3207 section 4.2)."""
         self._buffer = b""
-        self._hello = self._esmtp = False
+        self._esmtp = False
         self.user = None
         self._forget_mail()
         self.secure = self.private = True
