@@ -998,7 +998,7 @@ class _Desk:
         urgent = event == SUMMARY or _matches(event, self._config.priority)
         if not urgent and self._now < self._quiet_until:
             return self._hold(self._quiet_until, "quiet hours")
-        kind = "" if urgent else self._late(row)
+        kind = "" if event == SUMMARY else self._late(row, urgent)
         if not kind and self._config.cooldown_s and event != SUMMARY:
             opens = self._opens(row.lane)
             if self._now < opens:
@@ -1006,7 +1006,7 @@ class _Desk:
             kind = self._joined.get(row.lane) or (row.lane if row.arrived < opens else "")
         if (kind, to) in self.groups:
             self._join(kind, to, row)
-        elif kind == "spread" and (due := self._digest_due(row)) > self._now:
+        elif kind == "spread" and not urgent and (due := self._digest_due(row)) > self._now:
             self._hold_for_budget(due, "half of the daily limit is used: digests only")
         elif self._left() <= 0:
             self._hold_for_budget(self._back, "the daily limit is used up")
@@ -1016,12 +1016,13 @@ class _Desk:
             self._opened.add(row.lane)
             self.draft("", to, [row])
 
-    def _late(self, row: Waiting) -> str:
+    def _late(self, row: Waiting, urgent: bool) -> str:
         """The digest of what had to wait: for the daily limit, or for the end of quiet hours."""
-        most = self._config.daily_max
-        if most and (self._left() <= most / 2 or self._now - row.arrived > LATE_S):
-            return "spread"
-        return "quiet" if row.arrived < self._quiet_ended else ""
+        if most := self._config.daily_max:
+            scarce, late = self._left() <= most / 2, self._now - row.arrived > LATE_S
+            if (scarce and late) if urgent else (scarce or late):
+                return "spread"
+        return "quiet" if not urgent and row.arrived < self._quiet_ended else ""
 
     def _opens(self, lane: str) -> float:
         """When the next mail of a lane may go: its last one opened a window."""
