@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hmac
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -458,3 +459,30 @@ def test_old_cameras_get_through() -> None:
     said = peer.send(b"Subject: x\n\nline\rline\n.\nmore\r\n.\r\nQUIT\r\n")
     assert said.startswith("250 2.6.0") and "221" in said
     assert peer.mails[0].content() == b"Subject: x\r\n\r\nline\r\nline\r\n.\r\nmore\r\n"
+
+
+# Whatever comes
+
+WORDS = [
+    b"EHLO x", b"HELO", b"MAIL FROM:<a@b>", b"RCPT TO:<device@localhost>", b"DATA", b"RSET", b"QUIT", b"AUTH LOGIN",
+    b"b3Bz", b"AUTH PLAIN AG9wcwBwYXNzIHfDtnJk", b"STARTTLS", b"*", b".", b"..", b"\r\n", b"\r\n", b"\r\n.\r\n", b"\r",
+    b"\n", b"\0", b"\xff", b" ", b"<", b'"', b"SIZE=", b"9" * 30, b"x" * 3000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", [RULES, TLS, OLD], ids=["plain", "locked", "lenient"])
+def test_random_bytes_get_one_reply_a_line_or_the_end_and_never_an_exception(rules: Rules) -> None:
+    chance = random.Random(5321)
+    for _ in range(1500):
+        peer = Peer(rules, private=chance.random() < 0.5)
+        for _ in range(chance.randrange(1, 15)):
+            words = b"".join(chance.choice(WORDS) for _ in range(chance.randrange(1, 4)))
+            said = peer.send(words + chance.choice((b"\r\n", b"\r\n", b"\n", b"")))
+            codes = [line[:3] for line in said.splitlines() if line[3:4] == " "]
+            assert all(code.isdigit() for code in codes)
+            assert len(codes) <= 1 or rules.lenient, (words, said)
+            if peer.closed:
+                break
+        peer.session.receive(b"")
+        assert isinstance(peer.said(), str)
+        assert len(peer.mails) <= 15
