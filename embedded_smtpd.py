@@ -104,6 +104,7 @@ log = logging.getLogger("device")
 
 BACKLOG = 5  # connections that wait in the kernel: the paper's number
 RECV_BYTES = 65536  # malloc maps larger buffers anew on every call
+SMALL_BYTES = 1024
 TICK_SECONDS = 1.0  # how often a wait looks at its deadlines
 SESSION_SECONDS = 600.0  # a session ends then, whatever happens
 CROWDED_SECONDS = 10.0  # longest silence while others wait, and for a TLS handshake
@@ -667,7 +668,7 @@ class Mail:
 
     sender: str  # "" is the null sender
     recipients: list[str]
-    chunks: list[bytes]  # the content as it came, with its final dot
+    chunks: Sequence[bytes | bytearray]  # the content as it came, with its final dot
     size: int  # bytes of it without the dot line
     mend: bool = False  # bare CR and LF are to be read as line ends
 
@@ -696,7 +697,7 @@ class Content:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.chunks: list[bytes] = []
+        self.chunks: list[bytes | bytearray] = []
         self.tail = b"\r\n"  # the last bytes so far: the end may lie across a border
         self.size = self.crs = self.lfs = self.crlfs = 0
         self.nul = False
@@ -720,6 +721,10 @@ class Content:
         self.size += len(data)
         if self.size > self.limit + 3:
             self.chunks.clear()
+        elif len(data) < SMALL_BYTES and self.chunks:  # a mail that drips in must not become millions of objects
+            if not isinstance(self.chunks[-1], bytearray):
+                self.chunks.append(bytearray())
+            self.chunks[-1] += data
         else:
             self.chunks.append(data)
         return rest

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hmac
 import random
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -277,6 +278,19 @@ def test_end_of_mail_is_found_across_any_border(border: int) -> None:
         body = body.replace(b"\r\r\n", b"x\r\n")
         assert peer.send(body + b".\r\n").startswith("250"), offset
         assert peer.mails[0].content() == body
+
+
+def test_mail_that_drips_in_costs_little_more_than_its_bytes() -> None:
+    peer = Peer(dataclasses.replace(RULES, max_mail=1 << 20))
+    peer.open_mail()
+    tracemalloc.start()
+    for _ in range(20_000):
+        peer.session.receive(b"x")
+        peer.session.next_event()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+    assert peer.send(b"\r\n.\r\n").startswith("250") and peer.mails[0].content() == b"x" * 20_000 + b"\r\n"
 
 
 @pytest.mark.parametrize("length, reply", [(999, "250"), (1000, "250"), (1001, "552 5.3.4"), (5000, "552")])
