@@ -1083,98 +1083,142 @@ class _Desk:
 
 
 # ───────────────────────────────────────────── Watch ────────────────────────────────────────────────
-# Silence is an event. Times are monotonic, so that no clock step accuses a camera; only "since when" is wall clock.
+# Silence is an event, and so is a day. Silence is measured by the monotonic clock, so that no clock step accuses a
+# camera; wall clock is only what people read, and the hour of the daily mail.
 
-WATCH_SCHEMA = "CREATE TABLE IF NOT EXISTS cameras(camera TEXT PRIMARY KEY, seen REAL NOT NULL, silent INTEGER NOT NULL);"
+WATCH_SCHEMA = """
+CREATE TABLE IF NOT EXISTS cameras(camera TEXT PRIMARY KEY, seen REAL NOT NULL, silent INTEGER NOT NULL);
+"""
 WATCH_TICK_S = 1.0
 WATCH_SAVE_S = 5.0
+
+
+@dataclass
+class Camera:
+    """A camera that must be heard: the longest silence allowed, and its last sign by both clocks."""
+
+    limit: float
+    heard: float  # monotonic
+    seen: float  # wall clock
+    silent: bool = False
 
 
 class Watch:
     """Who was heard when, and who is silent. Survives a restart through the spool."""
 
     def __init__(self, config: RelayConfig, outbox: Outbox) -> None:
+        """A relay that was itself away accuses nobody: every camera's time begins anew."""
         self._expect, self._outbox = config.expect, outbox
         self._lock = threading.Lock()
-        self._heard: dict[str, tuple[float, float]] = {}  # monotonic, wall clock
-        self._silent: dict[str, float] = {}  # wall clock of the last sign
-        self._returned: dict[str, float] = {}  # seconds it was gone
-        self._changed: set[str] = set()
+        self._cameras: dict[str, Camera] = {}
+        self._back: dict[str, float] = {}  # who has returned, and for how long it was gone
+        self._unsaved: set[str] = set()
         self._ticked = self._saved = time.monotonic()
         if self._expect:
-            self._restore()
+            with outbox.transaction() as db:
+                known = db.execute("SELECT camera, seen, silent FROM cameras").fetchall()
+            named = [(name, time.time(), 0) for name, _ in self._expect if not re.search(r"[*?\[]", name)]
+            for name, seen, silent in (*named, *known):
+                if limit := self._limit(name):
+                    self._cameras[name] = Camera(limit, self._ticked, seen, bool(silent))
 
-    def _restore(self) -> None:
-        """A relay that was itself away accuses nobody: every camera's time begins anew."""
-        mono = time.monotonic()
-        with self._outbox.transaction() as db:
-            rows = db.execute("SELECT camera, seen, silent FROM cameras").fetchall()
-        for camera, seen, silent in rows:
-            if silent:
-                self._silent[camera] = seen
-            else:
-                self._heard[camera] = mono, seen
-        for pattern, _ in self._expect:
-            if not re.search(r"[*?\[]", pattern) and pattern not in self._silent:
-                self._heard.setdefault(pattern, (mono, time.time()))
+    def _limit(self, name: str) -> float | None:
+        """What ALERT_EXPECT says of a camera, by its name, else by the first pattern that matches."""
+        exact = dict(self._expect).get(name)
+        return exact or next((limit for pattern, limit in self._expect if fnmatch.fnmatchcase(name, pattern)), None)
 
-    def heard(self, camera: str, event: str = "") -> None:
+    def heard(self, name: str, event: str = "") -> None:
         """A sign of life. A recorder's own word that the camera is gone is none."""
         if not self._expect or event == "CAMERA_DISCONNECTED":
             return
         with self._lock:
-            now = time.time()
-            if camera in self._silent:
-                self._returned[camera] = max(0.0, now - self._silent.pop(camera))
-            if camera in self._heard or len(self._heard) < CAMERAS_MAX:
-                self._heard[camera] = time.monotonic(), now
-                self._changed.add(camera)
+            mono, now = time.monotonic(), time.time()
+            camera = self._cameras.get(name)
+            if camera is None:
+                if len(self._cameras) >= CAMERAS_MAX or not (limit := self._limit(name)):
+                    return
+                camera = self._cameras[name] = Camera(limit, mono, now)
+            if camera.silent:
+                camera.silent, self._back[name] = False, max(0.0, now - camera.seen)
+            camera.heard, camera.seen = mono, now
+            self._unsaved.add(name)
 
     def silent(self) -> list[str]:
         """Who is silent now."""
         with self._lock:
-            return sorted(self._silent)
+            return sorted(name for name, camera in self._cameras.items() if camera.silent)
 
-    def tick(self, mono: float, now: float) -> list[NewItem]:
-        """The alerts to raise: who fell silent, who is back."""
+    def tick(self, mono: float, now: float) -> bool:
+        """Raise alerts for who fell silent and who is back; True if there were any.
+
+        An alert and the fact that it was raised are one transaction, so that it is raised once. Raises SpoolError.
+        """
         with self._lock:
-            away = mono - self._ticked
-            self._ticked = mono
+            away, self._ticked = mono - self._ticked, mono
             if away > 5 * WATCH_TICK_S:  # we were stopped ourselves: nobody could be heard meanwhile
-                self._heard = {camera: (seen + away, wall) for camera, (seen, wall) in self._heard.items()}
-            gone = [camera for camera, (seen, _) in self._heard.items() if mono - seen > self._limit(camera)]
-            for camera in gone:
-                self._silent[camera] = self._heard.pop(camera)[1]
-            back, self._returned = self._returned, {}
-            changed = set(gone) | set(back)
-            if mono - self._saved > WATCH_SAVE_S:
-                changed |= self._changed
-                self._changed, self._saved = set(), mono
-        items = [self._alert("CAMERA_DISCONNECTED", c, {"last seen": smtp.iso(self._silent[c])}, now) for c in gone]
-        items += [self._alert("CAMERA_RECONNECTED", c, {"was gone": span(s)}, now) for c, s in back.items()]
-        self._save(changed)
-        return items
-
-    def _limit(self, camera: str) -> float:
-        return next((limit for p, limit in self._expect if p == camera or fnmatch.fnmatchcase(camera, p)), math.inf)
-
-    def _save(self, cameras: Iterable[str]) -> None:
-        rows = [(c, self._silent.get(c) or self._heard[c][1], c in self._silent) for c in cameras]
-        if rows:
-            with self._outbox.transaction(durable=False) as db:
+                for camera in self._cameras.values():
+                    camera.heard = min(mono, camera.heard + away)
+            gone = [name for name, c in self._cameras.items() if not c.silent and mono - c.heard > c.limit]
+            if not (gone or self._back or (self._unsaved and mono - self._saved > WATCH_SAVE_S)):
+                return False
+            raised = bool(gone or self._back)
+            with self._outbox.transaction(durable=raised) as db:
+                for name, seconds in self._back.items():
+                    self._outbox.add(db, _relay_alert("CAMERA_RECONNECTED", name, now, gone_s=round(seconds)))
+                for name in gone:
+                    seen = smtp.iso(self._cameras[name].seen)
+                    self._outbox.add(db, _relay_alert("CAMERA_DISCONNECTED", name, now, last_seen=seen))
+                changed = {*gone, *self._unsaved}
+                rows = [(name, self._cameras[name].seen, name in gone) for name in changed]
                 db.executemany("INSERT OR REPLACE INTO cameras VALUES (?, ?, ?)", rows)
+            for name in gone:
+                self._cameras[name].silent = True
+            self._back, self._unsaved, self._saved = {}, set(), mono
+            return raised
 
-    def _alert(self, event: str, camera: str, meta: Mapping[str, str], now: float) -> NewItem:
-        payload = _encode({"event": event, "camera": camera, "meta": meta}).encode("utf-8")
-        return NewItem(f"relay-{secrets.token_hex(10)}", f"{event} {camera}", payload, None, now, fresh=True)
+
+def _relay_alert(event: str, camera: str, now: float, **more: object) -> NewItem:
+    payload = _encode({"event": event, "camera": camera, **more}).encode("utf-8")
+    return NewItem(f"relay-{secrets.token_hex(10)}", f"{event} {camera}", payload, None, now, fresh=True)
 
 
-def span(seconds: float) -> str:
-    """A length of time for people."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+class Diary:
+    """The daily mail: once a day, also when the relay was off at the hour, but not for the day before it began."""
+
+    def __init__(self, at: dt.time | None, now: float, outbox: Outbox) -> None:
+        self._at, self._outbox = at, outbox
+        with outbox.transaction() as db:
+            last = db.execute("SELECT max(id) FROM items WHERE id >= 'summary/2' AND id < 'summary/3'").fetchone()[0]
+        self._written = dt.date.fromisoformat(last[8:18]) if last else self._day(now)
+
+    def _day(self, now: float) -> dt.date:
+        """The last day whose hour has passed."""
+        moment = dt.datetime.fromtimestamp(now)
+        passed = self._at is not None and moment.time() >= self._at
+        return moment.date() if passed else moment.date() - dt.timedelta(days=1)
+
+    def tick(self, now: float, silent: Sequence[str]) -> bool:
+        """Write the day's mail if it is due; True if it was. Raises SpoolError; then it is due again."""
+        day = self._day(now)
+        if self._written > day + dt.timedelta(days=1):  # the clock was ahead by days
+            self._written = day
+        if self._at is None or day <= self._written:
+            return False
+        self._outbox.put([self._summary(day, now, silent)])
+        self._written = day
+        return True
+
+    def _summary(self, day: dt.date, now: float, silent: Sequence[str]) -> NewItem:
+        """What was received, what waits, what failed, who is silent."""
+        with self._outbox.transaction(durable=False) as db:
+            lanes = db.execute(
+                "SELECT lane, count(*) FROM items WHERE arrived > ? AND lane NOT LIKE ? GROUP BY lane ORDER BY 2 DESC",
+                (now - smtp.DAY_S, f"{SUMMARY} %"),
+            ).fetchall()
+        meta = {"received": sum(number for _, number in lanes), "lanes": lanes[:20], "silent": silent}
+        meta |= {"why": self._outbox.untold()[1], **self._outbox.counts()}
+        payload = _encode({"event": SUMMARY, "camera": "relay", "meta": meta}).encode("utf-8")
+        return NewItem(f"summary/{day}", f"{SUMMARY} relay", payload, None, now)
 
 
 # ───────────────────────────────────────────── Render ───────────────────────────────────────────────
@@ -1471,41 +1515,6 @@ class Alerts:
         return route(self._config, *split_lane(lane))
 
 
-def summary(outbox: Outbox, silent: Sequence[str], now: float) -> NewItem:
-    """The daily mail: what was received, what waits, what failed, who is silent."""
-    with outbox.transaction() as db:
-        lanes = db.execute(
-            "SELECT lane, count(*) FROM items WHERE arrived > ? AND lane NOT LIKE ? GROUP BY lane ORDER BY 2 DESC",
-            (now - smtp.DAY_S, f"{SUMMARY} %"),
-        ).fetchall()
-    counts, (_, why) = outbox.counts(), outbox.untold()
-    meta = {"received": sum(number for _, number in lanes), "lanes": lanes[:20], "silent": silent, "why": why, **counts}
-    day = dt.datetime.fromtimestamp(now).date()
-    payload = _encode({"event": SUMMARY, "camera": "relay", "meta": meta}).encode("utf-8")
-    return NewItem(f"summary/{day}", f"{SUMMARY} relay", payload, None, now)
-
-
-class Calendar:
-    """Says when the daily mail is due: once a day, also when the relay was off at the hour, but not on the first day."""
-
-    def __init__(self, at: dt.time | None, now: float, outbox: Outbox) -> None:
-        self._at = at
-        with outbox.transaction() as db:
-            last = db.execute("SELECT max(id) FROM items WHERE id >= 'summary/2' AND id < 'summary/3'").fetchone()[0]
-        self._done = dt.date.fromisoformat(last[8:18]) if last else self._latest(now)
-
-    def _latest(self, now: float) -> dt.date:
-        moment = dt.datetime.fromtimestamp(now)
-        passed = self._at is not None and moment.time() >= self._at
-        return moment.date() if passed else moment.date() - dt.timedelta(days=1)
-
-    def due(self, now: float) -> bool:
-        if self._at is None or self._latest(now) <= self._done:
-            return False
-        self._done = self._latest(now)
-        return True
-
-
 def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     """Run the relay until SIGTERM or Ctrl-C. What is downstream starts first and stops last."""
     stopping = threading.Event()
@@ -1528,14 +1537,11 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     relay.listen()
     courier.start()
     relay.start()
-    calendar = Calendar(config.summary_at, time.time(), outbox)
+    diary = Diary(config.summary_at, time.time(), outbox)
     while not stopping.wait(WATCH_TICK_S if config.expect or config.summary_at else None):
         try:
-            items = watch.tick(time.monotonic(), time.time())
-            if calendar.due(time.time()):
-                items.append(summary(outbox, watch.silent(), time.time()))
-            if items:
-                outbox.put(items)
+            raised = watch.tick(time.monotonic(), time.time())
+            if diary.tick(time.time(), watch.silent()) or raised:
                 courier.ring()
         except smtp.SpoolError as error:
             log.error("%s", error)

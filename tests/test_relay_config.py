@@ -11,7 +11,7 @@ import pytest
 import server
 import smtp_module as smtp
 
-REAL = {"SMTP_HOST": "mail.example.com", "ALERT_RECIPIENT": "a@example.com"}
+REAL = {"SMTP_HOST": "mail.example.com", "SMTP_SECURITY": "none", "ALERT_RECIPIENT": "a@example.com"}
 
 
 def load(**values: str) -> server.RelayConfig:
