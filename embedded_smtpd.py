@@ -1562,9 +1562,11 @@ class Device:
         self.ring = ring
         self.clock = clock
         self.random_bytes = random_bytes
-        self.booted = self.reported = clock()
+        self.booted = clock()
         with outbox.transaction() as db:
             self.report_every = float(self.parameters(db, self.booted)["report_every"])
+            last = db.execute("SELECT value FROM parameters WHERE name = 'reported'").fetchone()
+        self.reported = float(last[0]) if last else self.booted
 
     # From a mail to its reply code
 
@@ -1601,13 +1603,9 @@ class Device:
             self.check(command, access, signature is not None and self.use(db, signature, now))
             answer = self.carry_out(db, request)
             to = self.reply_address(db, mail, letter, operator, now)
-            seq = (
-                db.execute(
-                    "INSERT INTO journal(at, who, network, command, result, mail, answered) VALUES (?,?,?,?,?,?,?)",
-                    (now, who, peer, command.words, answer.result, key, to.lower() or None),
-                ).lastrowid
-                or 0
-            )
+            row = (now, who, peer, command.words, answer.result, key, to.lower() or None)
+            columns = "at, who, network, command, result, mail, answered"
+            seq = db.execute(f"INSERT INTO journal({columns}) VALUES (?,?,?,?,?,?,?)", row).lastrowid or 0
             db.execute("DELETE FROM journal WHERE at < ? AND seq <= ?", (now - MEMORY_SECONDS, seq - LOG_LINES))
             if to:
                 self.outbox.add(db, NewItem(f"reply-{seq}", to, self.reply(db, request, answer, to)))
@@ -1783,7 +1781,7 @@ class Device:
 
     def reply(self, db: sqlite3.Connection, request: Request, answer: Answer, to: str) -> bytes:
         """The whole reply mail."""
-        subject = " ".join(word for word in request.letter.subject.split() if word != f"~{request.command.token}")
+        subject = request.letter.subject.rpartition(" ~")[0] if request.command.token else request.letter.subject
         ours, references = request.letter.message_id, request.letter.first("references").decode("ascii", "replace")
         thread = [*re.findall(r"<[!-;=?-~]{1,250}>", references)[-10:], *([ours] if ours else [])]
         headers = {"In-Reply-To": ours, "References": " ".join(thread), "Auto-Submitted": "auto-replied"}
@@ -1833,6 +1831,7 @@ class Device:
         if not self.report_every or not self.report_to or abs(now - self.reported) < self.report_every:
             return
         with self.outbox.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO parameters VALUES ('reported', ?)", (str(now),))
             status = self.status(db, now)
             for to in self.report_to:
                 name = f"{status['name']}: report"
@@ -2013,7 +2012,7 @@ PICTURES = re.compile(
 
 
 def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | None:
-    """The event of section "events" that a mail tells of; None when it says that an alarm ended. Pure."""
+    """The event for the relay that a mail tells of; None when it says that an alarm ended. Pure."""
     text, picture = text_and_picture(letter.content)
     said = {name.strip().lower(): value.strip() for name, value in TEXT_LINE.findall(text)}
     facts = {fact: next((said[name] for name in names if said.get(name)), "") for fact, names in FIELDS.items()}

@@ -384,7 +384,7 @@ def test_reply_hangs_in_the_thread_and_hides_the_token(folder: Path) -> None:
         f"CMD ARM ~{token}", envelope="bounce@elsewhere", message_id="<one@x>", headers={"References": "<zero@x>"}
     )
     (reply,) = bench.replies()
-    assert reply["Subject"] == "Re: CMD ARM" and token not in reply.as_string()
+    assert reply["Subject"] == "Re: CMD ARM" and token not in reply.as_string().lower()
     assert reply["To"] == "Ops@example.com"
     assert reply["In-Reply-To"] == "<one@x>" and reply["References"] == "<zero@x> <one@x>"
     assert reply["Auto-Submitted"] == "auto-replied" and reply["From"] == "device@localhost"
@@ -459,6 +459,10 @@ def test_report_comes_every_so_often_to_everyone_on_the_list(folder: Path) -> No
     for _ in range(150):
         bench.now += 1
         bench.device.idle()
+    bench.outbox.close()
+    bench = Bench(folder, Policy(networks(emb.PRIVATE)), report_to=(OPS, "boss@example.com"))
+    bench.now = NOW + 150
+    bench.device.idle()
     reports = bench.replies()
     assert [report["To"] for report in reports] == [OPS, "boss@example.com"] * 2
     assert reports[0]["Auto-Submitted"] == "auto-generated" and "status.json" in files_of(reports[0])
