@@ -1654,7 +1654,7 @@ class Device:
         for at, camera in enumerate(CAMERAS):
             motion = round(50 + 50 * math.sin(now / (37 + 11 * at) + at))
             alarm = values["armed"] == "on" and motion > values["threshold"]
-            state = "motion" if alarm else "recording" if values["recording"] == "on" else "live"
+            state = "alarm" if alarm else "recording" if values["recording"] == "on" else "live"
             cameras[camera] = {"state": state, "motion": motion}
         rows = db.execute("SELECT name, length(data), sha256, stored FROM blocks ORDER BY name")
         blocks = {name: {"size": length, "sha256": digest, "stored": iso(at)} for name, length, digest, at in rows}
