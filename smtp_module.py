@@ -32,16 +32,18 @@ import email.utils
 import encodings.idna  # noqa: F401  a lazy import fails when file descriptors have run out
 import enum
 import functools
+import glob
 import hashlib
 import ipaddress
 import itertools
 import json
 import logging
+import math
 import mimetypes
 import os
 import random
 import re
-import secrets
+import shutil
 import smtplib
 import socket
 import sqlite3
@@ -52,7 +54,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -71,15 +73,16 @@ DEBUG_HOST, DEBUG_PORT = "localhost", 1025  # where mail goes while nothing is c
 SUBMISSION_PORT, SUBMISSIONS_PORT = 587, 465  # RFC 6409, RFC 8314
 TIMEOUT_S = 30.0
 FINAL_DOT_TIMEOUT_S = 600.0  # RFC 5321 4.5.3.2.6: a shorter wait makes duplicates
-SLOWEST_UPLOAD_BYTES_S = 2000  # a server that takes a mail more slowly than this is given up
-REPLY_MAX_BYTES = 64 * 1024  # a reply that goes on for ever must not fill the memory
+REPLY_MAX_BYTES, REPLY_MAX_LINES = 64 * 1024, 1000  # a reply that goes on for ever must not fill the memory
 LINGER_S = 1.0  # a connection is kept this long after the last mail: the next server may serve one at a time
 PROBE_MAX_S = 60.0  # an unreachable server is tried at least once a minute: a router comes back unannounced
-TICK_S = 0.5  # requests of the command line and a vanished spool are noticed within this
+TICK_S = 0.5  # requests of the command line and retries are noticed within this
+HOUSEKEEPING_S = 60.0
 BATCH_MAILS = 32  # mails frozen by one commit
-MEMORY_S = 7 * 86400.0  # how long settled ids are remembered
 DAY_S = 86400.0
+MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
+DISK_RESERVE_BYTES = 16 << 20  # nothing new is accepted when less is free: deliveries must be written down, too
 PIECE = 76 * 1000  # Base64 is cut in pieces below malloc's 128 KiB mmap threshold: mapping costs more than the work
 
 T = TypeVar("T")
@@ -328,7 +331,7 @@ def message_id(key: str, sender: str) -> str:
 def _text_part(subtype: str, text: str) -> list[bytes]:
     text = re.sub("\r\n|\r|\n", "\r\n", text)
     head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: "
-    if text.isascii() and "\0" not in text and max(map(len, text.split("\r\n"))) < 900:
+    if text.isascii() and "\0" not in text and "--=_" not in text and max(map(len, text.split("\r\n"))) < 900:
         return [f"{head}7bit\r\n\r\n{text}\r\n".encode("ascii")]
     encoded = base64.b64encode(text.encode("utf-8", "replace"))
     return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(encoded)]
@@ -347,7 +350,7 @@ def _file_part(part: Attachment) -> list[bytes]:
 def _multipart(subtype: str, parts: Sequence[list[bytes]]) -> list[bytes]:
     if len(parts) == 1:
         return parts[0]
-    boundary = f"=_{secrets.token_hex(12)}"  # not to be guessed, so that no text can pretend to be a part
+    boundary = f"=_{random.getrandbits(96):024x}"  # in no text that is not encoded, and Base64 has no "_"
     pieces = [f'Content-Type: multipart/{subtype}; boundary="{boundary}"\r\n\r\n'.encode("ascii")]
     for part in parts:
         pieces += [f"--{boundary}\r\n".encode("ascii"), *part, b"\r\n"]
@@ -443,10 +446,10 @@ def judge(step: str, code: int, reply: bytes | str) -> Outcome:
         return Outcome(Verdict.SENT, code, detail, step)
     enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", detail)
     status = enhanced[0] if enhanced else ""
+    if code == 552 and step == "rcpt" and not status:  # old servers mean "too many recipients" (RFC 5321 4.5.3.1.10)
+        return Outcome(Verdict.TRY_LATER, code, detail, step)
     if status == "5.3.4" or (code == 552 and status != "5.2.2"):
-        # 552 to RCPT alone means "too many recipients" in old servers: later (RFC 5321 4.5.3.1.10)
-        verdict = Verdict.TRY_LATER if step == "rcpt" and not status else Verdict.REFUSED
-        return Outcome(verdict, code, detail, step, too_big=True)
+        return Outcome(Verdict.REFUSED, code, detail, step, too_big=True)
     ours = step in OUR_STEPS or code in (530, 534, 535) or status == "5.4.5"
     refused = 500 <= code < 600 and not ours
     return Outcome(Verdict.REFUSED if refused else Verdict.TRY_LATER, code, detail, step, ours)
@@ -459,7 +462,7 @@ def judge_error(step: str, error: Exception) -> Outcome:
     if isinstance(error, ssl.SSLCertVerificationError):
         step, detail = "tls", f"certificate: {error.verify_message}"
     elif isinstance(error, ssl.SSLError):
-        step, detail = "tls", str(error.reason or error)
+        step, detail = "tls", str(getattr(error, "reason", None) or error)
     elif isinstance(error, TimeoutError):
         detail = "timed out"
     elif isinstance(error, smtplib.SMTPServerDisconnected | ConnectionError | EOFError):
@@ -687,53 +690,31 @@ class Transport(Protocol):
 
 
 class Dialogue(smtplib.SMTP):
-    """smtplib's EHLO, STARTTLS and login, with every reply bounded in size and every wait by a deadline.
+    """smtplib's EHLO and login, with every reply bounded in size, and in time from its first wait to its last byte.
 
-    smtplib's own timeout starts anew with each byte, and its replies have no end.
+    smtplib's own time-out starts anew with each byte, and its replies have no end. `step` says how far it came.
     """
 
     def __init__(self, config: SMTPConfig, report: Callable[[str, str], None]) -> None:
-        self.step = "connect"
+        super().__init__(local_hostname="localhost", timeout=config.timeout_s)  # without a host it does not connect
+        self.step = "resolve"
+        self.patience_s = config.timeout_s
+        self.dirty = False  # a transaction was left open: RSET comes first
         self._config, self._report = config, report
         self._received = bytearray()
         self._masked = False
-        self.deadline = time.monotonic() + 4 * config.timeout_s
-        super().__init__(config.host, config.port, "localhost", config.timeout_s)
-        self._report("greeting", "220")
 
-    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        """Called by smtplib to connect; each address of the name is tried."""
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-        self._report("resolve", ", ".join(sorted(found)))
-        sock = socket.create_connection((host, port), timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        here, peer = sock.getsockname()[0], sock.getpeername()[0]
-        self.local_hostname = hostname() if "." in hostname() else f"[{'IPv6:' * (':' in here)}{here}]"
-        self._report("connect", f"{peer} port {port}")
-        if self._config.user and self._config.security == "none" and not is_loopback(peer):
-            sock.close()
-            raise OSError(f"the password would go in the clear to {peer}; use SMTP_SECURITY=starttls or ssl")
+    def begin(self) -> None:
+        """Connect, EHLO, TLS and login, as configured. Raises what smtplib, ssl and socket raise."""
+        self.sock = self._connected()
         if self._config.security == "ssl":
-            self.step = "tls"
-            sock = self._wrap(sock)
+            self._start_tls()
         self.step = "greeting"
-        return sock
-
-    def _wrap(self, sock: socket.socket) -> socket.socket:
-        context = self._config.tls()
-        assert context is not None
-        try:
-            wrapped = context.wrap_socket(sock, server_hostname=self._config.host)
-        except BaseException:
-            sock.close()
-            raise
-        self._report("tls", f"{wrapped.version()}, certificate valid for {self._config.host}")
-        return wrapped
-
-    def prepare(self) -> None:
-        """EHLO, TLS and login, as configured. Raises what smtplib, ssl and socket raise."""
-        self.step = "ehlo"
-        self.ehlo_or_helo_if_needed()
+        code, words = self.getreply()
+        if code != 220:
+            raise smtplib.SMTPConnectError(code, words)
+        self._report("greeting", words.decode("utf-8", "replace"))
+        self._hello()
         if self._config.security == "starttls":
             self.step = "tls"
             if not self.has_extn("starttls"):
@@ -742,62 +723,118 @@ class Dialogue(smtplib.SMTP):
             if code != 220:
                 raise smtplib.SMTPResponseException(code, words)
             self._received.clear()  # nothing said in the clear counts after the handshake (CVE-2011-0411)
-            assert self.sock is not None
-            self.sock = self._wrap(self.sock)
-            self.does_esmtp, self.helo_resp, self.ehlo_resp, self.esmtp_features = False, None, None, {}
-            self.step = "ehlo"
-            self.ehlo_or_helo_if_needed()
+            self._start_tls()
+            self._hello()
         self._report("ehlo", " ".join(sorted(name.upper() for name in self.esmtp_features)) or "HELO")
         if self._config.user:
             self._login()
+
+    def _connected(self) -> socket.socket:
+        config = self._config
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        self._report("resolve", ", ".join(sorted({str(info[4][0]) for info in found})))
+        self.step = "connect"
+        sock = socket.create_connection((config.host, config.port), config.timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        here, peer = sock.getsockname()[0], sock.getpeername()[0]
+        self.local_hostname = hostname() if "." in hostname() else f"[{'IPv6:' * (':' in here)}{here}]"
+        self._report("connect", f"{peer} port {config.port}")
+        if config.user and config.security == "none" and not is_loopback(peer):
+            sock.close()
+            raise OSError(f"the password would go in the clear to {peer}; use SMTP_SECURITY=starttls or ssl")
+        return sock
+
+    def _start_tls(self) -> None:
+        self.step = "tls"
+        context, sock = self._config.tls(), self.sock
+        assert context is not None and sock is not None
+        sock.settimeout(self._config.timeout_s)
+        self.sock = wrapped = context.wrap_socket(sock, server_hostname=self._config.host)
+        self._report("tls", f"{wrapped.version()}, certificate valid for {self._config.host}")
+
+    def _hello(self) -> None:
+        self.step = "ehlo"
+        self.does_esmtp, self.helo_resp, self.ehlo_resp, self.esmtp_features = False, None, None, {}
+        self.ehlo_or_helo_if_needed()
 
     def _login(self) -> None:
         self.step = "login"
         user, password = self._config.user, self._config.password()
         self._masked = True
         try:
-            if self._config.auth == "xoauth2":
+            if self._config.auth == "xoauth2":  # developers.google.com/workspace/gmail/imap/xoauth2-protocol
                 token = f"user={user}\1auth=Bearer {password}\1\1"
                 self.auth("XOAUTH2", lambda challenge=None: token if challenge is None else "")
             else:
                 self.login(user, password)
-        except smtplib.SMTPNotSupportedError as error:
-            raise smtplib.SMTPAuthenticationError(535, f"{error}".encode()) from None
         finally:
             self._masked = False
         self._report("login", user)
 
+    def ask(self, commands: Sequence[str]) -> Iterator[tuple[int, bytes]]:
+        """The reply to each command; all are sent at once where the server offers PIPELINING (RFC 2920)."""
+        together = self.has_extn("pipelining")
+        if together:
+            self.send("".join(f"{command}\r\n" for command in commands))
+        for command in commands:
+            if not together:
+                self.putcmd(command)
+            elif self._config.trace:
+                self._config.trace(f"C: {command}")
+            yield self.getreply()
+
+    def content(self, pieces: Sequence[bytes], length: int) -> tuple[int, bytes]:
+        """Send the mail and the dot; the reply."""
+        assert self.sock is not None
+        if self._config.trace:
+            self._config.trace(f"C: ({length} bytes of mail, then the dot)")
+        self.step, self.patience_s = "dot", FINAL_DOT_TIMEOUT_S
+        self.sock.settimeout(self._config.timeout_s)
+        try:
+            if length < PIECE:
+                self.sock.sendall(b"".join((*pieces, b".\r\n")))
+            else:
+                for piece in pieces[:-1]:
+                    self.sock.sendall(piece)
+                self.sock.sendall(pieces[-1] + b".\r\n")
+        except ConnectionError:  # a server that hangs up in the middle of a mail has often said why
+            self.patience_s = 1.0
+        return self.getreply()
+
     def putcmd(self, cmd: str, args: str = "") -> None:
         if self._config.trace:
             shown = f"{cmd} {args}".strip()
-            if self._masked:
-                shown = re.sub(r"^(AUTH +\S+)?.*", r"\1 ****", shown).strip()
-            self._config.trace(f"C: {shown}")
+            masked = re.sub(r"^(AUTH +[^ ]+)?.*", r"\1 ****", shown).strip()
+            self._config.trace(f"C: {masked if self._masked else shown}")
         super().putcmd(cmd, args)
 
     def getreply(self) -> tuple[int, bytes]:
-        """One whole reply. A reply that is not SMTP has code -1."""
+        """One whole reply. What is no reply raises SMTPResponseException, and so does 421, which ends a connection."""
+        until = time.monotonic() + self.patience_s
         lines: list[bytes] = []
-        total = 0
-        while True:
-            line = self._line()
-            total += len(line)
+        for _ in range(REPLY_MAX_LINES):
+            line = self._line(until)
             lines.append(line[4:].strip())
             if self._config.trace:
                 self._config.trace(f"S: {line.decode('utf-8', 'replace').rstrip()}")
-            if not line[:3].isdigit() or total > REPLY_MAX_BYTES:
-                return -1, b"not an SMTP reply: " + line[:80]
+            if not line[:3].isdigit():
+                raise smtplib.SMTPResponseException(-1, f"not an SMTP reply: {line[:80]!r}")
             if line[3:4] != b"-":
-                return int(line[:3]), b"\n".join(lines)
+                code, words = int(line[:3]), b"\n".join(lines)
+                if code == 421:
+                    raise smtplib.SMTPResponseException(code, words)
+                return code, words
+        raise smtplib.SMTPResponseException(-1, "a reply without end")
 
-    def _line(self) -> bytes:
+    def _line(self, until: float) -> bytes:
         while (end := self._received.find(b"\n")) < 0:
             if len(self._received) > REPLY_MAX_BYTES:
-                raise smtplib.SMTPServerDisconnected("endless reply")
+                raise smtplib.SMTPResponseException(-1, "a reply without end")
             if self.sock is None:
                 raise smtplib.SMTPServerDisconnected("not connected")
-            if time.monotonic() > self.deadline:
+            if (left := until - time.monotonic()) <= 0:
                 raise TimeoutError
+            self.sock.settimeout(left)
             chunk = self.sock.recv(8192)
             if not chunk:
                 raise smtplib.SMTPServerDisconnected("closed")
@@ -807,186 +844,161 @@ class Dialogue(smtplib.SMTP):
         return line
 
 
+TROUBLE = (OSError, smtplib.SMTPException, ValueError)  # all that a dialogue raises
+
+
 class SMTPTransport:
     """One connection to the configured server, kept while there is work."""
 
     def __init__(self, config: SMTPConfig, report: Callable[[str, str], None] = lambda step, words: None) -> None:
         self._config, self._report = config, report
         self._smtp: Dialogue | None = None
-        self._dirty = False  # a transaction was left open: RSET comes first
-        self._step = "connect"
 
     def open(self) -> None:
         """Connect and log in, unless connected. Raises Unavailable."""
         if self._smtp is not None:
             return
-        smtp = Dialogue.__new__(Dialogue)  # kept at hand, because its step says how far the constructor came
+        smtp = Dialogue(self._config, self._report)
         try:
-            smtp.__init__(self._config, self._report)  # type: ignore[misc]
-            smtp.prepare()
-        except ConfigError as error:  # SMTP_PASS_COMMAND or SMTP_PASS_FILE failed just now
-            smtp.close()
-            raise Unavailable(Outcome(Verdict.TRY_LATER, 0, str(error), "login", ours=True)) from None
-        except (OSError, smtplib.SMTPException, ValueError) as error:
+            smtp.begin()
+        except (*TROUBLE, ConfigError) as error:  # ConfigError: the password's file or command failed just now
             smtp.close()
             raise Unavailable(replace(judge_error(smtp.step, error), ours=True)) from None
-        self._smtp, self._dirty = smtp, False
+        self._smtp = smtp
 
     def deliver(self, envelope: Envelope) -> dict[str, Outcome]:
         """One transaction. A kept connection that the server has closed meanwhile is opened anew, once."""
         kept = self._smtp is not None
-        while True:
-            try:
-                self.open()
-                return self._transaction(envelope)
-            except Unavailable as error:
-                return dict.fromkeys(envelope.recipients, error.outcome)
-            except (OSError, smtplib.SMTPException, ValueError) as error:
-                self._abort()
-                if not (kept and self._step == "mail"):
-                    return dict.fromkeys(envelope.recipients, judge_error(self._step, error))
-                kept = False
+        try:
+            self.open()
+            return self._transaction(envelope)
+        except Unavailable as error:
+            outcome = error.outcome
+        except TROUBLE as error:
+            assert self._smtp is not None
+            step = self._smtp.step
+            self._drop()
+            if kept and step == "mail":
+                return self.deliver(envelope)
+            outcome = judge_error(step, error)
+        return dict.fromkeys(envelope.recipients, outcome)
 
     def _transaction(self, envelope: Envelope) -> dict[str, Outcome]:
         smtp = self._smtp
-        assert smtp is not None and smtp.sock is not None
-        self._step = "mail"
-        pieces, length = dot_stuffed(envelope.data)
+        assert smtp is not None
+        smtp.step, smtp.patience_s = "mail", self._config.timeout_s
+        pieces = dot_stuffed(envelope.data)
+        length = sum(map(len, pieces))
         limit = smtp.esmtp_features.get("size", "")
         if limit.isdigit() and 0 < int(limit[:18]) < length:
-            too_big = judge("mail", 552, f"5.3.4 {length} bytes, the server takes {limit}")
+            too_big = judge("mail", 552, f"5.3.4 {length} bytes, the server takes {limit[:18]}")
             return dict.fromkeys(envelope.recipients, too_big)
-        smtp.sock.settimeout(self._config.timeout_s)
-        smtp.deadline = time.monotonic() + 4 * self._config.timeout_s
-        if self._dirty:
+        if smtp.dirty:
             smtp.docmd("RSET")
-        self._dirty = True
-        outcomes, go = self._envelope(smtp, envelope, length if limit else 0)
-        if go:
-            self._step = "dot"
-            smtp.deadline = time.monotonic() + FINAL_DOT_TIMEOUT_S + length / SLOWEST_UPLOAD_BYTES_S
-            code, words = self._content(smtp, pieces, length)
-            self._dirty = False
-            verdict = judge("dot", code, words)
-            outcomes |= {name: verdict for name, outcome in outcomes.items() if outcome.verdict is Verdict.SENT}
-        if any(outcome.code in (421, -1) for outcome in outcomes.values()):
-            self._abort()
-        return outcomes
-
-    def _envelope(self, smtp: Dialogue, envelope: Envelope, length: int) -> tuple[dict[str, Outcome], bool]:
-        """MAIL, RCPT… and DATA, in one write where the server offers PIPELINING (RFC 2920); True: it waits for data."""
-        parameters = f" SIZE={length}" * bool(length)
-        if smtp.has_extn("8bitmime") and not all(piece.isascii() for piece in envelope.data):
+        smtp.dirty = True
+        parameters = f" SIZE={length}" * bool(limit)
+        if smtp.has_extn("8bitmime") and not all(map(bytes.isascii, pieces)):
             parameters += " BODY=8BITMIME"
-        commands = [f"MAIL FROM:<{envelope.sender}>{parameters}"]
-        commands += [f"RCPT TO:<{name}>" for name in envelope.recipients]
-        together = smtp.has_extn("pipelining")
-        if together:
-            smtp.send("".join(f"{command}\r\n" for command in (*commands, "DATA")))
-
-        def reply(command: str) -> tuple[int, bytes]:
-            if not together:
-                smtp.putcmd(command)
-            elif self._config.trace:
-                self._config.trace(f"C: {command}")
-            return smtp.getreply()
-
-        first = judge("mail", *reply(commands[0]))
-        if first.code == 421:
-            raise smtplib.SMTPResponseException(421, first.detail)
-        outcomes = dict.fromkeys(envelope.recipients, first)
-        if first.verdict is Verdict.SENT or together:
-            self._step = "rcpt"
-            said = {name: judge("rcpt", *reply(line)) for name, line in zip(outcomes, commands[1:], strict=True)}
-            outcomes = said if first.verdict is Verdict.SENT else outcomes
-        taken = any(outcome.verdict is Verdict.SENT for outcome in outcomes.values())
-        if not taken and not together:
-            return outcomes, False
-        self._step = "data"
-        code, words = reply("DATA")
-        if not taken and code == 354:
-            smtp.send(".\r\n")  # nobody is left to receive it; the server answers 554
-            smtp.getreply()
-        elif taken and code != 354:
-            refused = judge("data", code if code >= 400 else -1, words)
-            outcomes = {n: refused if o.verdict is Verdict.SENT else o for n, o in outcomes.items()}
-        return outcomes, taken and code == 354
-
-    def _content(self, smtp: Dialogue, pieces: list[bytes], length: int) -> tuple[int, bytes]:
-        assert smtp.sock is not None
-        if length < PIECE:
-            smtp.sock.sendall(b"".join((*pieces, b".\r\n")))
+        outcomes, data = self._addressed(smtp, envelope, parameters)
+        taken = [name for name, outcome in outcomes.items() if outcome.verdict is Verdict.SENT]
+        if data.code == 354:
+            final = judge("dot", *smtp.content(pieces, length)) if taken else judge("dot", *smtp.docmd("."))
+            smtp.dirty = False
         else:
-            for piece in pieces[:-1]:
-                smtp.sock.sendall(piece)
-            smtp.sock.sendall(pieces[-1] + b".\r\n")
-        if self._config.trace:
-            self._config.trace(f"C: ({length} bytes of mail, then the dot)")
-        smtp.sock.settimeout(FINAL_DOT_TIMEOUT_S)
-        return smtp.getreply()
+            final = data
+        return outcomes | dict.fromkeys(taken, final)
+
+    def _addressed(self, smtp: Dialogue, envelope: Envelope, parameters: str) -> tuple[dict[str, Outcome], Outcome]:
+        """MAIL, RCPT… and DATA: the outcome for each recipient, and for DATA; 354: the server waits for the mail.
+
+        After a refusal the rest is only asked if it is under way already.
+        """
+        names = envelope.recipients
+        replies = smtp.ask([f"MAIL FROM:<{envelope.sender}>{parameters}", *(f"RCPT TO:<{name}>" for name in names), "DATA"])
+        together = smtp.has_extn("pipelining")
+        mail = judge("mail", *next(replies))
+        if mail.verdict is not Verdict.SENT and not together:
+            return dict.fromkeys(names, mail), mail
+        smtp.step = "rcpt"
+        outcomes = {name: judge("rcpt", *next(replies)) for name in names}
+        if mail.verdict is not Verdict.SENT:
+            outcomes = dict.fromkeys(names, mail)
+        if together or any(outcome.verdict is Verdict.SENT for outcome in outcomes.values()):
+            smtp.step = "data"
+            code, words = next(replies)
+            return outcomes, judge("data", code if code == 354 or code >= 400 else -1, words)
+        return outcomes, mail
 
     def verify(self, recipient: str = "") -> Outcome:
         """Would the server take a mail from us (to `recipient`)? Nothing is sent. Raises Unavailable."""
         self.open()
-        assert self._smtp is not None
-        outcome = Outcome(Verdict.SENT)
+        smtp = self._smtp
+        assert smtp is not None
+        smtp.dirty = True
         sender = address(self._config.sender)
-        for step, command in (("mail", f"MAIL FROM:<{sender}>"), ("rcpt", f"RCPT TO:<{recipient}>")):
-            if step == "mail" or recipient:
-                outcome = judge(step, *self._smtp.docmd(command))
-                if outcome.verdict is not Verdict.SENT:
-                    return outcome
-                self._report("sender" if step == "mail" else "recipient", sender if step == "mail" else recipient)
-        self._dirty = True
+        steps = [("mail", "sender", f"MAIL FROM:<{sender}>", sender)]
+        steps += [("rcpt", "recipient", f"RCPT TO:<{recipient}>", recipient)] if recipient else []
+        for smtp.step, name, command, words in steps:
+            try:
+                outcome = judge(smtp.step, *smtp.docmd(command))
+            except TROUBLE as error:
+                outcome = judge_error(smtp.step, error)
+            if outcome.verdict is not Verdict.SENT:
+                break
+            self._report(name, words)
         return outcome
 
     def close(self) -> None:
         """QUIT. Whatever the server makes of it changes nothing that it has accepted."""
         if self._smtp is not None:
-            with contextlib.suppress(OSError, smtplib.SMTPException, ValueError):
-                if self._smtp.sock is not None:
-                    self._smtp.sock.settimeout(min(2.0, self._config.timeout_s))
-                self._smtp.deadline = time.monotonic() + 2.0
+            self._smtp.patience_s = min(2.0, self._config.timeout_s)
+            with contextlib.suppress(*TROUBLE):
                 self._smtp.docmd("QUIT")
-            self._abort()
+            self._drop()
 
-    def _abort(self) -> None:
+    def _drop(self) -> None:
         if self._smtp is not None:
             self._smtp.close()
             self._smtp = None
 
 
-def dot_stuffed(pieces: Sequence[bytes]) -> tuple[list[bytes], int]:
-    """RFC 5321 4.5.2: a line that begins with a dot gets another. Also their length."""
-    stuffed = [piece.replace(b"\r\n.", b"\r\n..") if b"\r\n." in piece else piece for piece in pieces]
+def dot_stuffed(pieces: Sequence[bytes]) -> list[bytes]:
+    """RFC 5321 4.5.2: a line that begins with a dot gets another. The last line gets its end."""
+    # Base64 has no dots, and looking for one byte is quick
+    stuffed = [piece.replace(b"\r\n.", b"\r\n..") if b"." in piece else piece for piece in pieces]
     stuffed = [b"." + piece if piece.startswith(b".") else piece for piece in stuffed]
     if not stuffed or not stuffed[-1].endswith(b"\r\n"):
         stuffed.append(b"\r\n")
-    return stuffed, sum(map(len, stuffed))
+    return stuffed
 
 
 # ───────────────────────────────────────────── Outbox ───────────────────────────────────────────────
 # A durable queue in one SQLite file that does not know what it carries. One process owns a file, one connection
 # does every write and checkpoint (SQLite before 3.51.3 can corrupt a WAL file that two connections write).
 
-WAITING, FROZEN, SENT, FAILED, DROPPED = range(5)
+WAITING, FROZEN, SENT, FAILED, DROPPED = range(5)  # of an item; a mail is FROZEN, then SENT or FAILED
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS items(            -- one row a life: settled rows keep their id and lose their payload
+CREATE TABLE IF NOT EXISTS items(     -- one row a life; what is settled keeps its id and loses its payload
   seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, lane TEXT NOT NULL, arrived REAL NOT NULL,
-  state INTEGER NOT NULL DEFAULT 0, taken TEXT, settled REAL, error TEXT,
+  state INTEGER NOT NULL DEFAULT 0, settled REAL, error TEXT,
+  taken TEXT,                         -- who has it already, though it failed for others
+  told INTEGER NOT NULL DEFAULT 0,    -- the mail that tells of this failure
   sum BLOB NOT NULL, picture_sum BLOB, payload BLOB, picture BLOB);
-CREATE INDEX IF NOT EXISTS items_waiting ON items(seq) WHERE state = 0;
-CREATE INDEX IF NOT EXISTS items_settled ON items(settled) WHERE settled IS NOT NULL;
-CREATE TABLE IF NOT EXISTS mails(            -- a mail whose sending has begun: it stays the same mail
+CREATE INDEX IF NOT EXISTS items_open ON items(state, seq) WHERE settled IS NULL;
+CREATE INDEX IF NOT EXISTS items_settled ON items(settled, state) WHERE settled IS NOT NULL;
+CREATE INDEX IF NOT EXISTS items_untold ON items(seq) WHERE state = 3 AND told = 0;
+CREATE TABLE IF NOT EXISTS mails(     -- a mail whose sending has begun: it stays the same mail
   mail INTEGER PRIMARY KEY, kind TEXT NOT NULL, items TEXT NOT NULL, recipients TEXT NOT NULL,
-  begun REAL NOT NULL, next REAL NOT NULL, state INTEGER NOT NULL DEFAULT 1, tries INTEGER NOT NULL DEFAULT 0,
-  waited REAL NOT NULL DEFAULT 0, bare INTEGER NOT NULL DEFAULT 0, taken TEXT NOT NULL DEFAULT '[]',
-  refused TEXT NOT NULL DEFAULT '{}', error TEXT, settled REAL, told INTEGER NOT NULL DEFAULT 0);
+  failed INTEGER NOT NULL, why TEXT NOT NULL, begun REAL NOT NULL, next REAL NOT NULL,
+  state INTEGER NOT NULL DEFAULT 1, tries INTEGER NOT NULL DEFAULT 0, waited REAL NOT NULL DEFAULT 0,
+  bare INTEGER NOT NULL DEFAULT 0, taken TEXT NOT NULL DEFAULT '[]', refused TEXT NOT NULL DEFAULT '{}',
+  error TEXT, settled REAL);
 CREATE INDEX IF NOT EXISTS mails_due ON mails(next) WHERE state = 1;
-CREATE INDEX IF NOT EXISTS mails_untold ON mails(mail) WHERE state = 3 AND told = 0;
+CREATE INDEX IF NOT EXISTS mails_settled ON mails(settled) WHERE settled IS NOT NULL;
 CREATE TABLE IF NOT EXISTS notes(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+UNTOLD = "SELECT count(*), max(seq), error FROM items WHERE state = 3 AND told = 0"
 
 
 class SpoolError(Exception):
@@ -999,6 +1011,14 @@ class SpoolFull(SpoolError):
 
 class SpoolBusy(SpoolError):
     """Another process owns the file."""
+
+
+class Damaged(Exception):
+    """A row does not match its checksum; `seq` says which."""
+
+    def __init__(self, seq: int) -> None:
+        super().__init__(f"row {seq} is damaged")
+        self.seq = seq
 
 
 @dataclass(frozen=True)
@@ -1056,19 +1076,37 @@ class Draft:
 
 @dataclass(frozen=True)
 class Mail:
-    """A frozen mail. `bare`: without pictures. `failed`, `why`: alerts that failed and nobody has been told of."""
+    """A frozen mail. `bare`: without pictures. `failed`, `why`: alerts that failed, which this mail tells of.
+
+    `recipients` are those who are left, `taken` and `refused` those who are done; `waited` is the sum of its own
+    delays in seconds: its age, which no jump of the clock changes.
+    """
 
     number: int
     kind: str
     items: tuple[int, ...]
     recipients: tuple[str, ...]
+    failed: int = 0
+    why: str = ""
     tries: int = 0
     waited: float = 0.0
     bare: bool = False
     taken: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-    failed: int = 0
-    why: str = ""
+    state: int = FROZEN
+    next: float = 0.0
+    error: str | None = None
+
+
+@dataclass
+class History:
+    """What was sent, for planning: when mails of the last day went, how many are under way, and when mails of a
+    lane or kind last began."""
+
+    times: deque[float] = field(default_factory=deque)
+    pending: int = 0
+    lanes: dict[str, float] = field(default_factory=dict)
+    kinds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -1093,15 +1131,15 @@ def lock_file(path: Path) -> int:
 
 
 class Outbox:
-    """The durable queue. Every method is safe to call from any thread."""
+    """The durable queue. Every method is safe to call from any thread, and raises SpoolError when the disk fails."""
 
     def __init__(self, path: str | Path, *, schema: str = "", size_max: int | None = None) -> None:
-        """Open or make the file, 0600, and lock it. Raises SpoolBusy and SpoolError."""
+        """Open or make the file, 0600, and lock it; `schema` makes tables of its owner. Raises SpoolBusy and SpoolError."""
         self.path = Path(path)
         self._schema, self._size_max = SCHEMA + schema, size_max
         self._lock = threading.Lock()
         self._gathered: deque[_Ticket] = deque()
-        self._durable: bool | None = None
+        self._closed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._owned = lock_file(Path(f"{self.path}.lock"))
@@ -1109,9 +1147,17 @@ class Outbox:
             raise SpoolError(f"{self.path}: {error.strerror}") from None
         try:
             self._db = self._open_sound()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             os.close(self._owned)
             raise SpoolError(f"{self.path}: {error}") from None
+
+    def close(self) -> None:
+        """Close the database and let go of the lock."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._db.close()
+                os.close(self._owned)
 
     # opening, damage, loss
 
@@ -1125,14 +1171,20 @@ class Outbox:
         except sqlite3.DatabaseError as error:
             if not existed or isinstance(error, sqlite3.OperationalError):
                 raise
-        aside = Path(f"{self.path}.damaged-{int(time.time())}")
+        aside = self._move_aside("damaged")
+        db = self._open()
+        salvage(aside, db)
+        self._recount(db)
+        log.error("the spool %s was damaged and moved to %s; saved from it: %d alerts that wait, %d that failed",
+                  self.path, aside, self._counts[WAITING], self._counts[FAILED])  # fmt: skip
+        return db
+
+    def _move_aside(self, why: str) -> Path:
+        aside = Path(f"{self.path}.{why}-{time.time_ns()}")
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
-        db = self._open()
-        saved = salvage(aside, db)
-        log.error("the spool %s was damaged: moved to %s, %d waiting items saved from it", self.path, aside, saved)
-        return db
+        return aside
 
     def _open(self) -> sqlite3.Connection:
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -1143,78 +1195,36 @@ class Outbox:
                 raise sqlite3.DatabaseError("damaged")
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
-            if db.execute("PRAGMA synchronous").fetchone() != (2,):
+            if pragma(db, "synchronous") != 2:
                 raise sqlite3.OperationalError("synchronous=FULL was not taken")
             db.executescript(self._schema)
             self._recount(db)
-            self._page_size = pragma(db, "page_size")
-            self._identity = self._stat()
         except BaseException:
             db.close()
             raise
-        self._durable = True
+        self._page_size, self._durable, self._identity = pragma(db, "page_size"), True, file_identity(self.path)
         return db
 
-    def _stat(self) -> tuple[int, int] | None:
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino
-
-    def _begin(self, durable: bool) -> sqlite3.Connection:
-        if self._stat() != self._identity:
-            self._rescue()
-        if durable != self._durable:
-            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            self._durable = durable
-        self._db.execute("BEGIN IMMEDIATE")
-        return self._db
-
     def _rescue(self) -> None:
-        """The file was deleted or replaced under us; our connection still has it all: write it out anew."""
+        """The file was removed or replaced under us; our connection still has it all: write it out anew."""
         log.error("the spool %s was removed while in use; it is written anew", self.path)
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(f"{self.path}{suffix}", f"{self.path}.removed-{int(time.time())}{suffix}")
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        with contextlib.closing(sqlite3.connect(self.path)) as anew:
-            self._db.backup(anew)
-        self._db.close()
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = Path(f"{self.path}.lock")
+        if file_identity(lock) is None:
+            held, self._owned = self._owned, lock_file(lock)
+            os.close(held)
+        anew = Path(f"{self.path}.rescued")
+        anew.unlink(missing_ok=True)
+        os.close(os.open(anew, os.O_RDWR | os.O_CREAT, 0o600))
+        with contextlib.closing(sqlite3.connect(anew)) as copy:
+            self._db.backup(copy)
+        self._move_aside("removed")
+        os.replace(anew, self.path)
+        self._identity = file_identity(self.path)
+        self._db.close()  # before the new one opens: closing removes the -wal file by its name
         self._db = self._open()
 
-    # putting
-
-    def put(self, items: Sequence[NewItem]) -> list[Receipt]:
-        """Add items; when this returns they are on disk. Threads that arrive meanwhile share the next commit.
-
-        The same id with the same content is a duplicate; with other content it gets a suffix. Raises SpoolError.
-        """
-        ticket = _Ticket(items)
-        self._gathered.append(ticket)
-        with self._lock:  # whoever gets it commits all that gathered; the others find their tickets done
-            if ticket.receipts is None and ticket.error is None:
-                self._commit_gathered()
-        if ticket.error is not None:
-            raise ticket.error
-        assert ticket.receipts is not None
-        return ticket.receipts
-
-    def _commit_gathered(self) -> None:
-        tickets: list[_Ticket] = []
-        while self._gathered:
-            tickets.append(self._gathered.popleft())
-        try:
-            with self._work(durable=True) as db:
-                self._check_room(db, sum(len(i.payload) + len(i.picture or b"") for t in tickets for i in t.items))
-                done = [[self._add(db, item) for item in ticket.items] for ticket in tickets]
-        except SpoolError as error:
-            for ticket in tickets:
-                ticket.error = error
-        else:
-            for ticket, receipts in zip(tickets, done, strict=True):
-                self._counts[WAITING] += sum(receipt.new for receipt in receipts)
-                ticket.receipts = receipts
+    # the one way to the database
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -1228,32 +1238,86 @@ class Outbox:
 
     @contextlib.contextmanager
     def _work(self, durable: bool) -> Iterator[sqlite3.Connection]:
+        with self._guarded():
+            if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
+                self._rescue()
+            if durable != self._durable:
+                self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    self._recount(self._db)
+                raise
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What the database raises becomes a SpoolError; after damage it is opened anew."""
         try:
-            yield self._begin(durable)
-            self._db.execute("COMMIT")
-        except BaseException as error:
-            with contextlib.suppress(sqlite3.Error):
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.DatabaseError) and re.search("malformed|not a database", str(error)):
-                self._db.close()
-                self._db = self._open_sound()
-            if isinstance(error, sqlite3.Error | OSError):
-                kind = SpoolFull if "full" in str(error) else SpoolError
-                raise kind(f"{self.path}: {error}") from error
-            raise
+            yield
+        except (sqlite3.Error, OSError) as error:
+            if re.search("malformed|not a database|closed database", str(error)) and not self._closed:
+                with contextlib.suppress(sqlite3.Error, OSError):
+                    self._db.close()
+                    self._db = self._open_sound()
+            full = "full" in str(error)
+            if full:  # the log may hold room that the database does not need any more
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            raise (SpoolFull if full else SpoolError)(f"{self.path}: {error}") from error
+
+    def _rows(self, sql: str, *values: object) -> list[Any]:
+        with self._lock, self._guarded():
+            return self._db.execute(sql, values).fetchall()
+
+    # putting
+
+    def put(self, items: Sequence[NewItem]) -> list[Receipt]:
+        """Add items; when this returns they are on disk. Threads that arrive meanwhile share the next commit.
+
+        The same id with the same content is a duplicate; with other content it gets a suffix. Raises SpoolError.
+        """
+        ticket = _Ticket(items)
+        self._gathered.append(ticket)
+        with self._lock:  # whoever gets it commits all that gathered; the others find their tickets done
+            if ticket.receipts is None and ticket.error is None:
+                self._commit([self._gathered.popleft() for _ in range(len(self._gathered))])
+        if ticket.receipts is None:
+            raise ticket.error or SpoolError("interrupted")
+        return ticket.receipts
+
+    def _commit(self, tickets: Sequence[_Ticket]) -> None:
+        try:
+            with self._work(durable=True) as db:
+                self._check_room(db, sum(len(i.payload) + len(i.picture or b"") for t in tickets for i in t.items))
+                done = [[self._add(db, item) for item in ticket.items] for ticket in tickets]
+        except Exception as error:
+            alone = len(tickets) == 1 or (isinstance(error, SpoolError) and not isinstance(error, SpoolFull))
+            for ticket in tickets:
+                ticket.error = error
+                if not alone:  # what is wrong with one costs only itself
+                    self._commit([ticket])
+        else:
+            for ticket, receipts in zip(tickets, done, strict=True):
+                ticket.receipts = receipts
 
     def _check_room(self, db: sqlite3.Connection, more: int) -> None:
         if self._size_max is not None:
             used = (pragma(db, "page_count") - pragma(db, "freelist_count")) * self._page_size
             if used + more > self._size_max:
                 raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
+        disk = shutil.disk_usage(self.path.parent)
+        if disk.free < 2 * more + min(DISK_RESERVE_BYTES, disk.total // 20):
+            raise SpoolFull(f"{self.path}: the disk is full")
 
     def add(self, db: sqlite3.Connection, item: NewItem) -> bool:
         """Add an item inside a transaction of the owner's. False: it was there before."""
-        new = self._add(db, item).new
-        self._counts[WAITING] += new
-        return new
+        return self._add(db, item).new
 
     def _add(self, db: sqlite3.Connection, item: NewItem) -> Receipt:
         sums = hashlib.sha256(item.payload).digest(), item.picture and hashlib.sha256(item.picture).digest()
@@ -1264,11 +1328,12 @@ class Outbox:
                 break
             if known == sums or name != item.id:
                 return Receipt(name, new=False)
-            name = f"{item.id[:119]}-{hashlib.sha256(sums[0] + (sums[1] or b'')).hexdigest()[:8]}"
+            name = f"{item.id[:115]}-{hashlib.sha256(sums[0] + (sums[1] or b'')).hexdigest()[:12]}"
         db.execute(
             "INSERT INTO items(id, lane, arrived, sum, picture_sum, payload, picture) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (name, item.lane, item.arrived, *sums, item.payload, item.picture),
         )
+        self._counts[WAITING] += 1
         return Receipt(name, new=True)
 
     # planning
@@ -1276,73 +1341,72 @@ class Outbox:
     def waiting(self, after: int = 0) -> Iterator[Waiting]:
         """What waits and is in no mail yet, oldest first, page by page, without payloads."""
         while True:
-            with self._lock:
-                page = self._db.execute(
-                    "SELECT seq, id, lane, arrived, taken FROM items WHERE state = 0 AND seq > ? ORDER BY seq LIMIT 200",
-                    (after,),
-                ).fetchall()
+            page = self._rows(
+                "SELECT seq, id, lane, arrived, taken FROM items WHERE settled IS NULL AND state = 0 AND seq > ?"
+                " ORDER BY seq LIMIT 200", after,
+            )  # fmt: skip
             for seq, name, lane, arrived, taken in page:
-                yield Waiting(seq, name, lane, arrived, frozenset(json.loads(taken)) if taken else frozenset())
+                yield Waiting(seq, name, lane, arrived, frozenset(json.loads(taken or "[]")))
                 after = seq
             if len(page) < 200:
                 return
 
     def newest(self) -> int:
         """The row number of the newest item."""
-        with self._lock:
-            return self._db.execute("SELECT max(seq) FROM items").fetchone()[0] or 0
+        return int(self._rows("SELECT max(seq) FROM items")[0][0] or 0)
+
+    def begun(self, since: float) -> History:
+        """When mails of each lane and kind last began, since then."""
+        history = History()
+        rows = self._rows(
+            "SELECT mails.kind, items.lane, mails.begun FROM mails, json_each(mails.items) AS one"
+            " JOIN items ON items.seq = one.value WHERE mails.begun > ? ORDER BY mails.begun", since,
+        )  # fmt: skip
+        for kind, lane, begun in rows:
+            history.kinds[kind] = history.lanes[lane] = begun
+        return history
+
+    def budget(self, now: float, limit: int) -> tuple[deque[float], int]:
+        """When the newest `limit` mails of the last day went, and how many are under way."""
+        rows = self._rows(
+            "SELECT settled FROM mails WHERE settled > ? AND settled <= ? AND taken != '[]' ORDER BY settled DESC LIMIT ?",
+            now - DAY_S, now, limit,
+        )  # fmt: skip
+        return deque(when for (when,) in reversed(rows)), self._rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
 
     def freeze(self, drafts: Sequence[Draft], now: float) -> list[Mail]:
-        """Make each draft a mail, durably: from now on, whatever happens, it is the same mail."""
-        mails = []
+        """Make each draft a mail, durably: from now on, whatever happens, it is the same mail.
+
+        What waits no longer is left out. The first of them tells of the failures that nobody was told of.
+        """
+        mails: list[Mail] = []
         with self.transaction() as db:
+            failed, _, why = db.execute(UNTOLD).fetchone()
             for draft in drafts:
-                row = (draft.kind, json.dumps(draft.items), json.dumps(draft.recipients), now, now)
-                number = db.execute(
-                    "INSERT INTO mails(kind, items, recipients, begun, next) VALUES (?, ?, ?, ?, ?)", row
-                ).lastrowid
-                db.executemany("UPDATE items SET state = 1 WHERE seq = ?", [(seq,) for seq in draft.items])
-                mails.append(Mail(number or 0, draft.kind, draft.items, draft.recipients))
+                mark = "UPDATE items SET state = 1 WHERE seq = ? AND state = 0"
+                items = tuple(seq for seq in draft.items if db.execute(mark, (seq,)).rowcount)
+                if items:
+                    row = (draft.kind, json.dumps(items), json.dumps(draft.recipients), failed, why or "", now, now)
+                    number = db.execute(
+                        "INSERT INTO mails(kind, items, recipients, failed, why, begun, next) VALUES (?, ?, ?, ?, ?, ?, ?)", row
+                    ).lastrowid
+                    if failed:
+                        db.execute("UPDATE items SET told = ? WHERE state = 3 AND told = 0", (number,))
+                    mails.append(Mail(number or 0, draft.kind, items, draft.recipients, failed, why or ""))
+                    failed, why = 0, ""
         return mails
 
-    def due(self, now: float, latest: float, busy: set[int]) -> list[Mail]:
+    def due(self, now: float, latest: float, busy: Collection[int], most: int) -> list[Mail]:
         """Frozen mails to try again now. One that is due later than `latest` is due now: the clock was set back."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT mail, kind, items, recipients, tries, waited, bare, taken, refused FROM mails"
-                " WHERE state = 1 AND (next <= ? OR next > ?) ORDER BY next LIMIT ?",
-                (now, latest, BATCH_MAILS + len(busy)),
-            ).fetchall()
+        rows = self._rows(
+            "SELECT mail, kind, items, recipients, failed, why, tries, waited, bare, taken, refused FROM mails"
+            " WHERE state = 1 AND (next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(busy),
+        )  # fmt: skip
         return [
-            Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), tries, waited, bool(bare),
+            Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), failed, why, tries, waited, bool(bare),
                  tuple(json.loads(taken)), json.loads(refused))
-            for number, kind, items, to, tries, waited, bare, taken, refused in rows if number not in busy
-        ][:BATCH_MAILS]  # fmt: skip
-
-    def next_due(self) -> float | None:
-        """When the next frozen mail is to be tried again, or None."""
-        with self._lock:
-            found = self._db.execute("SELECT min(next) FROM mails WHERE state = 1").fetchone()[0]
-        return None if found is None else float(found)
-
-    def history(self, now: float, window: float, limit: int) -> History:
-        """What was sent: the newest `limit` times of a day, and when mails of a lane or kind last began (in `window`)."""
-        lanes: dict[str, float] = {}
-        kinds: dict[str, float] = {}
-        with self._lock:
-            times = self._db.execute(
-                "SELECT settled FROM mails WHERE state = 2 AND settled > ? ORDER BY settled DESC LIMIT ?",
-                (now - DAY_S, limit),
-            ).fetchall()
-            pending = self._db.execute("SELECT count(*) FROM mails WHERE state = 1").fetchone()[0]
-            for items, kind, begun in self._db.execute(
-                "SELECT items, kind, begun FROM mails WHERE begun > ? ORDER BY begun", (now - window if window else now,)
-            ).fetchall():
-                kinds[kind] = begun
-                for seq in json.loads(items):
-                    for (lane,) in self._db.execute("SELECT lane FROM items WHERE seq = ?", (seq,)):
-                        lanes[lane] = begun
-        return History(deque((when for (when,) in reversed(times)), maxlen=max(1, limit)), pending, lanes, kinds)
+            for number, kind, items, to, failed, why, tries, waited, bare, taken, refused in rows if number not in busy
+        ][:most]  # fmt: skip
 
     # rendering and settling
 
@@ -1350,70 +1414,52 @@ class Outbox:
         """The items of a mail that are still in it, each verified against its checksum. Raises Damaged."""
         items = []
         for seq in mail.items:
-            with self._lock:
-                row = self._db.execute(
-                    "SELECT id, lane, arrived, payload, sum, picture_sum FROM items WHERE seq = ? AND state = 1", (seq,)
-                ).fetchone()
-            if row is None:
-                continue
-            if hashlib.sha256(row[3] or b"").digest() != row[4]:
-                raise Damaged(seq)
-            name, lane, arrived, payload, _, picture = row
-            load = functools.partial(self._picture, seq, picture) if picture else lambda: None
-            items.append(Item(seq, name, lane, arrived, payload, load))
+            sql = "SELECT id, lane, arrived, payload, sum, picture_sum FROM items WHERE seq = ? AND state = 1"
+            for name, lane, arrived, payload, wanted, picture in self._rows(sql, seq):
+                if hashlib.sha256(payload or b"").digest() != wanted:
+                    raise Damaged(seq)
+                load = functools.partial(self._picture, seq, picture) if picture else lambda: None
+                items.append(Item(seq, name, lane, arrived, payload, load))
         return items
 
     def _picture(self, seq: int, wanted: bytes) -> bytes | None:
-        with self._lock:
-            picture = self._db.execute("SELECT picture FROM items WHERE seq = ?", (seq,)).fetchone()[0]
-        if picture is None or hashlib.sha256(picture).digest() != wanted:
+        rows = self._rows("SELECT picture FROM items WHERE seq = ? AND state = 1", seq)
+        if not rows:  # dropped meanwhile
+            return None
+        picture = rows[0][0] or b""
+        if hashlib.sha256(picture).digest() != wanted:
             raise Damaged(seq)
         return bytes(picture)
 
     def untold(self) -> tuple[int, str]:
         """How many alerts failed without anybody having been told, and why the last one did."""
-        with self._lock:
-            rows = self._db.execute("SELECT items, error FROM mails WHERE state = 3 AND told = 0").fetchall()
-        return sum(len(json.loads(items)) for items, _ in rows), rows[-1][1] if rows else ""
+        ((number, _, why),) = self._rows(UNTOLD)
+        return number, why or ""
 
-    def settle(self, mail: Mail, now: float, settlement: Settlement) -> None:
+    def settle(self, mail: Mail, now: float) -> None:
         """Write down how an attempt ended. Needs no disk sync: a power cut at worst makes the attempt happen again."""
-        state = settlement.state
-        row = (
-            *(state, settlement.next, mail.tries + 1, settlement.waited, settlement.bare),
-            *map(json.dumps, (settlement.taken, settlement.recipients, settlement.refused)),
-            *(settlement.error, None if state == FROZEN else now, mail.number),
-        )
+        row = (mail.state, mail.next, mail.tries, mail.waited, mail.bare, mail.error, None if mail.state == FROZEN else now)
+        lists = map(json.dumps, (mail.recipients, mail.taken, mail.refused))
+        seqs = [(seq,) for seq in mail.items]
         with self.transaction(durable=False) as db:
             db.execute(
-                "UPDATE mails SET state = ?, next = ?, tries = ?, waited = ?, bare = ?, taken = ?, recipients = ?,"
-                " refused = ?, error = ?, settled = ? WHERE mail = ?",
-                row,
-            )
-            if state == SENT:
-                done = db.executemany(
-                    "UPDATE items SET state = 2, settled = ?, payload = NULL, picture = NULL WHERE seq = ? AND state = 1",
-                    [(now, seq) for seq in mail.items],
-                )
-                self._moved(SENT, done.rowcount)
-                if mail.failed:
-                    db.execute("UPDATE mails SET told = 1 WHERE state = 3 AND told = 0")
-            elif state == FAILED:
-                taken = json.dumps(settlement.taken) if settlement.taken else None
-                done = db.executemany(
-                    "UPDATE items SET state = 3, error = ?, taken = ? WHERE seq = ? AND state = 1",
-                    [(settlement.error, taken, seq) for seq in mail.items],
-                )
-                self._moved(FAILED, done.rowcount)
-
-    def quarantine(self, seq: int, mail: Mail, now: float) -> None:
-        """A row does not match its checksum: it fails, the others of its mail wait again."""
-        with self.transaction() as db:
-            db.execute("UPDATE items SET state = 3, error = 'damaged on disk' WHERE seq = ?", (seq,))
-            db.executemany("UPDATE items SET state = 0 WHERE seq = ? AND state = 1", [(other,) for other in mail.items])
-            db.execute("UPDATE mails SET state = 3, settled = ?, items = ?, error = 'damaged on disk' WHERE mail = ?",
-                       (now, json.dumps([seq]), mail.number))  # fmt: skip
-            self._recount(db)
+                "UPDATE mails SET state = ?, next = ?, tries = ?, waited = ?, bare = ?, error = ?, settled = ?,"
+                " recipients = ?, taken = ?, refused = ? WHERE mail = ?", (*row, *lists, mail.number),
+            )  # fmt: skip
+            if mail.state == SENT:
+                change = "state = 2, settled = ?, error = NULL, payload = NULL, picture = NULL"
+                values: tuple[object, ...] = (now,)
+            elif mail.state == FAILED:
+                change = "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
+                change += " json_each(coalesce(items.taken, '[]')) UNION ALL SELECT value FROM json_each(?)))"
+                values = (mail.error, json.dumps(mail.taken))
+            else:
+                return
+            moved = db.executemany(f"UPDATE items SET {change} WHERE seq = ? AND state = 1", [(*values, *seq) for seq in seqs])
+            if mail.failed and not mail.taken:  # nobody has read what it told of
+                db.execute("UPDATE items SET told = 0 WHERE settled IS NULL AND state = 3 AND told = ?", (mail.number,))
+            self._counts[WAITING] -= moved.rowcount
+            self._counts[mail.state] += moved.rowcount
 
     def note(self, name: str, value: object) -> None:
         """Leave a remark for `queue`."""
@@ -1423,43 +1469,40 @@ class Outbox:
     # looking after it
 
     def retry(self, name: str = "all") -> int:
-        """Failed alerts (or one) wait again and are planned anew; the number of them."""
-        which, parameters = ("", ()) if name == "all" else (" AND id = ?", (name,))
+        """Failed alerts (or one) wait again and are planned anew, and what was put off is due; the number of them."""
         with self.transaction() as db:
-            found = db.execute(f"UPDATE items SET state = 0, error = NULL WHERE state = 3{which}", parameters).rowcount
-            db.execute("UPDATE mails SET told = 1 WHERE state = 3")
             db.execute("UPDATE mails SET next = 0 WHERE state = 1")
-            self._recount(db)
-            return found
+        change = "state = 0, error = NULL, told = 0 WHERE settled IS NULL AND state = 3 AND ? IN (id, 'all')"
+        return self._change(change, name)
 
     def drop(self, name: str = "all") -> int:
         """What waits, is held or failed (or one) is not sent and its payload is forgotten; the number of them."""
-        which, parameters = ("", ()) if name == "all" else (" AND id = ?", (name,))
-        with self.transaction() as db:
-            found = db.execute(
-                "UPDATE items SET state = 4, settled = ?, payload = NULL, picture = NULL"
-                f" WHERE state IN (0, 1, 3){which}",
-                (time.time(), *parameters),
-            ).rowcount
-            self._recount(db)
-            return found
+        change = "state = 4, settled = ?, payload = NULL, picture = NULL WHERE settled IS NULL AND ? IN (id, 'all')"
+        return self._change(change, time.time(), name)
 
-    def expire(self, before: float, reason: str) -> int:
-        """What arrived before a time and waits has failed; the number of them."""
-        with self.transaction() as db:
-            found = db.execute("UPDATE items SET state = 3, error = ? WHERE state = 0 AND arrived < ?", (reason, before))
-            self._recount(db)
-            return found.rowcount
+    def expire(self, newest: int, why: str) -> int:
+        """What was there when row `newest` came and is not sent yet has failed; the number of them."""
+        return self._change("state = 3, error = ? WHERE settled IS NULL AND state IN (0, 1) AND seq <= ?", why, newest)
 
-    def prune(self, now: float) -> None:
-        """Forget what was settled more than MEMORY_S ago, a little at a time."""
+    def quarantine(self, seq: int) -> None:
+        """A row does not match its checksum: it has failed; the others of its mail go on."""
+        self._change("state = 3, error = 'damaged on disk' WHERE state = 1 AND seq = ?", seq)
+
+    def _change(self, change: str, *values: object) -> int:
+        with self.transaction() as db:
+            number = db.execute(f"UPDATE items SET {change}", values).rowcount
+            self._recount(db)
+        return number
+
+    def prune(self, now: float) -> int:
+        """Forget what was settled more than MEMORY_S ago, a little at a time; the number of items forgotten."""
+        old = "WHERE rowid IN (SELECT rowid FROM {0} WHERE settled IS NOT NULL AND settled < ? LIMIT 2000)"
         with self.transaction(durable=False) as db:
-            for table in ("items", "mails"):
-                db.execute(
-                    f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE settled < ? LIMIT 2000)",
-                    (now - MEMORY_S,),
-                )
-            self._recount(db)
+            db.execute(f"DELETE FROM mails {old.format('mails')}", (now - MEMORY_S,))
+            gone = db.execute(f"DELETE FROM items {old.format('items')} RETURNING state", (now - MEMORY_S,)).fetchall()
+            for (state,) in gone:
+                self._counts[state] -= 1
+        return len(gone)
 
     def counts(self) -> dict[str, int]:
         """How many items wait (in a mail or not), were sent (and are remembered), failed."""
@@ -1467,26 +1510,10 @@ class Outbox:
             return {"queued": self._counts[WAITING], "sent": self._counts[SENT], "failed": self._counts[FAILED]}
 
     def _recount(self, db: sqlite3.Connection) -> None:
-        self._counts = dict.fromkeys(range(5), 0) | dict(db.execute("SELECT state, count(*) FROM items GROUP BY state"))
+        self._counts = dict.fromkeys(range(5), 0)
+        for which in ("IS NULL", "IS NOT NULL"):
+            self._counts |= dict(db.execute(f"SELECT state, count(*) FROM items WHERE settled {which} GROUP BY state"))
         self._counts[WAITING] += self._counts[FROZEN]
-
-    def _moved(self, state: int, number: int) -> None:
-        self._counts[WAITING] -= number
-        self._counts[state] += number
-
-    def close(self) -> None:
-        """Close the database and let go of the lock."""
-        with self._lock:
-            self._db.close()
-            os.close(self._owned)
-
-
-class Damaged(Exception):
-    """A row does not match its checksum; `seq` says which."""
-
-    def __init__(self, seq: int) -> None:
-        super().__init__(f"row {seq} is damaged")
-        self.seq = seq
 
 
 def pragma(db: sqlite3.Connection, name: str) -> int:
@@ -1494,28 +1521,42 @@ def pragma(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
 
-def salvage(damaged: Path, into: sqlite3.Connection) -> int:
-    """Copy every unsettled row that can still be read; their number."""
-    saved = 0
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode, by which a file that was removed or replaced is noticed; None: there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def salvage(damaged: Path, into: sqlite3.Connection) -> None:
+    """Copy every row of every table that can still be read, from both ends, since a bad page stops a reader."""
+    tables = [name for (name,) in into.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(damaged)) as db:
-        for row in db.execute("SELECT id, lane, arrived, taken, sum, picture_sum, payload, picture FROM items WHERE state < 2"):
+        into.execute("BEGIN")
+        for table, order in itertools.product(tables, ("", "DESC")):
             with contextlib.suppress(sqlite3.Error):
-                into.execute(
-                    "INSERT INTO items(id, lane, arrived, taken, sum, picture_sum, payload, picture) VALUES (?,?,?,?,?,?,?,?)",
-                    row,
-                )
-                saved += 1
-    return saved
+                for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid {order}"):
+                    with contextlib.suppress(sqlite3.Error):
+                        into.execute(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+        into.execute(  # what lay in a mail that could not be read waits again
+            "UPDATE items SET state = 0 WHERE state = 1 AND seq NOT IN"
+            " (SELECT one.value FROM mails, json_each(mails.items) AS one WHERE mails.state = 1)"
+        )
+        into.execute("COMMIT")
 
 
 def read_queue(path: Path) -> list[dict[str, Any]]:
     """Every item that waits, is held or failed, read without writing to the file. Raises SpoolError."""
     if not path.exists():
         raise SpoolError(f"{path}: there is no such spool")
+    # without a log nobody writes, and the file can be read without making one
+    mode = "mode=ro" if Path(f"{path}-wal").exists() else "mode=ro&immutable=1"
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)) as db:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5)) as db:
             items = db.execute(
-                "SELECT seq, id, lane, arrived, state, error FROM items WHERE state IN (0, 1, 3) ORDER BY seq"
+                "SELECT seq, id, lane, arrived, state, error FROM items WHERE settled IS NULL ORDER BY seq"
             ).fetchall()
             mails = db.execute(
                 "SELECT items, recipients, refused, next, tries, error FROM mails WHERE state IN (1, 3) ORDER BY mail"
@@ -1523,8 +1564,8 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
             notes = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM notes")}
     except sqlite3.Error as error:
         raise SpoolError(f"{path}: {error}") from None
-    frozen = {seq: mail[1:] for mail in mails for seq in json.loads(mail[0])}
-    return [_queue_row(item, frozen.get(item[0], ("[]", "{}", 0.0, 0, None)), notes) for item in items]
+    in_mails = {seq: mail[1:] for mail in mails for seq in json.loads(mail[0])}
+    return [_queue_row(item, in_mails.get(item[0], ("[]", "{}", 0.0, 0, None)), notes) for item in items]
 
 
 def _queue_row(item: Sequence[Any], mail: Sequence[Any], notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -1539,7 +1580,7 @@ def _queue_row(item: Sequence[Any], mail: Sequence[Any], notes: Mapping[str, Any
         "since": iso(arrived),
         "next": iso(due) if due and state != FAILED else None,
         "tries": tries,
-        "error": hold["why"] if held else words or complaint,
+        "error": hold["why"] if held else complaint or words,
         "recipients": json.loads(recipients) or list(json.loads(refused)) or notes.get("lanes", {}).get(lane, []),
     }
 
@@ -1554,16 +1595,6 @@ def iso(when: float) -> str:
 # doorbell, nothing else; the bell is cleared before anyone looks.
 
 
-@dataclass
-class History:
-    """What was sent, for planning: settle times of a day, mails under way, and when lanes and kinds last began."""
-
-    times: deque[float] = field(default_factory=deque)
-    pending: int = 0
-    lanes: dict[str, float] = field(default_factory=dict)
-    kinds: dict[str, float] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Plan:
     """The mails that are due now; `wake`: when to plan again though nothing arrives; `why` the rest is held."""
@@ -1574,7 +1605,8 @@ class Plan:
 
 
 class Owner(Protocol):
-    """Who owns an outbox. Both methods are pure; `window` and `limit` say how much history the plan looks at."""
+    """Who owns an outbox. Its methods are pure. `window` (seconds) and `limit` (mails) say how much of what was
+    sent the plan looks at; an owner with 0 and 0 plans each item alone, in any order."""
 
     window: float
     limit: int
@@ -1589,43 +1621,28 @@ class Owner(Protocol):
         """The mail as it goes out."""
 
 
-@dataclass(frozen=True)
-class Settlement:
-    """How an attempt ended: what the mail's row says next."""
-
-    state: int
-    next: float
-    waited: float
-    bare: bool
-    recipients: tuple[str, ...]
-    taken: tuple[str, ...]
-    refused: Mapping[str, str]
-    error: str | None
-
-
-def conclude(mail: Mail, outcomes: Mapping[str, Outcome], now: float, delay: float, max_age: float) -> Settlement:
-    """Pure: from the outcomes of an attempt to the next state of the mail.
-
-    Its age is the sum of its own delays, so that a jump of the clock expires nothing.
-    """
+def conclude(mail: Mail, outcomes: Mapping[str, Outcome], now: float, delay: float, max_age: float) -> Mail:
+    """Pure: the mail after an attempt, with its next state. No outcomes: nobody is left who should get it."""
+    small = {name for name, outcome in outcomes.items() if outcome.too_big and not mail.bare}
+    later = {n: o for n, o in outcomes.items() if o.verdict is Verdict.TRY_LATER and n not in small}
+    refused = {n: str(o) for n, o in outcomes.items() if o.verdict is Verdict.REFUSED and n not in small}
     taken = (*mail.taken, *(name for name, outcome in outcomes.items() if outcome.verdict is Verdict.SENT))
-    smaller = [name for name, outcome in outcomes.items() if outcome.too_big and not mail.bare]
-    later = [name for name, outcome in outcomes.items() if outcome.verdict is Verdict.TRY_LATER and name not in smaller]
-    refused = dict(mail.refused)
-    refused |= {n: str(o) for n, o in outcomes.items() if o.verdict is Verdict.REFUSED and n not in smaller}
-    words = next((str(o) for o in outcomes.values() if o.verdict is not Verdict.SENT), None)
-    waited = mail.waited
-    if later and not smaller:
-        waited += delay
-        if waited > max_age:
-            refused |= {name: f"given up after {mail.tries + 1} tries; last: {outcomes[name]}" for name in later}
-            later = []
-    left = (*smaller, *later)
-    if left:
-        due = now if smaller else now + delay
-        return Settlement(FROZEN, due, waited, bool(smaller) or mail.bare, left, taken, refused, words)
-    words = "; ".join(f"{name}: {said}" for name, said in refused.items()) or None
-    return Settlement(FAILED if refused else SENT, now, waited, mail.bare, (), taken, refused, words)
+    waited = mail.waited + delay * bool(later)
+    if later and waited > max_age:
+        refused |= {n: f"given up after {mail.tries + 1} tries; last: {outcome}" for n, outcome in later.items()}
+        later = {}
+    refused = {**mail.refused, **refused}
+    left = tuple(name for name in mail.recipients if name in small or name in later)
+    error = "; ".join([f"{n}: {said}" for n, said in refused.items()] + [f"{n}: {o}" for n, o in later.items()])
+    return replace(
+        mail, recipients=left, taken=taken, refused=refused, tries=mail.tries + 1, waited=waited, bare=mail.bare or bool(small),
+        state=FROZEN if left else FAILED if refused else SENT, next=now if small else now + delay, error=error or None,
+    )  # fmt: skip
+
+
+def backoff(tries: int, first: float, most: float) -> float:
+    """Seconds to wait after attempt `tries` (from 0): doubling from `first` up to `most`, a fifth of it jitter."""
+    return min(most, first * 2.0 ** min(tries, 40)) * random.uniform(0.8, 1.0)
 
 
 class Courier:
@@ -1646,23 +1663,26 @@ class Courier:
     ) -> None:
         self._outbox, self._owner, self._transport, self._clock, self._advise = outbox, owner, transport, clock, advise
         self._senders, self._first, self._most, self._max_age = senders, retry_first, max(retry_max, retry_first), max_age
-        self._bell = threading.Condition()
-        self._rings = 1
-        self._stopping = False
+        self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._planning = threading.Lock()
-        self.history = outbox.history(clock(), owner.window, owner.limit)
-        self._ready: deque[Mail] = deque()
-        self._busy: set[int] = set()
-        self._connected = 0
-        self._replan()
-        self._fresh = outbox.newest()
+        self._ringing = threading.Lock()  # guards the next three
+        self._bells = {kept: threading.Condition(self._ringing) for kept in (True, False)}  # by: has a connection
+        self._idle = {True: 0, False: 0}
+        self._rings = 1
+        self._lock = threading.Lock()  # guards all that follows
+        self._ready: deque[Mail] = deque()  # frozen, to be carried next
+        self._busy: set[int] = set()  # what is in _ready or under way, and nobody else may take
         self._batch, self._batch_began = 1, 0.0
-        self._hold: Outcome | None = None
-        self._hold_until = self._hold_since = 0.0
+        self._history = outbox.begun(clock() - owner.window) if owner.window else History()
+        self._fresh: int | None = None  # the newest row at the last look, while there is a backlog
+        self._replan()
+        self._hold: Outcome | None = None  # why everything waits
         self._hold_tries = 0
-        self._pruned = 0.0
+        self._hold_until = self._succeeded = 0.0  # monotonic
+        self._hold_marks: deque[tuple[float, int]] = deque()  # since the hold began: when, and the newest row then
+        self._kept_house = -math.inf
         self._remarked: object = None
+        self._complaint = ""  # of the disk, said once
 
     # life
 
@@ -1676,202 +1696,211 @@ class Courier:
 
     def ring(self) -> None:
         """There is something new in the outbox."""
-        with self._bell:
+        with self._ringing:
             self._rings += 1
-            self._bell.notify()
+            self._nudge()
 
     def stop(self, timeout: float = 4.0) -> None:
         """End the threads; a mail that is under way gets `timeout` seconds, then it is left for the next start."""
-        with self._bell:
-            self._stopping = True
-            self._bell.notify_all()
+        self._stopping.set()
+        with self._ringing:
+            for bell in self._bells.values():
+                bell.notify_all()
         until = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _wait(self, rings: int, seconds: float) -> None:
-        with self._bell:
-            if self._rings == rings and not self._stopping:
-                self._bell.wait(seconds)
+    def _nudge(self) -> None:
+        """Wake one idle sender, rather one that has a connection."""
+        self._bells[self._idle[True] > 0].notify()
+
+    def _wait(self, rings: int, connected: bool, seconds: float) -> None:
+        with self._ringing:
+            if self._rings == rings and not self._stopping.is_set():
+                self._idle[connected] += 1
+                self._bells[connected].wait(seconds)
+                self._idle[connected] -= 1
 
     def _send_loop(self) -> None:
         transport = self._transport()
-        idle_since = time.monotonic()
-        connected = False
-        while not self._stopping:
+        used, connected = 0.0, False
+        while not self._stopping.is_set():
             rings = self._rings
-            try:
-                worked = self.step(transport)
-            except Exception:
-                log.exception("a sender stumbled; it goes on")
-                worked = False
-                self._wait(rings, 1.0)
-            if worked:
-                idle_since, connected = time.monotonic(), True
-                continue
-            if connected and time.monotonic() - idle_since >= LINGER_S:
+            with self._stumbling(pause=TICK_S):
+                if self.step(transport):
+                    used, connected = time.monotonic(), True
+                    continue
+            left = used + LINGER_S - time.monotonic()
+            if connected and left <= 0:
                 transport.close()
                 connected = False
-            self._wait(rings, LINGER_S if connected else TICK_S)
+            self._wait(rings, connected, min(left, TICK_S) if connected else TICK_S)
         transport.close()
 
     def _keep_loop(self) -> None:
-        while not self._stopping:
-            try:
+        while not self._stopping.wait(TICK_S):
+            with self._stumbling():
                 self.tick()
-            except Exception as error:
+
+    @contextlib.contextmanager
+    def _stumbling(self, pause: float = 0.0) -> Iterator[None]:
+        """Whatever fails is logged, and the thread goes on."""
+        try:
+            yield
+        except SpoolError as error:
+            if str(error) != self._complaint and not self._stopping.is_set():
+                self._complaint = str(error)
                 log.error("%s", error)
-            with self._bell:
-                self._bell.wait_for(lambda: self._stopping, TICK_S)
+            self._stopping.wait(pause)
+        except Exception:
+            log.exception("%s stumbled; it goes on", threading.current_thread().name)
+            self._stopping.wait(pause)
 
     # one mail
 
     def step(self, transport: Transport) -> bool:
-        """Carry one mail that is due, if there is one; True if there was."""
-        mail = self._take(transport)
-        if mail is None:
+        """Carry one mail that is due, if there is one; False if there was nothing to do.
+
+        The connection comes before anything is frozen: what waits for a server that is away stays free to be
+        planned anew.
+        """
+        with self._lock:
+            if not self._ready and not self._due():
+                return False
+        if not self._opened(transport):
             return False
-        try:
-            self._carry(mail, transport)
-        finally:
-            with self._planning:
-                self._busy.discard(mail.number)
+        with self._lock:
+            if not self._ready and self._due():
+                self._freeze()
+            mail = self._ready.popleft() if self._ready else None
+            if self._ready:
+                with self._ringing:
+                    self._nudge()
+        if mail:
+            try:
+                self._carry(mail, transport)
+            finally:
+                with self._lock:
+                    self._busy.discard(mail.number)
         return True
 
-    def _take(self, transport: Transport) -> Mail | None:
-        with self._planning:
-            if self._ready:
-                return self._ready.popleft()
-            if time.monotonic() < self._hold_until or not self._look():
-                return None
-        if not self._opened(transport):
-            return None
-        with self._planning:
-            if not self._ready:
-                self._fill()
-            if len(self._ready) > 1:
-                with self._bell:
-                    self._bell.notify()
-            return self._ready.popleft() if self._ready else None
-
     def _opened(self, transport: Transport) -> bool:
-        """Connect before anything is frozen: what waits for a server that is away stays free to be planned anew."""
+        began = time.monotonic()
         try:
             transport.open()
         except Unavailable as error:
-            if not self._busy:  # another sender that is at work shows that the server is there
+            if self._succeeded < began and not self._busy:  # another sender at work shows that the server is there
                 self._hold_back(error.outcome)
             return False
-        self._release()
+        if self._hold and self._hold.step != "mail" and self._hold.step in OUR_STEPS:
+            self._release()
         return True
 
     # planning
 
     def _replan(self) -> None:
         """Plan from the first row again: something changed under the plan."""
-        self._drafts: list[Draft] = []  # due, not frozen yet: frozen only once a connection stands
-        self._retries: list[Mail] = []
+        self._drafts: list[Draft] = []  # due, not frozen yet
+        self._retries: list[Mail] = []  # frozen, and due again
         self._seen = 0  # rows up to this one are held until _wake
         self._wake = self._looked = 0.0
         self._heard = 0
         self._why = ""
 
-    def _look(self) -> bool:
-        """Is anything due? Rows that the plan has held are not looked at again before their time."""
+    def _due(self) -> bool:
+        """Is anything due? While everything is held, one mail at a time finds out whether that is over."""
+        if self._hold and (self._busy or time.monotonic() < self._hold_until):
+            return False
         if self._drafts or self._retries:
             return True
         now = self._clock()
-        if self._heard == self._rings and self._looked <= now < self._wake:
-            return False
-        if not self._looked <= now < self._wake:
-            self._seen, self._wake = 0, float("inf")
-        self._heard, self._looked = self._rings, now  # the bell is cleared before looking
-        self._retries = self._outbox.due(now, now + 2 * self._most, self._busy)
-        rows = _Counted(self._outbox.waiting(self._seen))
-        plan = self._owner.plan(rows, self.history, now, self._batch)
-        self._drafts, self._seen, self._why = plan.drafts, max(self._seen, rows.last), plan.why or self._why
-        if not rows.exhausted:
-            self._heard = 0  # look again at once
-            if not self._owner.window:
-                self._drafts = self._newest(now) + self._drafts
-        self._wake = min(self._wake, plan.wake or float("inf"), self._outbox.next_due() or float("inf"))
+        most = 1 if self._hold else self._batch
+        self._retries = self._outbox.due(now, now + 2 * self._most, self._busy, most)
+        if not (self._hold and self._retries):
+            self._plan(now, most)
         return bool(self._drafts or self._retries)
 
-    def _newest(self, now: float) -> list[Draft]:
-        """While a backlog drains oldest first, what has arrived since the last look goes before it."""
-        since, self._fresh = max(self._seen, self._fresh), self._outbox.newest()
-        return self._owner.plan(self._outbox.waiting(since), self.history, now, max(1, self._batch // 4)).drafts
-
-    def _fill(self) -> None:
-        """Freeze what is due; batches grow while they go out quickly, and shrink when they do not."""
-        if not self._look():
+    def _plan(self, now: float, most: int) -> None:
+        """Ask the owner. Rows that the plan has held are not looked at again before their time."""
+        if not self._looked <= now < self._wake:  # their time has come, or the clock was set back
+            self._seen, self._wake, self._why = 0, math.inf, ""
+        elif self._heard == self._rings:
             return
-        took = time.monotonic() - self._batch_began
+        rings = self._rings  # before looking: what comes meanwhile rings again
+        if self._owner.limit:
+            self._history.times, self._history.pending = self._outbox.budget(now, self._owner.limit)
+        rows = _Counted(self._outbox.waiting(self._seen))
+        plan = self._owner.plan(rows, self._history, now, most)
+        self._drafts, self._seen = plan.drafts, max(self._seen, rows.last)
+        if plan.wake is not None and plan.wake < self._wake:
+            self._wake, self._why = plan.wake, plan.why
+        self._heard, self._looked = rings if rows.exhausted else 0, now  # 0: look again at once
+        if not self._owner.window:
+            self._favour_fresh(rows.exhausted, now, most)
+
+    def _favour_fresh(self, exhausted: bool, now: float, most: int) -> None:
+        """A backlog drains oldest first, but what has come since the last look goes before it, a few at a time."""
+        since, self._fresh = self._fresh, None if exhausted else self._outbox.newest()
+        if not exhausted and since is not None:
+            rows = self._outbox.waiting(max(self._seen, since))
+            self._drafts = self._owner.plan(rows, self._history, now, max(1, most // 4)).drafts + self._drafts
+
+    def _freeze(self) -> None:
+        """Freeze what is due; batches grow while they go out quickly, and shrink when they do not."""
+        took, self._batch_began = time.monotonic() - self._batch_began, time.monotonic()
         self._batch = min(BATCH_MAILS, self._batch * 2) if took < 0.25 else max(1, self._batch // 2) if took > 1 else self._batch
-        self._batch_began = time.monotonic()
         now = self._clock()
         frozen = self._outbox.freeze(self._drafts, now) if self._drafts else []
         for draft in self._drafts if self._owner.window else ():
-            self.history.kinds[draft.kind] = now
-            self.history.lanes.update(dict.fromkeys(draft.lanes, now))
+            self._history.kinds[draft.kind] = now
+            self._history.lanes.update(dict.fromkeys(draft.lanes, now))
         self._ready.extend((*frozen, *self._retries))
         self._busy.update(mail.number for mail in self._ready)
-        self.history.pending += len(frozen)
         self._drafts, self._retries = [], []
 
     # delivering
 
     def _carry(self, mail: Mail, transport: Transport) -> None:
-        failed, why = self._outbox.untold()
-        mail = replace(mail, failed=failed, why=why)
         try:
             items = self._outbox.load(mail)
-            envelope = self._owner.render(mail, items) if items else None
+            envelope = self._owner.render(mail, items) if items and mail.recipients else None
         except Damaged as error:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
-            self._outbox.quarantine(error.seq, mail, self._clock())
-            with self._planning:
-                self.history.pending -= 1
-                self._replan()
-            return
+            return self._outbox.quarantine(error.seq)
+        except SpoolError:
+            raise
         except Exception as error:  # one that cannot be composed must not stop the others
             log.exception("a mail cannot be composed; it counts as failed")
             poison = Outcome(Verdict.REFUSED, 0, f"cannot be composed: {type(error).__name__}", "compose")
             return self._settle(mail, dict.fromkeys(mail.recipients, poison))
-        if envelope is None:  # all of it was dropped meanwhile
+        if envelope is None:  # all of it was dropped meanwhile, or everybody has it
             return self._settle(mail, {})
         began = time.monotonic()
         outcomes = transport.deliver(envelope)
-        ours = next((outcome for outcome in outcomes.values() if outcome.ours), None)
-        counted = {name: outcome for name, outcome in outcomes.items() if not outcome.ours}
-        if counted:
-            self._settle(mail, counted | {name: Outcome(Verdict.TRY_LATER) for name in outcomes.keys() - counted.keys()})
-        if ours:
-            self._hold_back(ours)
-        else:
+        ours = [outcome for outcome in outcomes.values() if outcome.ours]
+        if len(ours) < len(outcomes):
+            self._settle(mail, outcomes)
             self._tell(mail, items, outcomes, time.monotonic() - began)
+        if ours:
+            self._hold_back(ours[0])
+        else:
             self._release()
 
     def _settle(self, mail: Mail, outcomes: Mapping[str, Outcome]) -> None:
         now = self._clock()
-        delay = backoff(mail.tries, self._first, self._most)
-        settlement = conclude(mail, outcomes, now, delay, self._max_age)
+        after = conclude(mail, outcomes, now, backoff(mail.tries, self._first, self._most), self._max_age)
         while True:  # what was sent must be written down before anything else, or it is sent twice
             try:
-                self._outbox.settle(mail, now, settlement)
+                self._outbox.settle(after, now)
                 break
             except SpoolError as error:
-                log.error("%s", error)
-                if self._stopping:
+                if self._stopping.is_set():
                     return
-                time.sleep(TICK_S)
-        with self._planning:
-            if settlement.state == FROZEN:
-                self._wake = min(self._wake, settlement.next)
-            else:
-                self.history.pending -= 1
-            if settlement.state == SENT and outcomes:
-                self.history.times.append(now)
+                log.error("%s", error)
+                self._stopping.wait(TICK_S)
+        if after.state == FAILED and self._owner.limit:
+            with self._lock:
+                self._wake = 0.0  # its place in the budget is free
 
     def _tell(self, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome], seconds: float) -> None:
         what = items[0].id if len(items) == 1 else f"{len(items)} items"
@@ -1885,48 +1914,60 @@ class Courier:
 
     def _hold_back(self, outcome: Outcome) -> None:
         """Everything waits, no tries are burned, and the log says loudly, once, what to do."""
-        with self._planning:
-            first = self._hold is None or (self._hold.step, self._hold.code) != (outcome.step, outcome.code)
-            self._hold_tries = 0 if first else self._hold_tries + 1
-            if self._hold is None:
-                self._hold_since = time.monotonic()
-            most = min(PROBE_MAX_S, self._most) if outcome.code == 0 and outcome.step != "tls" else self._most
-            pause = backoff(self._hold_tries, self._first, most)
+        with self._lock:
+            same = self._hold is not None and (self._hold.step, self._hold.code) == (outcome.step, outcome.code)
+            self._hold_tries = self._hold_tries + 1 if same else 0
+            away = outcome.code == 0 and outcome.step != "tls"
+            pause = backoff(self._hold_tries, self._first, min(PROBE_MAX_S, self._most) if away else self._most)
             self._hold, self._hold_until = outcome, time.monotonic() + pause
+            self._busy -= {mail.number for mail in self._ready}
             self._ready.clear()
-            self._busy.clear()
+            self._batch = 1
             self._replan()
-        say = log.error if first else log.debug
+        say = log.debug if same else log.error
         say("all mail waits; %s. %s Next try in %.0f s", outcome, self._advise(outcome), pause)
 
     def _release(self) -> None:
+        self._succeeded = time.monotonic()
         if self._hold is not None:
-            with self._planning:
-                self._hold, self._hold_tries = None, 0
+            with self._lock:
+                self._hold, self._hold_tries, self._hold_until = None, 0, 0.0
             log.info("the mail server is back")
 
     # the keeper
 
     def tick(self) -> None:
-        """Twice a second: requests of the command line, expiry, housekeeping, the remark for `queue`."""
+        """Twice a second: requests of the command line, housekeeping, the remark for `queue`."""
         if self._requests():
-            with self._planning:
+            with self._lock:
                 self._hold_until = 0.0
                 self._replan()
             self.ring()
         hold = self._hold
-        if hold and time.monotonic() - self._hold_since > self._max_age:  # by a clock that does not jump
-            reason = f"given up after {self._max_age / 3600:.0f} h; last: {hold}"
-            if number := self._outbox.expire(self._clock() - self._max_age, reason):
-                log.error("%d alerts have failed: %s", number, reason)
-        if not self._pruned or time.monotonic() - self._pruned > 60:
-            self._pruned = time.monotonic()
-            self._outbox.prune(self._clock())
+        if time.monotonic() - self._kept_house >= HOUSEKEEPING_S:
+            self._kept_house = time.monotonic()
+            self._keep_house(hold)
         self._remark(hold)
+
+    def _keep_house(self, hold: Outcome | None) -> None:
+        now = self._clock()
+        while self._outbox.prune(now) and not self._stopping.is_set():
+            pass
+        with self._lock:
+            for began in (self._history.lanes, self._history.kinds):
+                for name in [name for name, when in began.items() if when < now - self._owner.window]:
+                    del began[name]
+        if hold is None:
+            return self._hold_marks.clear()
+        self._hold_marks.append((time.monotonic(), self._outbox.newest()))
+        while self._hold_marks and time.monotonic() - self._hold_marks[0][0] > self._max_age:  # by a clock that does not jump
+            why = f"given up after {self._max_age / 3600:.0f} h; last: {hold}"
+            if number := self._outbox.expire(self._hold_marks.popleft()[1], why):
+                log.error("%d alerts have failed: %s", number, why)
 
     def _requests(self) -> int:
         done = 0
-        for path in sorted(self._outbox.path.parent.glob(f"{self._outbox.path.name}.request-*[0-9]")):
+        for path in sorted(self._outbox.path.parent.glob(f"{glob.escape(self._outbox.path.name)}.request-*[0-9]")):
             try:
                 what, name = json.loads(path.read_text("utf-8"))
                 number = self._outbox.retry(name) if what == "retry" else self._outbox.drop(name)
@@ -1938,20 +1979,20 @@ class Courier:
         return done
 
     def _remark(self, hold: Outcome | None) -> None:
-        now = self._clock()
-        if hold:
-            until = now + max(0.0, self._hold_until - time.monotonic())
-            remark = {"all": True, "why": str(hold), "until": until, "upto": 0}
-            mark: object = (str(hold), self._hold_until)
-        else:
-            held = self._why and self._wake < float("inf")
-            remark = {"why": self._why, "until": self._wake, "upto": self._seen} if held else {}
-            mark = (self._why, self._wake, self._seen) if held else None
+        """Leave for `queue` what is held, why and until when; only when that has changed."""
+        with self._lock:
+            if hold:
+                until = self._clock() + max(0.0, self._hold_until - time.monotonic())
+                mark: object = (str(hold), self._hold_until)
+                remark = {"all": True, "why": str(hold), "until": until, "upto": 0}
+            else:
+                mark = (self._why, self._wake, self._seen) if self._why and self._wake < math.inf else None
+                remark = {"why": self._why, "until": self._wake, "upto": self._seen} if mark else {}
         if mark != self._remarked:
-            self._remarked = mark
             self._outbox.note("hold", remark)
             lanes = {row.lane for row in itertools.islice(self._outbox.waiting(), 2000)} if remark else ()
             self._outbox.note("lanes", {lane: self._owner.recipients(lane) for lane in lanes})
+            self._remarked = mark
 
 
 class _Counted:
@@ -1965,11 +2006,6 @@ class _Counted:
             self.last = row.seq
             yield row
         self.exhausted = True
-
-
-def backoff(tries: int, first: float, most: float) -> float:
-    """Seconds to wait after attempt `tries` (from 0): doubling from `first` up to `most`, a fifth of it jitter."""
-    return min(most, first * 2.0 ** min(tries, 40)) * random.uniform(0.8, 1.0)
 
 
 # ───────────────────────────────────────────── Sending one mail ─────────────────────────────────────
@@ -2156,10 +2192,10 @@ def _request(path: Path, what: str, name: str) -> int:
     os.replace(draft, request)
     for _ in range(100):
         if not request.exists():
-            print(f"{what}: done by the running relay")
+            print(f"{what}: done by the running program")
             return EX_OK
         time.sleep(0.05)
-    fail(EX_TEMPFAIL, "the running relay has not answered yet; the request stays")
+    fail(EX_TEMPFAIL, "the running program has not answered yet; the request stays")
 
 
 def command_sendmail(argv: Sequence[str]) -> int:

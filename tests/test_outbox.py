@@ -1,0 +1,485 @@
+"""The durable queue: what `put` has returned for is there, whatever happens to the process, the file or the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+import smtp_module as smtp
+from smtp_module import Draft, NewItem, Outbox, SpoolBusy, SpoolError, SpoolFull
+
+
+def item(name: str, payload: bytes = b"hello", picture: bytes | None = None, **more: Any) -> NewItem:
+    return NewItem(name, "lane", payload, picture, **more)
+
+
+def ids(outbox: Outbox) -> list[str]:
+    return [row.id for row in outbox.waiting()]
+
+
+def count_commits(outbox: Outbox) -> list[str]:
+    """Statements as SQLite runs them, from now on."""
+    said: list[str] = []
+    outbox._db.set_trace_callback(said.append)
+    return said
+
+
+@pytest.fixture
+def outbox(spool: Path) -> Iterator[Outbox]:
+    with contextlib.closing(Outbox(spool)) as opened:
+        yield opened
+
+
+# putting
+
+
+def test_what_was_put_is_there_after_a_new_start(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        assert [r.new for r in outbox.put([item("a"), item("b")])] == [True, True]
+    with contextlib.closing(Outbox(spool)) as outbox:
+        assert ids(outbox) == ["a", "b"]
+        assert outbox.counts() == {"queued": 2, "sent": 0, "failed": 0}
+
+
+def test_it_is_synchronous_and_this_is_read_back(outbox: Outbox) -> None:
+    assert smtp.pragma(outbox._db, "synchronous") == 2
+    assert outbox._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    outbox.note("x", 1)  # a commit that need not be on disk
+    said = count_commits(outbox)
+    outbox.put([item("a")])
+    assert said.index("PRAGMA synchronous=FULL") < said.index("COMMIT")
+
+
+def test_threads_share_commits_and_each_gets_its_own_receipts(outbox: Outbox) -> None:
+    said = count_commits(outbox)
+    wrong: list[str] = []
+    gate = threading.Barrier(8)
+
+    def put(thread: int) -> None:
+        gate.wait()
+        for number in range(50):
+            names = [f"{thread}-{number}-{k}" for k in range(3)]
+            if [(r.id, r.new) for r in outbox.put([item(name) for name in names])] != [(name, True) for name in names]:
+                wrong.append(names[0])
+
+    with outbox._lock:  # what gathers behind a commit goes into the next one
+        threads = [threading.Thread(target=put, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        while len(outbox._gathered) < 8:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(set(ids(outbox))) == 8 * 50 * 3
+    assert said.count("COMMIT") <= 8 * 50 - 7
+
+
+def test_one_item_that_cannot_be_stored_costs_only_itself(outbox: Outbox) -> None:
+    results: dict[str, object] = {}
+
+    def put(name: str) -> None:
+        try:
+            results[name] = outbox.put([item(name)])[0].new
+        except Exception as error:
+            results[name] = type(error)
+
+    names = ["good-1", "bad\ud800", "good-2"]
+    with outbox._lock:
+        threads = [threading.Thread(target=put, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        while len(outbox._gathered) < 3:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert results == {"good-1": True, "bad\ud800": UnicodeEncodeError, "good-2": True}
+
+
+@pytest.mark.parametrize("picture", [None, b"picture"])
+def test_the_same_again_is_a_duplicate(outbox: Outbox, picture: bytes | None) -> None:
+    outbox.put([item("a", b"one", picture)])
+    assert outbox.put([item("a", b"one", picture)]) == [smtp.Receipt("a", new=False)]
+    assert outbox.counts()["queued"] == 1
+
+
+def test_the_same_twice_in_one_batch_is_a_duplicate(outbox: Outbox) -> None:
+    assert [r.new for r in outbox.put([item("a"), item("a")])] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "other", [item("a", b"two"), item("a", b"one", b"picture"), item("a", b"", b"one")], ids=["payload", "picture", "moved"]
+)
+def test_the_same_id_with_other_content_gets_a_suffix_and_is_known_again(outbox: Outbox, other: NewItem) -> None:
+    outbox.put([item("a", b"one")])
+    (first,), (again,) = outbox.put([other]), outbox.put([other])
+    assert first.new and first.id.startswith("a-") and not again.new
+    assert again.id == first.id
+    assert ids(outbox) == ["a", first.id]
+
+
+def test_a_long_id_with_a_suffix_stays_within_128_characters(outbox: Outbox) -> None:
+    name = "x" * 128
+    (_, changed) = outbox.put([item(name, b"one"), item(name, b"two")])
+    assert changed.new and len(changed.id) == 128 and changed.id != name
+
+
+def test_a_settled_id_is_remembered_and_forgotten_after_seven_days(outbox: Outbox) -> None:
+    outbox.put([item("a"), item("b"), item("c")])
+    outbox.drop("a")
+    now = time.time()
+    send_all(outbox, now)
+    assert outbox.counts() == {"queued": 0, "sent": 2, "failed": 0}
+    outbox.prune(now + smtp.MEMORY_S - 10)
+    assert [r.new for r in outbox.put([item("a"), item("b")])] == [False, False]
+    assert outbox.prune(now + smtp.MEMORY_S + 10) == 3
+    assert outbox.counts() == {"queued": 0, "sent": 0, "failed": 0}
+    assert [r.new for r in outbox.put([item("a"), item("b")])] == [True, True]
+
+
+def send_all(outbox: Outbox, now: float = 0.0) -> None:
+    for mail in outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], now):
+        outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, now, 1.0, 9.0), now)
+
+
+def test_settled_rows_lose_their_payload(outbox: Outbox) -> None:
+    outbox.put([item("a", b"secret", b"picture")])
+    send_all(outbox)
+    assert outbox._rows("SELECT payload, picture FROM items") == [(None, None)]
+
+
+def test_a_full_spool_refuses_and_takes_again_when_there_is_room(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool, size_max=400_000)) as outbox:
+        with pytest.raises(SpoolFull):
+            for number in range(100):
+                outbox.put([item(str(number), b"x" * 20_000)])
+        assert 10 < len(ids(outbox)) < 20
+        send_all(outbox)
+        assert outbox.put([item("again", b"x" * 20_000)])[0].new
+
+
+def test_what_is_too_big_for_the_spool_costs_only_itself(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool, size_max=400_000)) as outbox:
+        results: list[object] = []
+
+        def put(payload: bytes) -> None:
+            try:
+                results.append(outbox.put([item(str(len(payload)), payload)])[0].new)
+            except SpoolFull:
+                results.append("full")
+
+        with outbox._lock:
+            threads = [threading.Thread(target=put, args=(b"x" * n,)) for n in (1000, 500_000, 1001)]
+            for thread in threads:
+                thread.start()
+            while len(outbox._gathered) < 3:
+                time.sleep(0.001)
+        for thread in threads:
+            thread.join()
+        assert sorted(map(str, results)) == ["True", "True", "full"]
+
+
+def test_a_disk_that_is_nearly_full_is_not_filled(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(total=10**9, free=smtp.DISK_RESERVE_BYTES - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SpoolFull):
+        outbox.put([item("a")])
+
+
+def test_a_database_that_cannot_grow_says_full_and_goes_on_sending(outbox: Outbox) -> None:
+    outbox.put([item("a", b"x" * 50_000)])
+    outbox._db.execute(f"PRAGMA max_page_count={smtp.pragma(outbox._db, 'page_count') + 2}")
+    with pytest.raises(SpoolFull):
+        outbox.put([item("b", b"x" * 50_000)])
+    assert outbox.counts()["queued"] == 1
+    send_all(outbox)
+    assert outbox.put([item("b", b"x" * 50_000)])[0].new
+
+
+def test_a_failed_transaction_leaves_nothing_and_the_counts_right(outbox: Outbox) -> None:
+    with pytest.raises(ValueError, match="changed my mind"), outbox.transaction() as db:
+        assert outbox.add(db, item("a"))
+        raise ValueError("changed my mind")
+    assert ids(outbox) == [] and outbox.counts()["queued"] == 0
+    with outbox.transaction() as db:
+        assert outbox.add(db, item("a")) and not outbox.add(db, item("a"))
+    assert outbox.counts()["queued"] == 1
+
+
+# one owner; readable by the owner alone
+
+
+def test_a_second_owner_is_refused_and_the_lock_ends_with_the_process(spool: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import smtp_module, time\n"
+    code += f"smtp_module.Outbox({str(spool)!r}); print('open', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "open\n"
+        with pytest.raises(SpoolBusy):
+            Outbox(spool)
+        other.kill()
+    Outbox(spool).close()
+
+
+def test_closing_twice_is_harmless_and_frees_the_spool(spool: Path) -> None:
+    outbox = Outbox(spool)
+    outbox.close()
+    outbox.close()
+    with pytest.raises(SpoolError):
+        outbox.put([item("a")])
+    Outbox(spool).close()
+
+
+def test_the_files_are_their_owners_alone(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item("a")])
+        assert {stat.S_IMODE(path.stat().st_mode) for path in spool.parent.iterdir()} == {0o600}
+        assert stat.S_IMODE(spool.parent.stat().st_mode) == 0o700
+
+
+def test_a_spool_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpoolError):
+        Outbox(tmp_path / "file" / "alerts.db")
+
+
+# damage and loss
+
+
+def damaged_spool(spool: Path, number: int = 200) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item(f"id-{n}", b"x" * 600) for n in range(number)])
+
+
+@pytest.mark.parametrize("damage", ["header", "page", "truncated"])
+def test_a_damaged_spool_is_moved_aside_said_and_what_can_be_read_is_saved(
+    spool: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    damaged_spool(spool)
+    data = bytearray(spool.read_bytes())
+    if damage == "header":
+        data[:100] = bytes(100)
+    elif damage == "page":
+        data[len(data) // 2 : len(data) // 2 + 4096] = os.urandom(4096)
+    else:
+        del data[len(data) * 3 // 4 :]
+    spool.write_bytes(data)
+    with caplog.at_level(logging.ERROR), contextlib.closing(Outbox(spool)) as outbox:
+        saved = ids(outbox)
+        assert outbox.put([item("new")])[0].new
+    assert "damaged" in caplog.text
+    assert list(spool.parent.glob("alerts.db.damaged-*"))
+    if damage == "page":
+        assert 150 < len(saved) < 200
+
+
+def test_an_emptied_spool_is_said_loudly(spool: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged_spool(spool)
+    spool.write_bytes(b"")
+    with caplog.at_level(logging.ERROR), contextlib.closing(Outbox(spool)) as outbox:
+        assert ids(outbox) == []
+    assert "was empty" in caplog.text
+
+
+def test_salvage_keeps_failures_partial_deliveries_and_the_owners_tables(spool: Path) -> None:
+    schema = "CREATE TABLE IF NOT EXISTS mine(name TEXT PRIMARY KEY, value TEXT);"
+    with contextlib.closing(Outbox(spool, schema=schema)) as outbox:
+        outbox.put([item("failed"), item("frozen"), item("waiting"), item("sent")])
+        (failed, frozen, _, sent) = outbox.waiting()
+        mails = outbox.freeze([Draft((row.seq,), ("a@x.y", "b@x.y")) for row in (failed, frozen, sent)], 0.0)
+        for mail, verdict in zip(mails, ("REFUSED", "TRY_LATER", "SENT"), strict=True):
+            outcomes = {"a@x.y": smtp.Outcome(smtp.Verdict.SENT), "b@x.y": smtp.Outcome(smtp.Verdict[verdict], 450)}
+            outbox.settle(smtp.conclude(mail, outcomes, 0.0, 1.0, 9.0), 0.0)
+        with outbox.transaction() as db:
+            db.execute("INSERT INTO mine VALUES ('kept', 'yes')")
+    data = bytearray(spool.read_bytes())
+    page = next(n for n in range(1, len(data) // 4096) if b"kept" not in data[n * 4096 :][:4096] and data[n * 4096] == 10)
+    data[page * 4096 : page * 4096 + 8] = os.urandom(8)  # an index
+    spool.write_bytes(data)
+    with contextlib.closing(Outbox(spool, schema=schema)) as outbox:
+        assert outbox.counts() == {"queued": 2, "sent": 1, "failed": 1}
+        assert ids(outbox) == ["waiting"]
+        (mail,) = outbox.due(5.0, 99.0, (), 9)
+        assert (mail.recipients, mail.taken) == (("b@x.y",), ("a@x.y",))
+        assert outbox._rows("SELECT value FROM mine") == [("yes",)]
+        assert not outbox.put([item("sent")])[0].new
+
+
+def test_damage_while_running_is_repaired(spool: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item(f"id-{n}", b"x" * 600) for n in range(200)])
+        outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        outbox._db.execute("PRAGMA cache_size=0")
+        with spool.open("r+b") as file:
+            file.seek(4096)
+            file.write(os.urandom(spool.stat().st_size - 4096))
+        with pytest.raises(SpoolError):
+            for number in range(10):
+                ids(outbox)
+                outbox.put([item(f"more-{number}")])
+        assert outbox.put([item("after")])[0].new
+        assert "after" in ids(outbox)
+
+
+@pytest.mark.parametrize("what", ["file", "all", "folder", "replaced"])
+def test_a_spool_that_vanishes_while_in_use_is_written_anew_before_anything_is_acknowledged(spool: Path, what: str) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item("before")])
+        if what == "folder":
+            shutil.rmtree(spool.parent)
+        else:
+            for path in [spool] if what != "all" else list(spool.parent.iterdir()):
+                path.unlink()
+        if what == "replaced":
+            sqlite3.connect(spool).close()
+            spool.touch()
+        assert outbox.put([item("after")])[0].new
+        with pytest.raises(SpoolBusy):
+            Outbox(spool)
+        assert {row["id"] for row in smtp.read_queue(spool)} == {"before", "after"}
+    with contextlib.closing(Outbox(spool)) as outbox:
+        assert ids(outbox) == ["before", "after"]
+        assert outbox.put([item("later")])[0].new
+
+
+def test_a_rescue_that_fails_half_way_loses_nothing(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox.put([item("before")])
+    outbox.path.unlink()
+
+    def no_descriptors(self: Outbox) -> sqlite3.Connection:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Outbox, "_open", no_descriptors)
+        with pytest.raises(SpoolError):
+            outbox.put([item("lost")])
+    with contextlib.suppress(SpoolError):  # finds the closed database, and opens it
+        outbox.put([item("after")])
+    outbox.put([item("after")])
+    assert ids(outbox) == ["before", "after"]
+
+
+def test_a_row_that_rots_is_noticed(outbox: Outbox) -> None:
+    outbox.put([item("a", b"hello", b"picture"), item("b", b"hello", b"picture")])
+    mails = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
+    with outbox.transaction() as db:
+        db.execute("UPDATE items SET payload = ? WHERE id = 'a'", (b"hellO",))
+        db.execute("UPDATE items SET picture = ? WHERE id = 'b'", (b"picturE",))
+    with pytest.raises(smtp.Damaged):
+        outbox.load(mails[0])
+    (loaded,) = outbox.load(mails[1])
+    with pytest.raises(smtp.Damaged):
+        loaded.picture()
+
+
+def test_a_picture_dropped_in_flight_is_no_damage(outbox: Outbox) -> None:
+    outbox.put([item("a", b"hello", b"picture")])
+    (mail,) = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
+    (loaded,) = outbox.load(mail)
+    outbox.drop("a")
+    assert loaded.picture() is None
+
+
+# planning and settling
+
+
+def test_what_was_dropped_after_planning_is_not_revived(outbox: Outbox) -> None:
+    outbox.put([item("a"), item("b"), item("c")])
+    a, b, c = outbox.waiting()
+    outbox.drop("a")
+    outbox.drop("c")
+    mails = outbox.freeze([Draft((a.seq, b.seq), ("x@y.z",)), Draft((c.seq,), ("x@y.z",))], 0.0)
+    assert [mail.items for mail in mails] == [(b.seq,)]
+    assert outbox.counts() == {"queued": 1, "sent": 0, "failed": 0}
+
+
+def test_waiting_pages_through_everything_in_order(outbox: Outbox) -> None:
+    outbox.put([item(str(n)) for n in range(1001)])
+    assert ids(outbox) == [str(n) for n in range(1001)]
+    assert [row.id for row in outbox.waiting(after=999)] == ["999", "1000"]
+
+
+def test_taken_recipients_add_up_over_the_lives_of_an_alert(outbox: Outbox) -> None:
+    outbox.put([item("a")])
+    no = smtp.Outcome(smtp.Verdict.REFUSED, 550)
+    yes = smtp.Outcome(smtp.Verdict.SENT, 250)
+    for recipients, outcomes, taken in (
+        (("a@x.y", "b@x.y"), {"a@x.y": yes, "b@x.y": no}, {"a@x.y"}),
+        (("b@x.y", "c@x.y"), {"b@x.y": no, "c@x.y": no}, {"a@x.y"}),
+        (("b@x.y", "c@x.y"), {"b@x.y": no, "c@x.y": yes}, {"a@x.y", "c@x.y"}),
+    ):
+        (row,) = outbox.waiting()
+        (mail,) = outbox.freeze([Draft((row.seq,), recipients)], 0.0)
+        outbox.settle(smtp.conclude(mail, outcomes, 0.0, 1.0, 9.0), 0.0)
+        assert outbox.counts()["failed"] == 1
+        assert outbox.retry("a") == 1
+        (row,) = outbox.waiting()
+        assert row.taken == taken
+
+
+def test_counts_are_what_a_recount_says(outbox: Outbox) -> None:
+    outbox.put([item(str(n)) for n in range(6)])
+    rows = list(outbox.waiting())
+    mails = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in rows[:4]], 0.0)
+    for mail, verdict in zip(mails, ("SENT", "REFUSED", "TRY_LATER"), strict=False):
+        outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict[verdict], 1)}, 0.0, 1.0, 9.0), 0.0)
+    outbox.drop("5")
+    expected = {"queued": 3, "sent": 1, "failed": 1}
+    assert outbox.counts() == expected
+    outbox._recount(outbox._db)
+    assert outbox.counts() == expected
+
+
+def test_failures_are_told_once_and_again_when_the_telling_mail_failed(outbox: Outbox) -> None:
+    outbox.put([item(str(n)) for n in range(4)])
+    rows = list(outbox.waiting())
+    for row in rows[:2]:
+        (mail,) = outbox.freeze([Draft((row.seq,), ("x@y.z",))], 0.0)
+        refused = {"x@y.z": smtp.Outcome(smtp.Verdict.REFUSED, 550, "no")}
+        outbox.settle(smtp.conclude(mail, refused, 0.0, 1.0, 9.0), 0.0)
+    # the second told of the first, and failed itself: both are untold
+    assert outbox.untold() == (2, "x@y.z: 550 no")
+    third, fourth = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in rows[2:]], 0.0)
+    assert (third.failed, third.why, fourth.failed) == (2, "x@y.z: 550 no", 0)
+    outbox.settle(smtp.conclude(third, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, 0.0, 1.0, 9.0), 0.0)
+    assert outbox.untold() == (0, "")
+
+
+# the queue as others see it
+
+
+def test_the_queue_is_read_without_writing_while_in_use_and_after(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item("a")])
+        assert [row["id"] for row in smtp.read_queue(spool)] == ["a"]
+    before = sorted(path.name for path in spool.parent.iterdir())
+    assert [row["id"] for row in smtp.read_queue(spool)] == ["a"]
+    assert sorted(path.name for path in spool.parent.iterdir()) == before == ["alerts.db", "alerts.db.lock"]
+
+
+def test_the_queue_of_a_killed_owner_can_be_read(spool: Path) -> None:
+    code = f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import smtp_module as s\n"
+    code += f"s.Outbox({str(spool)!r}).put([s.NewItem('a', 'lane', b'x')]); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert [row["id"] for row in smtp.read_queue(spool)] == ["a"]
+
+
+def test_reading_a_queue_that_is_none_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SpoolError, match="no such spool"):
+        smtp.read_queue(tmp_path / "nothing.db")
+    (tmp_path / "text.db").write_text("not a database, but long enough to be looked at" * 20)
+    with pytest.raises(SpoolError):
+        smtp.read_queue(tmp_path / "text.db")
