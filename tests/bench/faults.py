@@ -1,0 +1,506 @@
+#!/usr/bin/env python3
+"""faults: one fault after the other, each against a relay of its own; then everything heals and the books must agree.
+
+Prints a table: what failed, how, and whether nothing acknowledged was lost, repeated without cause or changed.
+
+    python3 tests/bench/faults.py [--only WORD]
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+import harness
+import nemesis
+import powerloss
+from harness import Red, Run, Skipped, Stage, Table, certificate, must, needs, until
+
+table = Table()
+row = table.row
+
+
+def finish(stage: Stage, **options: set[str]) -> str:
+    """Heal and make the nine checks; the figures."""
+    stage.heal()
+    stage.check(**options)
+    return stage.figures()
+
+
+# ───────────────────────────────────────────── The process ──────────────────────────────────────────
+
+
+@row("kill -9 at random", "nemesis.py")
+def kill_at_random(run: Run) -> str:
+    return nemesis.run(run.product, run.seed, 6 if run.short else 20, 300 if run.short else 1500)
+
+
+@row("kill -9 at chosen points", "strace inject, the Nth fdatasync, pwrite64, sendto of a thread")
+def kill_at_chosen_points(run: Run) -> str:
+    with run.stage(clients=1, picture_max=9000) as stage:
+        points = [(call, n) for call in nemesis.CHOSEN_CALLS for n in range(1, 4 if run.short else 25)]
+        for call, n in points:
+            stage.driver.allow(3)
+            try:
+                stage.relay.start(*harness.inject(call, str(n)))
+            except Red:  # it was killed while it started
+                must(stage.relay.dead(), "it does not start")
+            end = time.monotonic() + 2
+            while not stage.relay.dead() and not stage.driver.settled() and time.monotonic() < end:
+                time.sleep(0.005)
+            stage.relay.kill()
+            stage.incidents += 1
+        return f"{len(points)} points, {finish(stage)}"
+
+
+@row("kill -9 after the dot", "the mail server has the mail and has not answered")
+def killed_after_the_dot(run: Run) -> str:
+    with run.stage() as stage:
+        stage.relay.start()
+        for _ in range(3):
+            stage.sink.script("dot:stall")
+            stage.offer(20)
+            until("mails are under way", lambda: len(stage.sink.stuck) == 2)
+            stage.relay.kill()
+            stage.incidents += 1
+            stage.heal()
+        return finish(stage)
+
+
+@row("the same event twice", "at once, on another connection, after a restart, after its mail")
+def sent_twice(run: Run) -> str:
+    line = b'{"event": "X", "camera": "c", "id": "same"}'
+    with run.stage() as stage:
+        stage.relay.start()
+        said = [answer["status"] for answer in stage.relay.ask(line, line) + stage.relay.ask(line)]
+        until("it is mailed", lambda: stage.sink.mails)
+        stage.relay.stop()
+        stage.relay.start()
+        said.append(stage.relay.ask(line)[0]["status"])
+        must(said == ["queued"] + ["duplicate"] * 3, f"answered {said}")
+        stage.books.sent["same"] = harness.Sent("same", "c", line, "")
+        return finish(stage)
+
+
+@row("power loss", "powerloss.py, dropped and torn")
+def power_loss(run: Run) -> str:
+    found = powerloss.replay(run.product, run.seed, 60 if run.short else 300, 1)
+    must(not found.lossy, f"{found.lossy} of {found.points} crash points lose acknowledged events")
+    return f"{found.points} crash points, 0 lose"
+
+
+@row("SIGTERM while busy", "50 clients, the mail server slow after the dot")
+def term_while_busy(run: Run) -> str:
+    with run.stage(clients=50, picture_max=3000) as stage:
+        for _ in range(2 if run.short else 5):
+            stage.sink.script("dot:slow=0.2")
+            stage.relay.start()
+            stage.driver.allow(1500)
+            until("half is acknowledged", lambda: stage.driver.left() < 750)
+            must(stage.relay.stop() == 0, "not exit 0")
+            stage.incidents += 1
+        return finish(stage)
+
+
+@row("SIGTERM at once", "as soon as it listens, under load, 10 times (long: 60)")
+def term_at_once(run: Run) -> str:
+    with run.stage(clients=30, picture_max=3000) as stage:
+        for _ in range(10 if run.short else 60):
+            stage.driver.allow(300)
+            stage.relay.start()
+            must(stage.relay.stop() == 0, "not exit 0")
+            stage.incidents += 1
+        return finish(stage)
+
+
+@row("SIGSTOP and SIGCONT", "kill -STOP for 1 s (long: 6 s), clients and server waiting")
+def stopped(run: Run) -> str:
+    with run.stage(SMTP_TIMEOUT="2", ALERT_IDLE_TIMEOUT="2") as stage:
+        stage.relay.start()
+        stage.driver.allow(300)
+        stage.relay.signal(signal.SIGSTOP)
+        time.sleep(1 if run.short else 6)
+        stage.relay.signal(signal.SIGCONT)
+        stage.incidents += 1
+        return finish(stage)
+
+
+@row("two relays, one spool", "started twice")
+def two_relays(run: Run) -> str:
+    with run.stage() as stage:
+        stage.relay.start()
+        second = harness.Relay(stage.folder, stage.sink.port, run.product)
+        second.log = stage.folder / "second.log"
+        try:
+            second.start()
+        except Red:
+            must(second.process and second.process.wait() == 75, "the second did not exit 75")
+        else:
+            second.kill()
+            raise Red("the second one runs")
+        stage.offer(50)
+        return finish(stage)
+
+
+@row("crash loop", "kill -9 every 0.3 s with the mail server away")
+def crash_loop(run: Run) -> str:
+    with run.stage() as stage:
+        stage.sink.pause()
+        for _ in range(4 if run.short else 20):
+            stage.relay.start()
+            stage.offer(10)
+            time.sleep(0.3)
+            stage.relay.kill()
+        burned = [line for line in stage.relay.queue() if line["tries"]]
+        must(not burned, f"{len(burned)} alerts have burned tries: {burned[:1]}")
+        stage.sink.resume()
+        return finish(stage)
+
+
+@row("few threads", "prlimit --as=400M, 700 connections")
+def few_threads(run: Run) -> str:
+    with run.stage() as stage:
+        stage.relay.start(needs("prlimit"), f"--as={400 << 20}")
+        crowd = []
+        for _ in range(700):
+            crowd.append(socket.create_connection(("127.0.0.1", stage.relay.port), 5))
+        must(not stage.relay.dead(), "it died")
+        for sock in crowd:
+            sock.close()
+        stage.offer(50)
+        return f"no thread could be started {stage.relay.said('no thread')} times, {finish(stage)}"
+
+
+# ───────────────────────────────────────────── The disk ─────────────────────────────────────────────
+
+
+@row("fsync fails", "strace inject EIO: no acknowledgement from then on, nothing lost after a kill")
+def fsync_fails(run: Run) -> str:
+    with run.stage() as stage:
+        stage.sink.pause()
+        stage.relay.start()
+        stage.offer(50)
+        with stage.relay.attached(*harness.inject("fdatasync", "1+", "error=EIO")):
+            before = len(stage.books.acked)
+            stage.driver.allow(200)
+            until("spool_error is answered", lambda: stage.books.refusals["spool_error"] > 3)
+            must(len(stage.books.acked) == before, "acknowledged without an fsync")
+            must(not stage.relay.dead(), "it died")
+        stage.relay.kill()
+        stage.sink.resume()
+        return finish(stage)
+
+
+@row("disk slow", "strace inject, 50 ms before each fdatasync")
+def disk_slow(run: Run) -> str:
+    with run.stage() as stage:
+        stage.relay.start(*harness.inject("fdatasync", "1+", "delay_enter=50000"))
+        stage.offer(200)
+        return finish(stage)
+
+
+@row("spool full", "ALERT_SPOOL_MAX=400KiB, the mail server away")
+def spool_full(run: Run) -> str:
+    with run.stage(ALERT_SPOOL_MAX="400KiB") as stage:
+        return fill(stage, lambda: finish(stage))
+
+
+@row("files cannot grow", "prlimit --fsize=400000")
+def files_cannot_grow(run: Run) -> str:
+    with run.stage() as stage:
+        wrapper = [needs("prlimit"), "--fsize=400000"]
+        return fill(stage, lambda: stage.relay.kill() or finish(stage), *wrapper)
+
+
+@row("disk full", "a tmpfs of 1 MiB in a name space of its own")
+def disk_full(run: Run) -> str:
+    return small_disk(run, "size=1m")
+
+
+@row("no inodes left", "a tmpfs with 5 inodes")
+def no_inodes(run: Run) -> str:
+    return small_disk(run, "size=1m,nr_inodes=5")
+
+
+def small_disk(run: Run, options: str) -> str:
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        raise Skipped("name spaces are not permitted")
+    with run.stage() as stage:
+        (stage.folder / "small").mkdir()
+        stage.relay.spool = stage.folder / "small/alerts.db"
+        stage.relay.environ["ALERT_SPOOL"] = str(stage.relay.spool)
+        mount = f'mount -t tmpfs -o {options} t {stage.folder}/small && exec "$@"'
+
+        def drained() -> str:  # the disk is gone with the relay: what the sink has must be all
+            stage.heal()
+            must(not (lost := stage.books.acked.keys() - stage.delivered().keys()), f"{len(lost)} lost")
+            return stage.figures()
+
+        return fill(stage, drained, "unshare", "-rm", "sh", "-c", mount, "sh")
+
+
+def fill(stage: Stage, then: Callable[[], str], *wrapper: str) -> str:
+    """More events than there is room for, the mail server being away; then it is back."""
+    stage.sink.pause()
+    stage.relay.start(*wrapper)
+    stage.driver.allow(300)
+    until("no room is left", lambda: stage.books.refusals["spool_full"] + stage.books.refusals["spool_error"] > 5)
+    stage.sink.resume()
+    return then()
+
+
+@row("spool not writable", "a folder of somebody else's")
+def not_writable(run: Run) -> str:
+    with run.stage() as stage:
+        stage.folder.chmod(0o755)
+        (stage.folder / "theirs").mkdir(mode=0o500)
+        stage.relay.environ["ALERT_SPOOL"] = str(stage.folder / "theirs/alerts.db")
+        wrapper = [] if os.geteuid() else [needs("setpriv"), "--reuid=65534", "--clear-groups"]
+        try:
+            stage.relay.start(*wrapper)
+        except Red as complaint:
+            must("Traceback" not in str(complaint) and "alerts.db" in str(complaint), str(complaint))
+            return "refuses to start and says why"
+        raise Red("it runs")
+
+
+@row("spool deleted under a running relay", "rm alerts.db*, then kill -9")
+def spool_deleted(run: Run) -> str:
+    with run.stage() as stage:
+        stage.sink.pause()
+        stage.relay.start()
+        stage.offer(50)
+        for name in stage.folder.glob("alerts.db*"):
+            if name.suffix != ".lock":
+                name.unlink()
+        stage.offer(50)
+        stage.relay.kill()
+        stage.sink.resume()
+        return finish(stage)
+
+
+DAMAGES = {
+    "first 100 bytes zero": lambda data, rng: bytes(100) + data[100:],
+    "random pages": lambda data, rng: b"".join(
+        rng.randbytes(4096) if at and rng.random() < 0.3 else data[at : at + 4096] for at in range(0, len(data), 4096)
+    ),
+    "cut in half": lambda data, rng: data[: len(data) // 2],
+    "cut to nothing": lambda data, rng: b"",
+    "one bit in a payload": lambda data, rng: data.replace(b'"number":4', b'"number":5', 1),
+}
+
+
+@row("spool damaged", "; ".join(DAMAGES))
+def spool_damaged(run: Run) -> str:
+    said = []
+    for name, damage in DAMAGES.items():
+        with run.stage(picture_max=0) as stage:
+            stage.sink.pause()
+            stage.relay.start()
+            stage.offer(60)
+            stage.relay.stop()
+            spool = stage.relay.spool
+            spool.write_bytes(damage(spool.read_bytes(), random.Random(run.seed)))
+            stage.relay.start()
+            stage.sink.resume()
+            stage.offer(20)
+            stage.heal()
+            loud = stage.relay.said(r"(?i)\berror\b.*(damaged|lost|empty|checksum)")
+            must(loud, f"{name}: the log does not say so")
+            must(not stage.relay.said("Traceback"), f"{name}: tracebacks")
+            late = [f"c{n}" for n, mails in stage.delivered().items() if n not in stage.books.sent]
+            must(not late, f"{name}: delivered {late}")
+            must(not (wrong := list(stage._contents())), f"{name}: {wrong}")
+            said.append(f"{name}: {sum(n in stage.delivered() for n in stage.books.acked)} of 80 arrive")
+    return "; ".join(said)
+
+
+@row("spool locked by another program", "BEGIN EXCLUSIVE held for 6 s")
+def spool_locked(run: Run) -> str:
+    with run.stage() as stage:
+        stage.relay.start()
+        stage.offer(20)
+        with closing(sqlite3.connect(stage.relay.spool, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            stage.driver.allow(50)
+            time.sleep(1 if run.short else 6)
+            must(not stage.relay.dead(), "it died")
+        return finish(stage)
+
+
+# ───────────────────────────────────────────── The mail server ──────────────────────────────────────
+
+MAIL_FAULTS = (  # what the mail server does, and how many alerts may fail of it
+    *(f"{step}:{code}*3" for code in ("451 4.3.0 later", "421 4.3.2 busy")
+      for step in ("greeting", "ehlo", "starttls", "auth", "mail", "rcpt", "data", "dot")),
+    *(f"{step}:554 5.7.1 no*3" for step in ("greeting", "ehlo", "starttls", "auth", "mail")),
+    "auth:535 5.7.8 wrong password*3", "auth:534 5.7.9 app password*3", "rcpt:530 5.7.0 login first*2",
+    "mail:550 5.4.5 daily limit*2", "dot:550 5.4.5 daily limit*2", "rcpt:552 too many*2", "rcpt:450 greylisted*3",
+    "body:drop=0*3", "body:drop=1*3", "body:drop=900*3", "dot:drop*3", "dot:die*3", "dot:reset*3", "dot:garbage*6",
+    "greeting:garbage*6", "ehlo:garbage*6", "mail:garbage*6", "rcpt:garbage*6", "data:garbage*6", "quit:garbage",
+    "quit:drop", "mail:slow=0.02*2", "dot:slow=0.02*2", "greeting:endless*2", "mail:endless*1", "dot:endless*2",
+    "mail:stall*1", "dot:stall*1", "greeting:stall*1",
+)  # fmt: skip
+FATAL = ("rcpt:550 5.1.1 nobody*2", "data:554 5.6.0 no*2", "dot:554 5.7.0 spam*2", "rcpt:553 no*2", "dot:550 no*2")
+
+
+@row("mail server fails, at every step and in every way", f"{len(MAIL_FAULTS)} scripts, lock-step and pipelined")
+def mail_server_fails(run: Run) -> str:
+    return soak(run, MAIL_FAULTS[run.seed % 5 :: 5] if run.short else MAIL_FAULTS)
+
+
+def soak(run: Run, scripts: Sequence[str]) -> str:
+    """Each script over a new connection, with and without PIPELINING; no alert may fail."""
+    with mail_stage(run) as stage:
+        for fault in scripts:
+            for pipelining in (True, False):
+                stage.sink.pipelining = pipelining
+                stage.sink.pause()
+                stage.sink.script(fault)
+                stage.sink.resume()
+                stage.offer(10 if run.short else 50)
+                until(f"{fault} strikes", lambda: stage.sink.fired)
+                stage.sink.fired.clear()
+                stage.heal()
+                must(not stage.relay.counts()["failed"], f"{fault}: alerts failed")
+        must(not stage.sink.early, f"{stage.sink.early} commands before their turn, to a server without PIPELINING")
+        return finish(stage)
+
+
+@row("mail server refuses for good", "; ".join(FATAL))
+def mail_server_refuses(run: Run) -> str:
+    with mail_stage(run) as stage:
+        for number, fault in enumerate(FATAL, 1):
+            stage.sink.script(fault)
+            stage.offer(20)
+            until("two alerts fail", lambda: stage.relay.counts()["failed"] == 2 * number)  # noqa: B023
+        failed = {line["id"] for line in stage.relay.queue() if line["state"] == "failed"}
+        return finish(stage, may_fail=failed)
+
+
+def mail_stage(run: Run) -> Stage:
+    """A running relay that logs in over STARTTLS."""
+    stage = run.stage(SMTP_HOST="localhost", SMTP_SECURITY="starttls", SMTP_USER="relay", SMTP_PASS="secret",
+                      SMTP_TIMEOUT="1", sink={"auth": True}, picture_max=0)  # fmt: skip
+    stage.sink.tls = certificate(stage.folder)
+    stage.relay.environ["SMTP_CAFILE"] = str(stage.folder / "cert.pem")
+    stage.relay.start()
+    return stage
+
+
+@row("one recipient refused, one deferred", "rcpt@bob:550, rcpt@carol:450*2")
+def mixed_recipients(run: Run) -> str:
+    people = "alice@example.org,bob@example.org,carol@example.org"
+    with run.stage(ALERT_RECIPIENT=people, picture_max=0) as stage:
+        stage.relay.start()
+        stage.sink.script("rcpt@bob:550 5.1.1 nobody", "rcpt@carol:450 later*2")
+        stage.offer(1)
+        until("it is settled", lambda: stage.relay.counts()["queued"] == 0)
+        to = sorted(name for mail in stage.sink.mails for name in mail["to"])
+        must(to == ["alice@example.org", "carol@example.org"], f"delivered to {to}")
+        must(stage.relay.counts()["failed"] == 1, "not shown as failed")
+        return "each of the others has it once; shown as failed for bob"
+
+
+@row("mail server's certificate wrong", "unknown signer, wrong name, STARTTLS not offered: never in the clear")
+def wrong_certificate(run: Run) -> str:
+    login = {"SMTP_HOST": "localhost", "SMTP_SECURITY": "starttls", "SMTP_USER": "u", "SMTP_PASS": "p"}
+    with run.stage(sink={"auth": True}, **login) as stage:
+        for name in ("localhost", "wrong.example.org", ""):
+            stage.relay.kill()
+            stage.sink.tls = certificate(stage.folder, name) if name else None
+            if name.startswith("wrong"):
+                stage.relay.environ["SMTP_CAFILE"] = str(stage.folder / "cert.pem")
+            stage.relay.start()
+            stage.offer(10)
+            sessions = stage.sink.sessions
+            until("it has tried twice", lambda: stage.sink.sessions >= sessions + 2)  # noqa: B023
+            must(not stage.sink.mails, "mail went out")
+        stage.relay.kill()
+        stage.sink.tls = certificate(stage.folder)
+        return finish(stage)
+
+
+@row("mail server away", "connection refused, for 2 s; processor time under 5 %")
+def sink_away(run: Run) -> str:
+    with run.stage() as stage:
+        stage.relay.start()
+        stage.sink.pause()
+        stage.offer(100)
+        before = stage.relay.cpu_s()
+        time.sleep(2)
+        used = (stage.relay.cpu_s() - before) / 2
+        must(used < 0.05, f"{used:.0%} of a processor while idle")
+        stage.sink.resume()
+        return f"{used:.1%} of a processor, {finish(stage)}"
+
+
+@row("mail server swallows connections", "a full backlog; name not found: events are accepted meanwhile")
+def black_hole(run: Run) -> str:
+    with run.stage(SMTP_TIMEOUT="1") as stage, socket.create_server(("127.0.0.1", 0), backlog=0) as hole:
+        crowd = [socket.socket() for _ in range(4)]
+        for sock in crowd:
+            sock.setblocking(False)
+            sock.connect_ex(hole.getsockname())
+        for host, port in (("127.0.0.1", hole.getsockname()[1]), ("smtp.invalid", stage.sink.port)):
+            stage.relay.kill()
+            stage.relay.environ |= {"SMTP_HOST": host, "SMTP_PORT": str(port), "SMTP_SECURITY": "none"}
+            stage.relay.start()
+            stage.offer(200)
+        slowest = max(stage.books.waits)
+        must(slowest < 2, f"an answer took {slowest:.1f} s")
+        stage.relay.kill()
+        stage.relay.environ["SMTP_HOST"] = "127.0.0.1"
+        for sock in crowd:
+            sock.close()
+        return finish(stage)
+
+
+@row("backlog after an outage", "10,000 alerts (short: 500), then new ones while it drains")
+def backlog(run: Run) -> str:
+    many = 500 if run.short else 10_000
+    with run.stage(picture_max=3000) as stage:
+        stage.sink.pause()
+        stage.relay.start()
+        stage.offer(many)
+        stage.sink.resume()
+        until("it drains", lambda: len(stage.sink.mails) > many // 10, 30)
+        answer = stage.relay.ask(b'{"event": "DOOR_OPENED", "camera": "new", "id": "new"}')[0]
+        stage.books.sent["new"] = harness.Sent("new", "new", b"", "")
+        must(answer["ok"], f"the new alert: {answer}")
+        until("the new alert goes out", lambda: "new" in stage.delivered(), 30)
+        place = [name for mail in stage.sink.mails for name, _ in mail["alerts"]].index("new")
+        must(run.short or place < many * 0.9, "the new alert had to wait for the backlog")
+        return f"the new alert came as number {place} of {many}, {finish(stage)}"
+
+
+@row("the clock jumps", "time.time() 1 h back, 10 years on, at a start and live")
+def clock_jumps(run: Run) -> str:
+    with run.stage() as stage:
+        offset = stage.folder / "offset"
+        offset.write_text("0")
+        (stage.folder / "sitecustomize.py").write_text(
+            f"import time\nreal = time.time\ntime.time = lambda: real() + float(open({str(offset)!r}).read() or 0)\n"
+        )
+        stage.relay.environ["PYTHONPATH"] = str(stage.folder)
+        stage.sink.script("dot:451 later%70", "mail:451 later%20")
+        for jump in (-3600, 10 * 365 * 86400, 0):
+            stage.relay.start()
+            stage.offer(30)
+            offset.write_text(str(jump))
+            stage.offer(30)
+            stage.relay.kill()
+            stage.incidents += 1
+        return finish(stage)
+
+
+if __name__ == "__main__":
+    sys.exit(table.main(__doc__))

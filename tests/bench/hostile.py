@@ -1,0 +1,358 @@
+#!/usr/bin/env python3
+"""hostile: the event port under attack. Nothing brings it down, and an honest client is served meanwhile.
+
+Prints a table: the attack, the honest client's figures, what the relay did.
+
+    python3 tests/bench/hostile.py [--only WORD]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import resource
+import signal
+import socket
+import ssl
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import harness
+from harness import Relay, Run, Stage, Table, certificate, must, needs, until
+
+table = Table()
+row = table.row
+HONEST_P99_S = 1.0
+
+
+class Honest:
+    """A client that sends an event every 10 ms while inside, every tenth on a connection of its own."""
+
+    def __init__(self, relay: Relay, context: ssl.SSLContext | None = None) -> None:
+        self.kept: list[float] = []
+        self.fresh: list[float] = []
+        self.answers: Counter[str] = Counter()
+        self._relay, self._context, self._done = relay, context, threading.Event()
+        self._complaint = ""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Honest:
+        self._thread.start()
+        until("the honest client is served", lambda: self.kept or self._complaint)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(30)
+
+    def verdict(self) -> str:
+        """Its figures. Raises Red when it was not served well."""
+        must(not self._complaint, f"the honest client: {self._complaint}")
+        p99 = sorted(self.kept)[int(len(self.kept) * 0.99)]
+        slowest = max(self.fresh, default=0.0)
+        must(p99 < HONEST_P99_S, f"the honest client's p99 is {p99:.2f} s")
+        must(slowest < 2 * HONEST_P99_S, f"a fresh connection waited {slowest:.2f} s")
+        return (f"honest: {len(self.kept)} answers p99 {p99 * 1e3:.0f} ms, {len(self.fresh)} fresh connections"
+                f" at most {slowest * 1e3:.0f} ms {dict(self.answers)}")  # fmt: skip
+
+    def _run(self) -> None:
+        try:
+            with connected(self._relay, self._context) as kept:
+                number = 0
+                while not self._done.wait(0.01):
+                    number += 1
+                    self.kept.append(self._one(kept, number, "kept"))
+                    if number % 10 == 0:
+                        began = time.monotonic()
+                        with connected(self._relay, self._context) as fresh:
+                            self._one(fresh, number, "fresh")
+                        self.fresh.append(time.monotonic() - began)
+        except (OSError, ValueError) as error:
+            self._complaint = f"{type(error).__name__}: {error}"
+
+    def _one(self, stream: Any, number: int, kind: str) -> float:
+        began = time.monotonic()
+        event = {"event": "MOTION_DETECTED", "camera": "honest", "id": f"{kind}-{number}"}
+        stream.write(json.dumps(event).encode() + b"\n")
+        stream.flush()
+        answer = json.loads(stream.readline())
+        self.answers[answer.get("error", "accepted")] += 1
+        if not (answer["ok"] or (kind == "fresh" and answer["error"] == "busy")):
+            raise ValueError(answer)
+        return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def connected(relay: Relay, context: ssl.SSLContext | None = None) -> Iterator[Any]:
+    """A connection as a file for both ways."""
+    with contextlib.ExitStack() as stack:
+        sock: socket.socket = stack.enter_context(socket.create_connection(("127.0.0.1", relay.port), 10))
+        if context:
+            sock = stack.enter_context(context.wrap_socket(sock, server_hostname="localhost"))
+        yield stack.enter_context(sock.makefile("rwb"))
+
+
+class Crowd:
+    """Many hostile connections at once."""
+
+    def __init__(self, relay: Relay, number: int, **options: int) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < number + 200:
+            raise harness.Skipped(f"no more than {hard} open files are permitted")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number + 200), hard))
+        self.members = []
+        for _ in range(number):
+            sock = socket.socket()
+            if receive := options.get("receive"):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+            sock.settimeout(10)
+            sock.connect(("127.0.0.1", relay.port))
+            sock.setblocking(False)
+            self.members.append(sock)
+
+    def __enter__(self) -> Crowd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in self.members:
+            sock.close()
+
+    def send(self, data: bytes) -> int:
+        """To each that still takes it; how many did not."""
+        refused = 0
+        for sock in self.members:
+            try:
+                sock.send(data)
+            except OSError:
+                refused += 1
+        return refused
+
+
+def recovered(stage: Stage, slack_mib: int = 60) -> str:
+    """After the attack: alive, no tracebacks, as small as at the start, all that was accepted mailed. Raises Red."""
+    must(not stage.relay.dead(), "the relay died")
+    until("nothing waits", lambda: stage.relay.counts()["queued"] == 0, harness.HEAL_S)
+    must(stage.relay.counts()["failed"] == 0, "alerts failed")
+    if stage.baseline:
+        until("threads and files as at the start", lambda: not stage.grown(slack_mib), 40)
+    traces = stage.relay.said("Traceback")
+    must(not traces, f"{traces} tracebacks in the log")
+    return f"{stage.relay.footprint()['VmRSS'] >> 10} MiB at the end"
+
+
+def attacked(run: Run, *wrapper: str, **environ: str) -> Stage:
+    """A running relay that knows its size; alerts come as digests, so that mail is not what is measured."""
+    stage = run.stage(clients=1, ALERT_COOLDOWN="0.3", **environ)
+    stage.relay.start(*wrapper)
+    stage.baseline = stage.relay.footprint()
+    return stage
+
+
+# ───────────────────────────────────────────── Lines ────────────────────────────────────────────────
+
+JPEG, GIF = "/9j/4AAQSkZJRgABAQAAAQABAAD/", "R0lGODlhAQABAAAAACw="
+SEEDS = (
+    {"event": "MOTION_DETECTED", "camera": "cam1", "id": "a-1", "timestamp": "2026-01-02T03:04:05Z"},
+    {"event": "DOOR_OPENED", "camera": "درب حیاط", "meta": {"zone": 3, "ok": True}, "image_url": "https://x.org/a"},
+    {"event": "X", "camera": "后门 📷", "image_filename": "../../a.jpg", "image_b64": JPEG * 40},
+    {"event": "E", "camera": "c", "image_b64": GIF}, {"heartbeat": "cam1"}, {"ping": 1},
+)  # fmt: skip
+NASTY = (
+    b"\x00", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800", b"\\u0000", b"\\u202e", b"\r", b"\x0b", b"NaN",
+    b"-Infinity", b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b'"', b"\\", b"{", b"}", b",", b":", b"null",
+    b"true", b"[]", b"{}", b'"id":"a-1",', b'"image_b64":"', b'"event":', b"=?utf-8?q?=0ABcc:x?=", b"<script>",
+    b"\xe2\x80\xa8", b"A" * 70_000, b"'",
+)  # fmt: skip
+
+
+def mutated(rng: random.Random) -> bytes:
+    """One line that was right once; never blank, never with LF inside."""
+    line = bytearray(json.dumps(rng.choice(SEEDS), ensure_ascii=rng.random() < 0.5).encode())
+    for _ in range(rng.choice((0, 1, 1, 2, 3, 8))):
+        at, end = sorted(rng.randrange(len(line) + 1) for _ in range(2))
+        end = min(end, at + rng.choice((1, 1, 4, 40)))
+        kind = rng.randrange(5)
+        if kind == 0:
+            line[at:end] = rng.choice(NASTY)
+        elif kind == 1:
+            line[at:at] = rng.choice(NASTY)
+        elif kind == 2:
+            line[at:end] = b""
+        elif kind == 3:
+            line[at:at] = line[at:end] * rng.choice((1, 2, 50))
+        else:
+            line[at:end] = rng.randbytes(end - at)
+    text = bytes(line).replace(b"\n", b" ")
+    return text if text.strip() else b"{"
+
+
+@row("mutated lines", "100,000 (short: 5,000), seeded, in batches over one socket")
+def mutated_lines(run: Run) -> str:
+    rng, many, said = random.Random(run.seed), 5000 if run.short else 100_000, Counter[str]()
+    with attacked(run, ALERT_MAX_LINE="64KiB") as stage:
+        for start in range(0, many, 250):
+            lines = [mutated(rng) for _ in range(250)]
+            try:
+                for answer in stage.relay.ask(*lines, timeout=30):
+                    said[answer.get("error") or answer["status"]] += 1
+            except (OSError, ValueError) as error:
+                raise harness.Red(f"lines {start} to {start + 250}: not answered one by one: {error!r}") from None
+        must(said.total() == many, f"{many - said.total()} lines have no answer")
+        return f"0 of {many} unanswered, {dict(said)}, {recovered(stage)}"
+
+
+COSTLY = (b"{", b"[]", b'"",', b'\\"', b"1e9,", b'"k":1,', b'"image_b64":"', b"9", b" ")
+
+
+@row("costly lines", "4 peers send lines of 16 MiB made of the same few bytes (short: 2 MiB)")
+def costly_lines(run: Run) -> str:
+    length = (2 if run.short else 16) << 20
+    lines = [(b'{"event":"E","x":[' + piece * (length // len(piece)))[: length - 2] for piece in COSTLY]
+    with attacked(run) as stage, Honest(stage.relay) as honest:
+        peers = [threading.Thread(target=stage.relay.ask, args=lines, kwargs={"timeout": 60}) for _ in range(4)]
+        for peer in peers:
+            peer.start()
+        for peer in peers:
+            peer.join()
+        honest.__exit__()
+        return f"{honest.verdict()}, {recovered(stage, 600)}"
+
+
+@row("other protocols", "HTTP, SSH and TLS to the port; reset, half-closed, nothing at all")
+def other_protocols(run: Run) -> str:
+    with attacked(run) as stage, Honest(stage.relay) as honest:
+        for _ in range(20):
+            for hello in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-x\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b""):
+                for last in ("close", "reset", "half"):
+                    with socket.create_connection(("127.0.0.1", stage.relay.port), 5) as sock:
+                        sock.sendall(hello)
+                        if last == "reset":
+                            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        elif last == "half":
+                            sock.shutdown(socket.SHUT_WR)
+                            while sock.recv(4096):
+                                pass
+        honest.__exit__()
+        return f"{honest.verdict()}, {recovered(stage)}"
+
+
+# ───────────────────────────────────────────── Connections ──────────────────────────────────────────
+
+
+@row("slow loris and flood", "1,000 peers of a byte a second, then 5,000 connections (short: 100 and 500)")
+def loris_and_flood(run: Run) -> str:
+    slow, flood, pause = (100, 500, 0.1) if run.short else (1000, 5000, 1.0)
+    with attacked(run) as stage, Honest(stage.relay) as honest, Crowd(stage.relay, slow) as loris:
+        for byte in b'{"event":':
+            loris.send(bytes([byte]))
+            time.sleep(pause)
+        began = time.monotonic()
+        with Crowd(stage.relay, flood):
+            took = time.monotonic() - began
+            threads = stage.relay.footprint()["Threads"]
+            loris.send(b"x")
+            time.sleep(2 * pause)
+        honest.__exit__()
+        loris.__exit__()
+        return f"{honest.verdict()}, flood in {took:.1f} s, {threads} threads at the peak, {recovered(stage)}"
+
+
+@row("half-sent lines", "1,000 peers each within a line of 16 MiB (short: 100 of 4 MiB)")
+def half_sent_lines(run: Run) -> str:
+    peers, most = (100, 4 << 20) if run.short else (1000, 16 << 20)
+    with attacked(run) as stage, Honest(stage.relay) as honest, Crowd(stage.relay, peers) as crowd:
+        peak, turn, end = 0, 0, time.monotonic() + (5 if run.short else 40)
+        while turn * 65536 < most - 65536 and time.monotonic() < end:
+            if crowd.send(b"{" * 65536) == peers:
+                time.sleep(0.02)
+            turn += 1
+            peak = max(peak, stage.relay.footprint()["VmRSS"])
+        honest.__exit__()
+        crowd.__exit__()
+        grown = peak - stage.baseline["VmRSS"] >> 10
+        must(grown < 600, f"{grown} MiB more")
+        return f"{honest.verdict()}, {grown} MiB more at the peak, {recovered(stage, 600)}"
+
+
+@row("peers that never read", "50 peers send pings without end")
+def never_read(run: Run) -> str:
+    with attacked(run) as stage, Honest(stage.relay) as honest, Crowd(stage.relay, 50, receive=4096) as crowd:
+        end = time.monotonic() + (1 if run.short else 35)
+        while time.monotonic() < end:
+            crowd.send(b'{"ping": 1}\n' * 100)
+            time.sleep(0.05)
+        honest.__exit__()
+        crowd.__exit__()
+        return f"{honest.verdict()}, {recovered(stage)}"
+
+
+@row("peers that send and leave", "500 events, closed at once without reading, half of them with a reset")
+def send_and_leave(run: Run) -> str:
+    with attacked(run) as stage:
+        for number in range(500):
+            with socket.create_connection(("127.0.0.1", stage.relay.port), 5) as sock:
+                sock.sendall(b'{"event": "X", "camera": "c", "id": "left-%d"}\n' % number)
+                if number % 2:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        until("all are accepted", lambda: len(stage.delivered()) == 500, 10)
+        return f"500 of 500 accepted, {recovered(stage)}"
+
+
+@row("handshakes never finished", "500 peers on a TLS port send half a ClientHello (short: 100)")
+def handshakes(run: Run) -> str:
+    with run.stage(clients=1, ALERT_COOLDOWN="0.3") as stage:
+        certificate(stage.folder)
+        trust = ssl.create_default_context(cafile=str(stage.folder / "cert.pem"))
+        stage.relay.environ["ALERT_TLS_CERT"] = str(stage.folder / "cert.pem")
+        stage.relay.environ["ALERT_TLS_KEY"] = str(stage.folder / "key.pem")
+        stage.relay.start()
+        peers = 100 if run.short else 500
+        with Honest(stage.relay, trust) as honest, Crowd(stage.relay, peers) as crowd:
+            crowd.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+            time.sleep(1 if run.short else 12)
+            threads = stage.relay.footprint()["Threads"]
+        must(run.short or threads < peers / 2, f"{threads} threads: handshakes have no deadline")
+        must(not stage.relay.dead() and not stage.relay.said("Traceback"), "dead, or tracebacks in the log")
+        return f"{honest.verdict()}, {threads} threads after {'1' if run.short else '12'} s"
+
+
+@row("few file descriptors", "prlimit --nofile=64, 200 connections")
+def few_descriptors(run: Run) -> str:
+    with attacked(run, needs("prlimit"), "--nofile=64") as stage:
+        with Crowd(stage.relay, 200):
+            before = stage.relay.cpu_s()
+            time.sleep(1)
+            used = stage.relay.cpu_s() - before
+            must(used < 0.5, f"a busy loop: {used:.0%} of a processor")
+        with Honest(stage.relay) as honest:
+            time.sleep(0.5)
+        return f"{used:.0%} of a processor meanwhile, then {honest.verdict()}, {recovered(stage)}"
+
+
+@row("SIGSTOP and SIGCONT", "2 s, with 300 connections waiting")
+def stopped(run: Run) -> str:
+    with attacked(run) as stage, Crowd(stage.relay, 300) as crowd:
+        stage.relay.signal(signal.SIGSTOP)
+        crowd.send(b'{"ping": 1}\n')
+        time.sleep(0.5 if run.short else 2)
+        stage.relay.signal(signal.SIGCONT)
+        answered = [until("an answer", lambda s=sock: b"pong" in _peek(s)) for sock in crowd.members]
+        crowd.__exit__()
+        return f"{len(answered)} of 300 answered, {recovered(stage)}"
+
+
+def _peek(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(4096, socket.MSG_PEEK)
+    except BlockingIOError:
+        return b""
+
+
+if __name__ == "__main__":
+    sys.exit(table.main(__doc__))

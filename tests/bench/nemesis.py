@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""nemesis: the relay is killed over and over while clients send and the mail server misbehaves. Nothing may be lost.
+
+Each epoch starts the relay on the same spool, perhaps with another configuration, scripts what fails, lets the
+clients send, and ends the relay: kill -9 at random or at a chosen system call, SIGTERM, SIGSTOP; fsync may fail, or
+files may not grow. Afterwards everything heals and the nine checks are made:
+
+    1 acknowledged = delivered + failed    2 nothing waits        3 nothing delivered that was never sent
+    4 contents equal                       5 repeated mails: no more than attempts cut off, with the same Message-ID
+    6 failed only what got a 5xx           7 nothing refused is delivered      8 spool sound, threads and files back
+    9 answers and recovery in time
+
+    python3 tests/bench/nemesis.py            60 kills, 5,000 acknowledged
+    python3 tests/bench/nemesis.py --long     1,000 kills, 100,000 acknowledged
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import harness
+from harness import Stage
+
+CHOSEN_CALLS = ("fdatasync", "pwrite64", "sendto")
+SINK_FAULTS = (
+    "greeting:421%30", "greeting:554%20", "ehlo:drop%20", "mail:451%20", "mail:421%10", "rcpt:450%20", "data:451%20",
+    "body:drop=1%20", "body:drop=3000%20", "dot:451%20", "dot:421%10", "dot:die%10", "dot:reset%10", "dot:garbage%10",
+    "quit:drop", "rcpt:garbage%10", "dot:slow=0.01%20", "mail:stall%2", "greeting:endless%5", "greeting:stall%10",
+)  # fmt: skip
+
+
+def wrapper(rng: random.Random, how: str) -> list[str]:
+    """What stands in front of the relay's command in this epoch."""
+    if how == "call":
+        return harness.inject(rng.choice(CHOSEN_CALLS), str(rng.randrange(1, 60)))
+    if how == "eio":
+        return harness.inject("fdatasync", f"{rng.randrange(2, 30)}..{rng.randrange(30, 60)}", "error=EIO")
+    if how == "fsize":
+        return ["prlimit", f"--fsize={rng.randrange(1, 8) << 20}"]
+    return []
+
+
+def end(stage: Stage, rng: random.Random, how: str) -> None:
+    """Let the epoch last a little, then end the relay."""
+    pause = rng.uniform(0.0, 0.3)
+    if how == "call":
+        until_dead = time.monotonic() + 1.0
+        while not stage.relay.dead() and time.monotonic() < until_dead:
+            time.sleep(0.005)
+    else:
+        time.sleep(pause)
+    if how == "stop":
+        stage.relay.signal(signal.SIGSTOP)
+        time.sleep(rng.uniform(0.0, 0.2))
+        stage.relay.signal(signal.SIGCONT)
+        time.sleep(rng.uniform(0.0, 0.1))
+    if how == "term":
+        harness.must(stage.relay.stop() == 0, "SIGTERM: not exit 0")
+    stage.relay.kill()
+
+
+def run(product: Path, seed: int, kills: int, acked: int) -> str:
+    """The whole run; its figures. Raises Red."""
+    rng = random.Random(seed)
+    ways = ["kill"] * 10 + ["term"] * 2 + ["stop"] * 2 + ["fsize"]
+    ways += ["call"] * 6 + ["eio"] * 2 if harness.STRACE else []
+    done: Counter[str] = Counter()
+    with Stage(product, seed=seed, clients=4) as stage:
+        stage.baseline = stage.relay.start().footprint()
+        stage.relay.kill()
+        for epoch in range(kills):
+            how = rng.choice(ways)
+            stage.sink.script(*rng.sample(SINK_FAULTS, rng.choice((0, 1, 1, 2, 3))))
+            stage.sink.pipelining = rng.random() < 0.5
+            stage.relay.environ["ALERT_COOLDOWN"] = rng.choice(("0", "0", "0", "0.5"))
+            try:
+                stage.relay.start(*wrapper(rng, how))
+            except harness.Red:
+                if how not in ("call", "eio", "fsize"):  # these may hit while it starts
+                    raise
+            stage.driver.allow(acked // kills + (epoch < acked % kills))
+            end(stage, rng, how)
+            stage.incidents += 1
+            done[how] += 1
+        stage.relay.environ["ALERT_COOLDOWN"] = "0"
+        stage.sink.script()
+        began = time.monotonic()
+        stage.relay.start()
+        harness.must(time.monotonic() - began < 5, "9 the start took more than 5 s")
+        healed = stage.heal()
+        stage.check()
+        harness.must(len(stage.books.acked) + len(stage.books.given_up) == acked, "not all was acknowledged")
+        return (f"{kills} kills {dict(done)}, {stage.figures()}, 0 lost, healed in {healed:.1f} s,"
+                f" sink faults {sum(stage.sink.fired.values())}")  # fmt: skip
+
+
+def main() -> int:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--long", action="store_true", help="1,000 kills, 100,000 acknowledged")
+    parser.add_argument("--kills", type=int, help="so many kills")
+    parser.add_argument("--acked", type=int, help="so many events acknowledged")
+    args = parser.parse_args()
+    kills, acked = (1000, 100_000) if args.long else (12, 600) if args.short else (60, 5000)
+    kills, acked = args.kills or kills, args.acked or acked
+    print(f"nemesis: seed {args.seed}, {kills} kills, {acked} events; {harness.machine()}", flush=True)
+    held, words = harness.outcome(lambda: run(args.product, args.seed, kills, acked))
+    print(words)
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
