@@ -33,6 +33,7 @@ import math
 import os
 import re
 import secrets
+import select
 import signal
 import socket
 import ssl
@@ -73,15 +74,6 @@ VALUES_MAX = 100_000  # in one line of JSON, so that it does not become a huge t
 DIGEST_MAX = 10_000  # alerts in one digest
 DIGEST_ROWS, DIGEST_PICTURES = 50, 4
 CAMERAS_MAX = 10_000  # cameras whose silence is watched
-
-KNOWN_EVENTS = {  # what a person reads, in each language
-    "MOTION_DETECTED": ("Motion detected", "حرکت دیده شد", "检测到移动"),
-    "DOOR_OPENED": ("Door opened", "در باز شد", "门已打开"),
-    "CAMERA_DISCONNECTED": ("Camera disconnected", "ارتباط دوربین قطع شد", "摄像机断开"),
-    "CAMERA_RECONNECTED": ("Camera reconnected", "ارتباط دوربین برقرار شد", "摄像机恢复连接"),
-    "TAMPER_DETECTED": ("Tampering detected", "دستکاری دوربین", "检测到破坏"),
-    "SYSTEM_RESTARTED": ("System restarted", "سامانه دوباره راه‌اندازی شد", "系统已重启"),
-}
 
 log = logging.getLogger("relay")
 
@@ -363,7 +355,6 @@ def _is_token(given: object, token: bytes) -> bool:
 
 # JSON that cannot hurt: bounded in depth, in values and in digits, without NaN, and with the picture kept out of it.
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -419,17 +410,17 @@ def _has_alphabet(text: bytes) -> bool:
 
 
 def _check_size(line: bytes) -> None:
-    """Refuse what json would make a deep recursion or a huge tree of. Raises ValueError."""
-    if line.count(b"[") + line.count(b"{") <= NESTING_MAX and line.count(b",") <= VALUES_MAX:
-        return
-    bare = _STRINGS.sub(b"", line)
-    if bare.count(b",") > VALUES_MAX:
+    """Refuse what json would make a deep recursion or a huge tree of, at the speed of memchr. Raises ValueError."""
+    brackets = line.count(b"[") + line.count(b"{")
+    if max(brackets, line.count(b","), line.count(b'"') // 4) > VALUES_MAX:
         raise ValueError(f"more than {VALUES_MAX} values")
-    nested = bare.translate(_BRACKETS, _NO_BRACKETS)
-    for _ in range(NESTING_MAX):
-        nested = nested.replace(b"[]", b"")
-    if nested:
-        raise ValueError(f"nested deeper than {NESTING_MAX}, or a bracket is missing")
+    if brackets > NESTING_MAX:
+        outside = b"".join(line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+        nested = outside.translate(_BRACKETS, _NO_BRACKETS)
+        for _ in range(NESTING_MAX):
+            nested = nested.replace(b"[]", b"")
+        if nested:
+            raise ValueError(f"nested deeper than {NESTING_MAX}, or a bracket is missing")
 
 
 # The fields. Each check returns the value as it is kept.
@@ -1222,32 +1213,41 @@ class Diary:
 
 
 # ───────────────────────────────────────────── Render ───────────────────────────────────────────────
-# Pure: frozen mails in, composed mails out. Nothing from an event is ever markup; <bdi> keeps a name from
-# reordering its line.
+# Pure: frozen mails in, composed mails out. What, where, when and the picture come first; the rest is below.
+# Nothing from an event is ever markup; <bdi> keeps a name from reordering its line. Tables and inline styles: Outlook.
 
+LANGS = ("en", "fa", "zh")
+EVENT_WORDS = {
+    "MOTION_DETECTED": ("Motion detected", "حرکت دیده شد", "检测到移动"),
+    "DOOR_OPENED": ("Door opened", "در باز شد", "门已打开"),
+    "CAMERA_DISCONNECTED": ("Camera disconnected", "ارتباط دوربین قطع شد", "摄像机断开"),
+    "CAMERA_RECONNECTED": ("Camera reconnected", "ارتباط دوربین برقرار شد", "摄像机恢复连接"),
+    "TAMPER_DETECTED": ("Tampering detected", "دستکاری دوربین", "检测到破坏"),
+    "SYSTEM_RESTARTED": ("System restarted", "سامانه دوباره راه‌اندازی شد", "系统已重启"),
+}
 WORDS = {
-    # key: English, Persian, Chinese
     "event": ("Event", "رویداد", "事件"),
     "camera": ("Camera", "دوربین", "摄像机"),
     "time": ("Time", "زمان", "时间"),
-    "link": ("Picture", "تصویر", "图片"),
+    "link": ("Link", "پیوند", "链接"),
+    "last_seen": ("Last seen", "آخرین نشانه", "最后在线"),
+    "gone": ("Was gone", "مدت قطعی", "离线时长"),
     "dropped": ("Picture left out", "تصویر حذف شد", "图片已略去"),
     "too_big": ("too big for the mail server", "برای سرور ایمیل بزرگ است", "超出邮件服务器限制"),
-    "alerts": ("alerts", "هشدار", "条警报"),
-    "from_to": ("from {first} to {last}", "از {first} تا {last}", "从 {first} 到 {last}"),
+    "alerts": ("{count} alerts", "{count} هشدار", "{count} 条警报"),
     "more": (
         "The first {shown} of {count}; all of them are in events.csv.",
         "{shown} مورد نخست از {count}؛ همه در events.csv هست.",
         "前 {shown} 条，共 {count} 条；全部见 events.csv。",
     ),
     "failed": (
-        "{count} earlier alerts could not be delivered. The last reason: {why}",
-        "{count} هشدار پیشین فرستاده نشد. آخرین دلیل: {why}",
-        "此前有 {count} 条警报未能送达。最后的原因：{why}",
+        "Alerts that could not be delivered before: {count}",
+        "هشدارهایی که پیش از این فرستاده نشد: {count}",
+        "此前未能送达的警报：{count} 条",
     ),
     "summary": ("Daily summary", "خلاصهٔ روزانه", "每日摘要"),
-    "received": ("Alerts in the last 24 hours", "هشدارهای ۲۴ ساعت گذشته", "最近 24 小时的警报"),
-    "waiting": ("Waiting", "در انتظار", "等待中"),
+    "received": ("Alerts in 24 hours", "هشدارهای ۲۴ ساعت گذشته", "24 小时内的警报"),
+    "queued": ("Waiting", "در انتظار", "等待中"),
     "failures": ("Failed", "ناموفق", "失败"),
     "silent": ("Silent cameras", "دوربین‌های خاموش", "无响应的摄像机"),
     "none": ("none", "هیچ", "无"),
@@ -1256,10 +1256,35 @@ WORDS = {
         "این ایمیل هر روز می‌آید. اگر نیامد، به سامانه سر بزنید.",
         "此邮件每天发送。如未收到，请检查警报系统。",
     ),
+    "units": ("d h min s", "روز ساعت دقیقه ثانیه", "天 小时 分钟 秒"),
 }
-LANGS = ("en", "fa", "zh")
-FONT = "font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif"
-URGENT = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED")
+URGENT = {"DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED"}
+RED, BLUE, GREEN = "#b3261e", "#1f4e79", "#2e6b3f"
+
+PAGE = """<!DOCTYPE html>
+<html lang="{lang}" dir="{dir}"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light"></head>
+<body style="margin:0;padding:0;background:#eef1f4">
+<table role="presentation" dir="{dir}" align="center" width="640" cellpadding="0" cellspacing="0"
+ style="width:100%;max-width:640px;margin:0 auto;background:#ffffff;color:#1c2733;
+font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif">
+<tr><td bgcolor="{colour}" style="padding:14px 16px;background:{colour};color:#ffffff">
+<div style="font-size:22px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
+<div style="font-size:19px;line-height:1.4;word-break:break-word"><bdi>{where}</bdi></div>
+<div style="font-size:16px;line-height:1.5"><bdi>{when}</bdi></div></td></tr>
+{pictures}<tr><td style="padding:10px 10px 16px">
+<table width="100%" cellpadding="0" cellspacing="0" style="font-size:15px;line-height:1.4">
+{rows}</table>
+{notes}</td></tr>
+</table></body></html>
+"""
+PICTURE = """<td width="{share}%" style="padding:2px 0;vertical-align:top">
+<img src="cid:{cid}" alt="{caption}" width="{width}" style="display:block;width:100%;height:auto;border:0">
+{below}</td>"""
+CAPTION = '<div style="padding:2px 6px;font-size:13px;color:#4f5b66"><bdi>{caption}</bdi></div>'
+CELL = '<td style="padding:5px 6px;border-bottom:1px solid #e3e8ec;vertical-align:top;{style}"><bdi>{text}</bdi></td>'
+LINK = '<a href="{link}" style="color:#1f4e79">{link}</a>'
+NOTE = '<p style="margin:10px 6px 0;font-size:14px;line-height:1.5;color:{colour}"><bdi>{text}</bdi></p>\n'
 
 
 @dataclass(frozen=True)
@@ -1286,6 +1311,23 @@ class Shown:
         return f"{self.when:%Y-%m-%dT%H:%M:%SZ}"
 
 
+@dataclass
+class Letter:
+    """What a mail says; its text and its page are drawn from this."""
+
+    subject: str
+    key: str  # the Message-ID is a function of it
+    head: tuple[str, str, str]  # what, where, when
+    colour: str
+    rows: Sequence[Sequence[str]]
+    notes: list[str] = field(default_factory=list)
+    alarm: str = ""  # what the mail ends with
+    link: str = ""  # the one value in the rows that is a link
+    pictures: Sequence[tuple[str, smtp.Attachment]] = ()  # with their captions
+    files: Sequence[smtp.Attachment] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 class Renderer:
     """Writes the mails of one relay, in its language."""
 
@@ -1295,193 +1337,187 @@ class Renderer:
         self._domain = smtp.address(config.sender).rpartition("@")[2]
 
     def word(self, key: str, **values: object) -> str:
+        """The words for a key."""
         return WORDS[key][self._lang].format(**values)
 
-    def event_word(self, event: str) -> str:
-        known = KNOWN_EVENTS.get(event)
-        return known[self._lang] if known else event
+    def event(self, name: str) -> str:
+        """The words for an event; one that is not known stands for itself."""
+        return EVENT_WORDS[name][self._lang] if name in EVENT_WORDS else name
 
     def render(self, mail: Mail, items: Sequence[Item]) -> Envelope:
         """The mail as it goes out."""
         shown = [Shown.of(item) for item in items]
         if shown[0].event == SUMMARY:
-            parts = self._summary(shown[0])
+            letter = self._summary(shown[0])
         elif len(items) == 1:
-            parts = self._alert(mail, shown[0], items[0])
+            letter = self._alert(mail, shown[0], items[0])
         else:
-            parts = self._digest(mail, shown, items)
-        text, markup = parts.pop("text"), parts.pop("html")
+            letter = self._digest(mail, shown, items)
         if mail.failed:
-            foot = self.word("failed", count=mail.failed, why=smtp.printable(mail.why))
-            text += f"\n-- \n{foot}\n"
-            markup += f'<p style="margin:16px 0 0;color:#8a4b00;font-size:13px">{html.escape(foot)}</p>'
-        headers = {"Auto-Submitted": "auto-generated", **parts.pop("headers", {})}
+            letter.alarm = f"{self.word('failed', count=mail.failed)}\n{mail.why}"
         data = smtp.compose_pieces(
-            sender=self._config.sender, to=mail.recipients, text=text, html=self._page(markup), headers=headers, **parts
+            sender=self._config.sender,
+            to=mail.recipients,
+            subject=letter.subject,
+            text=draw_text(letter),
+            html=draw_page(letter, LANGS[self._lang]),
+            attachments=(*(part for _, part in letter.pictures), *letter.files),
+            message_id=smtp.message_id(letter.key, self._config.sender),
+            headers={"Auto-Submitted": "auto-generated", **letter.headers},
         )
         return Envelope(smtp.address(self._config.sender), mail.recipients, data)
 
-    def message_id(self, key: str) -> str:
-        return smtp.message_id(key, self._config.sender)
-
-    # one alert
-
-    def _alert(self, mail: Mail, shown: Shown, item: Item) -> dict[str, Any]:
-        picture = None if mail.bare else item.picture()
-        notes = [shown.content["dropped"]] if shown.content.get("dropped") else []
-        if mail.bare and shown.content.get("image"):
-            notes.append(self.word("too_big"))
-        meta = shown.content.get("meta", {})
+    def _alert(self, mail: Mail, shown: Shown, item: Item) -> Letter:
+        content = shown.content
         rows = [
-            (self.word("event"), shown.event, ""),
-            (self.word("camera"), shown.camera, ""),
-            (self.word("time"), f"{shown.local('%Y-%m-%d %H:%M:%S %z')}  ({shown.utc()})", ""),
-            *((str(key), _plain(value), "") for key, value in meta.items()),
+            (self.word("event"), shown.event),
+            (self.word("camera"), shown.camera),
+            (self.word("time"), f"{shown.local('%Y-%m-%d %H:%M:%S %z')}\n{shown.utc()} (UTC)"),
+            *((key[:100], _plain(value)) for key, value in content.get("meta", {}).items()),
         ]
-        if link := shown.content.get("image_url"):
-            rows.append((self.word("link"), link, link))
-        rows += [(self.word("dropped"), note, "") for note in notes]
-        attachments = [self._picture(shown, picture, 0)] if picture else []
-        image = f'<tr><td style="padding:0 0 12px">{_image(attachments[0].cid)}</td></tr>' if attachments else ""
-        markup = (
-            f"{self._headline(self.event_word(shown.event), shown.camera, shown.local(), shown.event in URGENT)}"
-            f"{image}<tr><td>{_table(rows)}</td></tr>"
-        )
+        if "last_seen" in content:
+            rows.append((self.word("last_seen"), f"{event_time(content['last_seen']).astimezone():%Y-%m-%d %H:%M:%S}"))
+        if "gone_s" in content:
+            rows.append((self.word("gone"), self._span(content["gone_s"])))
+        if link := content.get("image_url", ""):
+            rows.append((self.word("link"), link))
+        if why := content.get("dropped") or (mail.bare and "image" in content and self.word("too_big")):
+            rows.append((self.word("dropped"), why))
         thread = hashlib.sha256(f"{shown.camera}\n{shown.local('%Y-%m-%d')}".encode()).hexdigest()[:32]
-        return {
-            "subject": f"DVR ALERT: {shown.event} - {shown.camera}",
-            "text": f"{self.event_word(shown.event)} - {shown.camera}\n{shown.local()}\n\n{_text_rows(rows)}",
-            "html": markup,
-            "attachments": attachments,
-            "message_id": self.message_id(f"alert:{shown.id}"),
-            "headers": {"X-Alert-Id": shown.id, "References": f"<{thread}@{self._domain}>"},
-        }
+        return Letter(
+            subject=f"DVR ALERT: {shown.event} - {shown.camera}",
+            key=f"alert:{shown.id}",
+            head=(self.event(shown.event), shown.camera, shown.local("%H:%M:%S · %Y-%m-%d")),
+            colour=RED if shown.event in URGENT else BLUE,
+            rows=rows,
+            link=link,
+            pictures=self._pictures(mail, [(shown, item)]),
+            headers={"X-Alert-Id": shown.id, "References": f"<{thread}@{self._domain}>"},
+        )
 
-    def _picture(self, shown: Shown, picture: bytes, number: int) -> smtp.Attachment:
-        kind, _ = picture_type(picture)
-        cid = f"picture{number}@{self._domain}"
-        return smtp.Attachment(shown.content["image"], kind, base64=picture, cid=cid)
+    def _pictures(self, mail: Mail, newest: Iterable[tuple[Shown, Item]]) -> list[tuple[str, smtp.Attachment]]:
+        """The first few that there are, with their captions."""
+        found: list[tuple[str, smtp.Attachment]] = []
+        for shown, item in newest if not mail.bare else ():
+            if picture := item.picture():
+                kind, cid = picture_type(picture)[0], f"picture{len(found)}@{self._domain}"
+                part = smtp.Attachment(shown.content["image"], kind, base64=picture, cid=cid)
+                found.append((f"{shown.local('%H:%M:%S')} · {self.event(shown.event)} · {shown.camera}", part))
+                if len(found) == DIGEST_PICTURES:
+                    break
+        return found
 
-    # many alerts
+    def _span(self, seconds: float) -> str:
+        """A length of time for people."""
+        *units, smallest = zip(self.word("units").split(), (86400, 3600, 60, 1), strict=True)
+        unit, size = next(((unit, size) for unit, size in units if seconds >= 2 * size), smallest)
+        return f"{seconds / size:.0f} {unit}"
 
-    def _digest(self, mail: Mail, shown: list[Shown], items: Sequence[Item]) -> dict[str, Any]:
+    def _digest(self, mail: Mail, shown: list[Shown], items: Sequence[Item]) -> Letter:
         pairs = sorted(zip(shown, items, strict=True), key=lambda pair: pair[0].when)
         shown = [one for one, _ in pairs]
-        count, first, last = len(shown), shown[0], shown[-1]
-        attachments: list[smtp.Attachment] = []
-        for one, item in reversed(pairs):
-            if not mail.bare and len(attachments) < DIGEST_PICTURES and (picture := item.picture()):
-                attachments.append(self._picture(one, picture, len(attachments)))
-        cameras = list(dict.fromkeys(one.camera for one in shown))
-        events = list(dict.fromkeys(one.event for one in shown))
-        what = _few(events) if len(cameras) > 1 else f"{_few(events)} - {cameras[0]}"
-        where = f"{what} - {_few(cameras)}" if len(cameras) > 1 else what
-        when = self.word("from_to", first=first.local(), last=last.local())
-        table = [(one.local("%m-%d %H:%M:%S"), self.event_word(one.event), one.camera) for one in shown[:DIGEST_ROWS]]
-        more = self.word("more", shown=len(table), count=count) if count > len(table) else ""
-        if mail.bare and any(one.content.get("image") for one in shown):
-            more += f" {self.word('dropped')}: {self.word('too_big')}."
-        images = "".join(f'<div style="padding:0 0 8px">{_image(part.cid)}</div>' for part in attachments)
-        head = self._headline(f"{count} {self.word('alerts')}", _few(cameras), when, any(e in URGENT for e in events))
-        body = f'<tr><td style="padding:0 0 12px">{images}</td></tr><tr><td>{_grid(table)}'
-        tail = f'<p style="margin:8px 0 0;color:#5f6b76;font-size:13px">{html.escape(more)}</p></td></tr>'
-        attachments.append(smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown)))
-        lines = "\n".join("  ".join(row) for row in table)
-        key = "digest:" + "\n".join(sorted(one.id for one in shown))
-        return {
-            "subject": f"DVR ALERT: {count} alerts - {where}",
-            "text": f"{count} {self.word('alerts')}, {when}\n\n{lines}\n\n{more}".rstrip() + "\n",
-            "html": head + body + tail,
-            "attachments": attachments,
-            "message_id": self.message_id(key),
-        }
-
-    # the day
-
-    def _summary(self, shown: Shown) -> dict[str, Any]:
-        meta = shown.content["meta"]
-        none = self.word("none")
-        rows = [
-            (self.word("received"), str(meta["received"]), ""),
-            *((lane, str(number), "") for lane, number in meta["lanes"]),
-            (self.word("waiting"), str(meta["queued"]), ""),
-            (self.word("failures"), f"{meta['failed']} {meta['why']}".strip(), ""),
-            (self.word("silent"), ", ".join(meta["silent"]) or none, ""),
-        ]
-        absence = self.word("absence")
-        tail = f'<p style="margin:12px 0 0;color:#5f6b76;font-size:13px">{html.escape(absence)}</p>'
-        worry = bool(meta["failed"] or meta["silent"])
-        head = self._headline(self.word("summary"), smtp.hostname(), shown.local("%Y-%m-%d %H:%M"), worry)
-        return {
-            "subject": f"DVR summary: {shown.local('%Y-%m-%d')} - {meta['received']} alerts,"
-            f" {meta['queued']} waiting, {meta['failed']} failed, {len(meta['silent'])} silent",
-            "text": f"{self.word('summary')} - {shown.local()}\n\n{_text_rows(rows)}\n{absence}\n",
-            "html": f"{head}<tr><td>{_table(rows)}{tail}</td></tr>",
-            "message_id": self.message_id(f"summary:{shown.id}"),
-        }
-
-    # the page
-
-    def _headline(self, what: str, where: str, when: str, urgent: bool) -> str:
-        colour = "#b3261e" if urgent else "#1f4e79"
-        return (
-            f'<tr><td style="padding:14px 16px;background:{colour};color:#ffffff;border-radius:6px">'
-            f'<div style="font-size:20px;font-weight:bold;line-height:1.3">{html.escape(what)}</div>'
-            f'<div style="font-size:16px;line-height:1.5"><bdi>{html.escape(where)}</bdi></div>'
-            f'<div style="font-size:14px;opacity:.9"><bdi>{html.escape(when)}</bdi></div></td></tr>'
-            '<tr><td style="height:12px;line-height:12px;font-size:0">&nbsp;</td></tr>'
+        count = len(shown)
+        cameras, events = _few(one.camera for one in shown), _few(one.event for one in shown)
+        letter = Letter(
+            subject=f"DVR ALERT: {count} alerts - {events} - {cameras}",
+            key="digest:" + "\n".join(sorted(one.id for one in shown)),
+            head=(
+                f"{self.word('alerts', count=count)}: {_few(self.event(one.event) for one in shown)}",
+                cameras,
+                f"{shown[0].local()} – {shown[-1].local()}",
+            ),
+            colour=RED if any(one.event in URGENT for one in shown) else BLUE,
+            rows=[(one.local("%m-%d %H:%M:%S"), self.event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
+            pictures=self._pictures(mail, reversed(pairs)),
+            files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown))],
         )
+        if count > DIGEST_ROWS:
+            letter.notes.append(self.word("more", shown=DIGEST_ROWS, count=count))
+        if mail.bare and any("image" in one.content for one in shown):
+            letter.notes.append(f"{self.word('dropped')}: {self.word('too_big')}")
+        return letter
 
-    def _page(self, markup: str) -> str:
-        lang = LANGS[self._lang]
-        direction = "rtl" if lang == "fa" else "ltr"
-        return (
-            f'<!DOCTYPE html>\n<html lang="{lang}" dir="{direction}"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width,initial-scale=1"></head>\n'
-            f'<body dir="{direction}" style="margin:0;padding:12px;background:#f3f5f7;color:#1c2733;{FONT}">\n'
-            '<table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="max-width:640px;margin:0 auto;'
-            f'background:#ffffff;padding:16px;border-radius:8px">\n{markup}\n</table>\n</body></html>\n'
+    def _summary(self, shown: Shown) -> Letter:
+        meta, day = shown.content["meta"], shown.local("%Y-%m-%d")
+        lanes = [(split_lane(lane), number) for lane, number in meta["lanes"]]
+        return Letter(
+            subject=f"DVR summary: {day} - {meta['received']} alerts, {meta['queued']} waiting,"
+            f" {meta['failed']} failed, {len(meta['silent'])} silent",
+            key=f"summary:{shown.id}",
+            head=(self.word("summary"), smtp.hostname(), shown.local("%H:%M · %Y-%m-%d")),
+            colour=RED if meta["failed"] or meta["silent"] else GREEN,
+            rows=[
+                (self.word("received"), str(meta["received"])),
+                (self.word("queued"), str(meta["queued"])),
+                (self.word("failures"), f"{meta['failed']}\n{meta['why']}".strip()),
+                (self.word("silent"), ", ".join(meta["silent"]) or self.word("none")),
+                *((f"{self.event(event)} · {camera}", str(number)) for (event, camera), number in lanes),
+            ],
+            notes=[self.word("absence")],
         )
 
 
-def _image(cid: str) -> str:
-    return (
-        f'<img src="cid:{cid}" alt="" width="608" style="display:block;width:100%;max-width:608px;height:auto;border-radius:6px">'
+def draw_text(letter: Letter) -> str:
+    """The plain text of a mail."""
+    rows = [(": " if len(row) == 2 else "  ").join(row) for row in letter.rows]
+    blocks = ["\n".join(letter.head), "\n".join(row.replace("\n", "\n  ") for row in rows), *letter.notes, letter.alarm]
+    lines = "\n\n".join(filter(None, blocks)).split("\n")
+    return "".join(f"{smtp.UNPRINTABLE.sub(' ', line)}\n" for line in lines)
+
+
+def draw_page(letter: Letter, lang: str) -> str:
+    """The HTML of a mail: every value is escaped here, and only here."""
+    what, where, when = map(_escape, letter.head)
+    return PAGE.format(
+        lang=lang,
+        dir="rtl" if lang == "fa" else "ltr",
+        colour=letter.colour,
+        what=what,
+        where=where,
+        when=when,
+        pictures="".join(_picture_rows(letter.pictures)),
+        rows="".join(_table_row(row, letter.link) for row in letter.rows),
+        notes="".join(NOTE.format(colour="#4f5b66", text=_escape(note)) for note in letter.notes)
+        + (NOTE.format(colour=RED, text=_escape(letter.alarm)) if letter.alarm else ""),
     )
 
 
-def _table(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Name and value, one pair a line; a third value makes it a link."""
+def _picture_rows(pictures: Sequence[tuple[str, smtp.Attachment]]) -> Iterator[str]:
+    """The newest over the whole width, the others side by side below it."""
+    for row in filter(None, (pictures[:1], pictures[1:])):
+        yield '<tr><td><table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>\n'
+        for caption, part in row:
+            text = _escape(caption)
+            below = CAPTION.format(caption=text) if len(pictures) > 1 else ""
+            yield PICTURE.format(
+                share=100 // len(row), cid=part.cid, caption=text, width=640 // len(row), below=below
+            )
+        yield "</tr></table></td></tr>\n"
+
+
+def _table_row(row: Sequence[str], link: str) -> str:
     cells = []
-    for name, value, link in rows:
-        shown = f"<bdi>{html.escape(value)}</bdi>"
-        if link:
-            shown = f'<a href="{html.escape(link)}" style="color:#1f4e79">{shown}</a>'
-        cells.append(
-            f'<tr><td style="padding:6px 12px 6px 0;color:#5f6b76;vertical-align:top;white-space:nowrap">'
-            f'<bdi>{html.escape(name)}</bdi></td><td style="padding:6px 0;word-break:break-word">{shown}</td></tr>\n'
-        )
-    return f'<table cellpadding="0" cellspacing="0" style="font-size:15px;line-height:1.4">\n{"".join(cells)}</table>'
+    for number, cell in enumerate(row):
+        text = _escape(cell)
+        label = "color:#5f6b76" if not number else ""
+        short = "white-space:nowrap" if len(cell) < 26 else "word-break:break-word"
+        shown = LINK.format(link=text) if link and number and cell == link else text
+        cells.append(CELL.format(style=f"{short};{label}", text=shown))
+    return f"<tr>{''.join(cells)}</tr>\n"
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    style = "padding:5px 12px 5px 0;border-bottom:1px solid #e3e8ec;vertical-align:top"
-    lines = [
-        "<tr>" + "".join(f'<td style="{style}"><bdi>{html.escape(cell)}</bdi></td>' for cell in row) + "</tr>\n" for row in rows
-    ]
-    return f'<table width="100%" cellpadding="0" cellspacing="0" style="font-size:14px">\n{"".join(lines)}</table>'
-
-
-def _text_rows(rows: Sequence[tuple[str, str, str]]) -> str:
-    return "".join(f"{smtp.printable(name)}: {smtp.printable(value, 2000)}\n" for name, value, _ in rows)
+def _escape(text: str) -> str:
+    """What stands in a <bdi>: no markup, and each line with a direction of its own."""
+    return "</bdi><br><bdi>".join(html.escape(smtp.UNPRINTABLE.sub(" ", line)) for line in text.split("\n"))
 
 
 def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)[:2000]
 
 
-def _few(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f", +{len(names) - most}" if len(names) > most else "")
+def _few(names: Iterable[str], most: int = 3) -> str:
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:most]) + (f", +{len(different) - most}" if len(different) > most else "")
 
 
 def events_csv(shown: Sequence[Shown]) -> bytes:
@@ -1517,9 +1553,11 @@ class Alerts:
 
 def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     """Run the relay until SIGTERM or Ctrl-C. What is downstream starts first and stops last."""
-    stopping = threading.Event()
+    stopping, woken = socket.socketpair()  # an Event's lock could be held by the very thread that the signal interrupts
+    woken.setblocking(False)
+    signal.set_wakeup_fd(woken.fileno())
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stopping.set())
+        signal.signal(name, lambda *_: None)
     threading.stack_size(THREAD_STACK_BYTES)
     outbox = Outbox(config.spool, schema=WATCH_SCHEMA, size_max=config.spool_max)
     courier = smtp.Courier(
@@ -1538,7 +1576,7 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     courier.start()
     relay.start()
     diary = Diary(config.summary_at, time.time(), outbox)
-    while not stopping.wait(WATCH_TICK_S if config.expect or config.summary_at else None):
+    while not select.select([stopping], [], [], WATCH_TICK_S if config.expect or config.summary_at else None)[0]:
         try:
             raised = watch.tick(time.monotonic(), time.time())
             if diary.tick(time.time(), watch.silent()) or raised:

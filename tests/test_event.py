@@ -7,6 +7,7 @@ import random
 import struct
 import sys
 import threading
+import time
 import zlib
 from typing import Any
 
@@ -88,6 +89,11 @@ LINES: list[tuple[str, bytes, str]] = [
     ("J1 many brackets side by side", HEAD + b', "x": [' + b"[]," * 5_000 + b"{}]}", "event"),
     ("J1 brackets in strings are no nesting", HEAD + b', "x": "' + b"[{" * 500 + b'"}', "event"),
     ("J1 a million values", HEAD + b', "x": [' + b"0," * 1_000_000 + b"0]}", "bad_json"),
+    ("J1 brackets behind escapes", HEAD + b', "x": "\\\\\\"' + b"[" * 40 + b'\\\\"}', "event"),
+    ("J1 nested behind escapes", HEAD + b', "x": "\\\\", "y": ' + b"[" * 40 + b"]" * 40 + b"}", "bad_json"),
+    ("J1 four million empty strings", HEAD + b', "x": [' + b'"",' * 4_000_000 + b"0]}", "bad_json"),
+    ("J1 sixteen million open braces", b"{" * (16 << 20), "bad_json"),
+    ("J1 a million fields of meta", HEAD + b', "meta": {' + b'"k":1,' * 1_000_000 + b'"k":1}}', "bad_json"),
     ("J2 a number of 5,000 digits", b'{"n": ' + b"9" * 5_000 + b"}", "bad_json"),
     ("J2 a number of a million digits", HEAD + b', "n": ' + b"9" * 1_000_000 + b"}", "bad_json"),
     ("J2 an id that is a number", HEAD + b', "id": 1e3}', "bad_event"),
@@ -217,6 +223,16 @@ LINES: list[tuple[str, bytes, str]] = [
 @pytest.mark.parametrize(("line", "expected"), [row[1:] for row in LINES], ids=[row[0] for row in LINES])
 def test_line_of_the_table_gets_its_answer(line: bytes, expected: str) -> None:
     assert outcome(line) == expected
+
+
+def test_no_line_holds_the_others_up() -> None:
+    """The parser holds the interpreter's lock: whatever a stranger sends, before any token is looked at."""
+    slowest = 0.0
+    for _, line, _ in LINES:
+        began = time.thread_time()
+        outcome(line)
+        slowest = max(slowest, time.thread_time() - began)
+    assert slowest < 0.5
 
 
 def test_the_hostile_lines_cost_no_deep_stack() -> None:

@@ -1,0 +1,490 @@
+"""The mails, word for word against what is promised: of one alert, of many, of the day; in three languages."""
+
+import base64
+import csv
+import datetime as dt
+import email
+import email.message
+import email.policy
+import html.parser
+import io
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import server
+import smtp_module as smtp
+
+NOW = dt.datetime(2026, 5, 1, 22, 15, tzinfo=dt.UTC).timestamp()
+PLAIN = server.RelayConfig(sender="Relay <alerts@relay.example.org>")
+JPEG, PNG = b"\xff\xd8\xff\xe0" + bytes(range(256)) * 40, b"\x89PNG\r\n\x1a\n" + bytes(range(255, -1, -1)) * 9
+
+
+@pytest.fixture(autouse=True)
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def item(seq: int = 1, picture: bytes | None = None, arrived: float = NOW, **fields: Any) -> smtp.Item:
+    """What the spool would hand over for a line with these fields."""
+    line: dict[str, Any] = {"event": "MOTION_DETECTED", "camera": "garage", "id": f"id{seq}"} | fields
+    if picture is not None:
+        line["image_b64"] = base64.b64encode(picture).decode()
+    parsed = server.parse_line(json.dumps(line).encode(), b"", arrived)
+    assert isinstance(parsed, server.Event)
+    new = parsed.item
+    return smtp.Item(seq, new.id, new.lane, new.arrived, new.payload, lambda: new.picture)
+
+
+def own(event: str, **content: Any) -> smtp.Item:
+    """An alert of the relay's own."""
+    payload = json.dumps({"event": event, "camera": "garage", **content}).encode()
+    return smtp.Item(1, "relay-1", f"{event} garage", NOW, payload)
+
+
+def envelope(items: Sequence[smtp.Item], config: server.RelayConfig = PLAIN, **mail: Any) -> smtp.Envelope:
+    to = mail.pop("recipients", ("a@x.org", "b@y.org"))
+    frozen = smtp.Mail(1, "alert", tuple(one.seq for one in items), to, **mail)
+    return server.Renderer(config).render(frozen, items)
+
+
+def render(items: Sequence[smtp.Item], config: server.RelayConfig = PLAIN, **mail: Any) -> email.message.EmailMessage:
+    data = b"".join(envelope(items, config, **mail).data)
+    assert data.isascii() and b"\n" not in data.replace(b"\r\n", b"") and b"\r" not in data.replace(b"\r\n", b"")
+    message = email.message_from_bytes(data, policy=email.policy.default)
+    assert not message.defects and not any(part.defects for part in message.walk())
+    return message  # type: ignore[return-value]
+
+
+def text(message: email.message.EmailMessage) -> str:
+    body = message.get_body(("plain",))
+    assert body is not None
+    return str(body.get_content()).replace("\r\n", "\n")
+
+
+class Page(html.parser.HTMLParser):
+    """What a mail program sees in the page: its tags, its links, its pictures, its words."""
+
+    VOID = frozenset({"meta", "img", "br"})
+    ATTRIBUTES = frozenset(
+        [
+            "lang",
+            "dir",
+            "charset",
+            "name",
+            "content",
+            "role",
+            "align",
+            "width",
+            "cellpadding",
+            "cellspacing",
+            "style",
+            "bgcolor",
+            "src",
+            "alt",
+            "href",
+        ]
+    )
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.markup, self.words, self.direction = markup, "", ""
+        self.links: list[Any] = []
+        self.images: list[dict[str, Any]] = []
+        self.tags: set[str] = set()
+        self.open: list[str] = []
+        self.feed(markup)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.add(tag)
+        self.links += [values["href"]] if "href" in values else []
+        self.images += [values] if tag == "img" else []
+        assert set(values) <= self.ATTRIBUTES
+        self.direction = values.get("dir") or self.direction
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def page(message: email.message.EmailMessage) -> Page:
+    body = message.get_body(("html",))
+    assert body is not None
+    found = Page(str(body.get_content()).replace("\r\n", "\n"))
+    assert found.tags <= {"html", "head", "meta", "body", "table", "tr", "td", "div", "bdi", "br", "img", "a", "p"}
+    return found
+
+
+def files(message: email.message.EmailMessage) -> dict[str, bytes]:
+    """The attachments by name; each has one, once."""
+    named = [(part.get_filename(), part.get_content()) for part in message.walk() if part.get_filename()]
+    assert len(dict(named)) == len(named)
+    return {name: data if isinstance(data, bytes) else data.encode() for name, data in named}
+
+
+# one alert
+
+
+def test_headers_of_one_alert() -> None:
+    message = render([item(id="abc", picture=JPEG)])
+    assert message["Subject"] == "DVR ALERT: MOTION_DETECTED - garage"
+    assert message["From"] == "Relay <alerts@relay.example.org>"
+    assert message["To"] == "a@x.org, b@y.org"
+    assert message["X-Alert-Id"] == "abc"
+    assert message["Auto-Submitted"] == "auto-generated"
+    assert abs(message["Date"].datetime.timestamp() - time.time()) < 60
+    assert re.fullmatch(r"<[0-9a-f]{40}@relay\.example\.org>", message["Message-ID"])
+    assert all(len(values) == 1 for values in map(message.get_all, set(message.keys())) if values)
+
+
+def test_envelope_has_the_plain_addresses() -> None:
+    found = envelope([item()])
+    assert (found.sender, found.recipients) == ("alerts@relay.example.org", ("a@x.org", "b@y.org"))
+
+
+def test_message_id_is_a_function_of_the_id() -> None:
+    first = render([item(id="abc")])["Message-ID"]
+    assert first == render([item(7, id="abc", camera="other", picture=PNG)], recipients=("c@z.org",))["Message-ID"]
+    assert first == render([item(id="abc", picture=JPEG)], bare=True, tries=5)["Message-ID"]
+    assert first != render([item(id="abd")])["Message-ID"]
+
+
+def test_thread_is_of_a_camera_and_a_day() -> None:
+    def thread(**fields: Any) -> str:
+        return str(render([item(**fields)])["References"])
+
+    first = thread(timestamp="2026-05-01T08:00:00Z")
+    assert first == thread(timestamp="2026-05-01T21:59:00Z", event="DOOR_OPENED", id="other")
+    assert first != thread(timestamp="2026-05-01T22:01:00Z")  # after midnight in Berlin
+    assert first != thread(timestamp="2026-05-01T08:00:00Z", camera="attic")
+
+
+def test_bodies_hold_event_camera_both_times_meta_and_link() -> None:
+    meta, link = {"zone": 3, "score": 0.5, "night": True, "note": "x<y"}, "https://nas.lan/a?b=1&c='2'"
+    message = render([item(timestamp="2026-05-01T22:15:00Z", meta=meta, image_url=link)])
+    for body in (text(message), page(message).words):
+        assert "Motion detected" in body and "MOTION_DETECTED" in body and "garage" in body
+        assert "2026-05-02 00:15:00 +0200" in body and "2026-05-01T22:15:00Z" in body
+        for word in ("zone", "3", "score", "0.5", "night", "true", "x<y", link):
+            assert word in body
+    assert page(message).links == [link]
+
+
+def test_what_where_and_when_come_first() -> None:
+    message = render([item(timestamp="2026-05-01T22:15:00Z")])
+    assert text(message).split("\n")[:3] == ["Motion detected", "garage", "00:15:00 · 2026-05-02"]
+    assert page(message).words.strip().startswith("Motion detected\ngarage\n00:15:00 · 2026-05-02\n")
+
+
+def test_without_a_timestamp_the_time_of_arrival_counts() -> None:
+    assert "2026-05-01T22:15:00Z" in text(render([item()]))
+
+
+def test_only_the_link_is_a_link() -> None:
+    message = render([item(camera="http://evil.example/", meta={"a": "javascript:alert(1)", "b": "http://c/"})])
+    assert page(message).links == []
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind", "name"), [(JPEG, "image/jpeg", "my snap.jpg"), (PNG, "image/png", "باغ.png")]
+)
+def test_picture_is_shown_in_the_page_and_there_once_byte_for_byte(picture: bytes, kind: str, name: str) -> None:
+    message = render([item(picture=picture, image_filename=f"/x/{name}")])
+    (part,) = [part for part in message.walk() if part.get_content_type() == kind]
+    assert part.get_content() == picture
+    assert part.get_filename() == name.replace(" ", "_") and part.get_content_disposition() == "attachment"
+    assert [image["src"] for image in page(message).images] == [f"cid:{part['Content-ID'][1:-1]}"]
+    assert [one.get_content_type() for one in message.walk()] == [
+        "multipart/related",
+        "multipart/alternative",
+        "text/plain",
+        "text/html",
+        kind,
+    ]
+
+
+def test_alert_without_a_picture_has_no_attachment() -> None:
+    message = render([item()])
+    assert files(message) == {} and page(message).images == []
+    assert message.get_content_type() == "multipart/alternative"
+
+
+def test_picture_that_was_left_out_is_said_with_the_reason() -> None:
+    message = render([item(image_b64="!!")])
+    assert "Picture left out: not valid Base64" in text(message)
+    assert "not valid Base64" in page(message).words
+
+
+def test_mail_too_big_for_the_server_goes_without_the_picture_and_says_so() -> None:
+    message = render([item(picture=JPEG)], bare=True)
+    assert files(message) == {} and page(message).images == []
+    assert "Picture left out: too big for the mail server" in text(message)
+    assert "too big" not in text(render([item()], bare=True))
+
+
+def test_next_mail_ends_with_how_many_alerts_failed_and_why() -> None:
+    message = render([item()], failed=3, why="550 5.1.1 no <such> user\n")
+    assert text(message).rstrip().endswith("could not be delivered before: 3\n550 5.1.1 no <such> user")
+    assert "550 5.1.1 no <such> user" in page(message).words
+    assert "delivered" not in text(render([item()]))
+
+
+# hostile names
+
+NAMES = [
+    "<script>alert(1)</script>",
+    '"><img src=http://evil/x>',
+    "a&lt;b&amp;c",
+    "{{7*7}} {0} {what} %s %(x)s ${x}",
+    "=?utf-8?q?=0ABcc:x?=",
+    "</bdi></td></table>",
+    "دوربین‌های باغ",
+    "摄像头 一",
+    "👩‍🚒 кухня",
+    "n" * 128,
+    "é" * 128,
+    "𝕏" * 128,
+    "'; DROP TABLE items; --",
+    "a, b <c@d.e>",
+    "tab-free  two spaces",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_arrives_intact_and_is_never_markup(name: str) -> None:
+    message = render([item(camera=name, meta={name: name})])
+    assert message["Subject"] == f"DVR ALERT: MOTION_DETECTED - {name}"
+    assert f"Camera: {name}\n" in text(message)
+    assert page(message).words.count(name) >= 3
+    assert page(message).images == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_arrives_intact_in_a_digest(name: str) -> None:
+    message = render([item(1, camera=name, picture=JPEG), item(2, camera=name)])
+    assert name in message["Subject"]
+    assert name in text(message) and name in page(message).words
+    assert page(message).images[0]["alt"].endswith(name)
+    assert name.lstrip("=") in files(message)["events.csv"].decode()
+
+
+def test_every_name_stands_in_an_isolate_of_its_own() -> None:
+    """So that a right-to-left name cannot reorder the line it stands in."""
+    markup = page(render([item(camera="حیاط", meta={"محل": "پشت"})])).markup
+    for name in ("حیاط", "محل", "پشت"):
+        assert markup.count(name) == markup.count(f"<bdi>{name}</bdi>") > 0
+
+
+def test_control_characters_of_meta_reach_no_reader() -> None:
+    message = render([item(meta={"a\u202e": "x\u202ey\x00z\x1b[2J", "two": "one\ntwo\r\nthree"})])
+    for body in (text(message), page(message).words):
+        assert not smtp.UNPRINTABLE.search(body.replace("\n", ""))
+    assert "two: one\n  two \n  three\n" in text(message) and "onetwo three" in page(message).words
+
+
+def test_event_named_like_one_of_our_words_is_an_event() -> None:
+    for name in ("event", "failed", "more", "units", "alerts"):
+        assert text(render([item(event=name)])).startswith(f"{name}\n")
+
+
+def test_huge_values_make_no_huge_mail() -> None:
+    message = render([item(meta={f"{n}" + "k" * 5000: "v" * 100_000 for n in range(30)})])
+    assert len(text(message)) < 70_000
+    assert all(len(line) < 998 for line in b"".join(envelope([item(meta={"a": "v" * 5000})]).data).split(b"\r\n"))
+
+
+# the relay's own alerts
+
+
+def test_silent_camera_says_when_it_was_last_seen_and_a_return_how_long_it_was_gone() -> None:
+    gone = text(render([own("CAMERA_DISCONNECTED", last_seen="2026-05-01T21:00:00Z")]))
+    assert gone.startswith("Camera disconnected\ngarage\n") and "Last seen: 2026-05-01 23:00:00\n" in gone
+    assert "Was gone: 67 min\n" in text(render([own("CAMERA_RECONNECTED", gone_s=4000)]))
+
+
+SPANS = [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (172_799, "48 h"), (8e5, "9 d")]
+
+
+@pytest.mark.parametrize(("seconds", "words"), SPANS)
+def test_length_of_time_is_said_in_a_unit_that_fits(seconds: float, words: str) -> None:
+    assert f"Was gone: {words}\n" in text(render([own("CAMERA_RECONNECTED", gone_s=seconds)]))
+
+
+# many alerts
+
+
+def sixty() -> list[smtp.Item]:
+    """An hour of alerts from three cameras, every fifth with a picture, handed over out of order."""
+    cameras, events = ("garage", "باغ", "=cmd"), ("MOTION_DETECTED", "DOOR_OPENED")
+    items = [
+        item(n, JPEG + bytes([n]) if n % 5 == 0 else None, NOW + 60 * n, camera=cameras[n % 3], event=events[n % 2],
+             image_filename=f"{n}.jpg")
+        for n in range(60)
+    ]  # fmt: skip
+    return items[30:] + items[:30]
+
+
+def test_headers_of_a_digest() -> None:
+    message = render(sixty())
+    assert message["Subject"].startswith("DVR ALERT: 60 alerts - ")
+    assert "MOTION_DETECTED" in message["Subject"] and "garage" in message["Subject"]
+    assert message["X-Alert-Id"] is None
+    assert message["Auto-Submitted"] == "auto-generated"
+    assert message["To"] == "a@x.org, b@y.org"
+
+
+def test_message_id_of_a_digest_is_a_function_of_the_set() -> None:
+    first = render(sixty())["Message-ID"]
+    assert first == render(sixty()[::-1], bare=True, recipients=("c@z.org",))["Message-ID"]
+    assert first != render(sixty()[1:])["Message-ID"]
+
+
+def test_digest_has_the_count_the_first_and_the_last_time() -> None:
+    message = render(sixty())
+    for body in (text(message), page(message).words):
+        assert "60 alerts" in body and "2026-05-02 00:15:00" in body and "2026-05-02 01:14:00" in body
+    assert text(message).split("\n")[2] == "2026-05-02 00:15:00 – 2026-05-02 01:14:00"
+
+
+def test_digest_has_a_table_of_the_first_fifty() -> None:
+    message = render(sixty())
+    rows = re.findall(r"^(\d\d-\d\d \d\d:\d\d:\d\d)  (.*)  (.*)$", text(message), re.MULTILINE)
+    assert len(rows) == 50 and rows[0] == ("05-02 00:15:00", "Motion detected", "garage")
+    assert rows == sorted(rows) and rows[-1][0] == "05-02 01:04:00"
+    assert len(re.findall(r"\d\d-\d\d \d\d:\d\d:\d\d</bdi></td>", page(message).markup)) == 50
+    assert "The first 50 of 60; all of them are in events.csv." in page(message).words
+    assert "The first" not in text(render(sixty()[:50]))
+
+
+def test_digest_shows_the_newest_four_pictures_newest_first() -> None:
+    message = render(sixty())
+    assert [name for name in files(message) if name != "events.csv"] == ["55.jpg", "50.jpg", "45.jpg", "40.jpg"]
+    assert files(message)["55.jpg"] == JPEG + bytes([55])
+    cids = {f"cid:{part['Content-ID'][1:-1]}" for part in message.walk() if part["Content-ID"]}
+    images = page(message).images
+    assert len(cids) == 4 and {image["src"] for image in images} == cids
+    assert images[0]["alt"] == "01:10:00 · Door opened · باغ"
+
+
+def test_digest_loads_no_more_pictures_than_it_shows() -> None:
+    loaded: list[int] = []
+    items = [item(n, JPEG, NOW + n) for n in range(40)]
+    counted = [replace(one, picture=lambda one=one: loaded.append(one.seq) or one.picture()) for one in items]  # type: ignore[misc]
+    render(counted)
+    assert loaded == [39, 38, 37, 36]
+
+
+def test_digest_has_every_event_in_a_csv() -> None:
+    message = render(sixty())
+    (part,) = [part for part in message.walk() if part.get_filename() == "events.csv"]
+    assert part.get_content_type() == "text/csv" and part.get_content_disposition() == "attachment"
+    rows = list(csv.reader(io.StringIO(files(message)["events.csv"].decode())))
+    assert rows[0] == ["id", "event", "camera", "time"] and len(rows) == 61
+    assert rows[1] == ["id0", "MOTION_DETECTED", "garage", "2026-05-01T22:15:00Z"]
+    assert rows[2] == ["id1", "DOOR_OPENED", "باغ", "2026-05-01T22:16:00Z"]
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)"])
+def test_no_name_is_a_formula_to_a_spreadsheet(name: str) -> None:
+    message = render([item(1, camera=name), item(2)])
+    rows = list(csv.reader(io.StringIO(files(message)["events.csv"].decode())))
+    assert rows[1][2] == f"'{name}"
+
+
+def test_digest_too_big_for_the_server_goes_without_pictures_and_says_so() -> None:
+    message = render(sixty(), bare=True)
+    assert list(files(message)) == ["events.csv"] and page(message).images == []
+    assert "Picture left out: too big for the mail server" in text(message)
+
+
+def test_digest_of_ten_thousand_stays_small_and_quick() -> None:
+    items = [item(n, arrived=NOW + n, camera=f"cam{n % 9}") for n in range(server.DIGEST_MAX)]
+    began = time.perf_counter()
+    data = b"".join(envelope(items).data)
+    assert len(data) < 1 << 20 and time.perf_counter() - began < 5
+
+
+def test_urgent_alert_among_others_colours_the_digest() -> None:
+    assert server.RED in page(render([item(1), item(2, event="TAMPER_DETECTED")])).markup
+    assert server.RED not in page(render([item(1), item(2)])).markup
+
+
+# the daily mail
+
+
+def summary(**meta: Any) -> smtp.Item:
+    counts = {"received": 7, "lanes": [["MOTION_DETECTED garage", 5], ["X.y باغ", 2]], "silent": [], "why": ""}
+    counts |= {"queued": 2, "sent": 9, "failed": 0} | meta
+    payload = json.dumps({"event": server.SUMMARY, "camera": "relay", "meta": counts}).encode()
+    return smtp.Item(1, "summary/2026-05-02", f"{server.SUMMARY} relay", NOW, payload)
+
+
+def test_daily_mail_has_the_counts_what_waits_what_failed_and_who_is_silent() -> None:
+    message = render([summary(silent=["attic", "باغ"], failed=1, why="550 no such user")])
+    assert message["Subject"] == "DVR summary: 2026-05-02 - 7 alerts, 2 waiting, 1 failed, 2 silent"
+    body = text(message)
+    assert "Alerts in 24 hours: 7\nWaiting: 2\nFailed: 1\n  550 no such user\nSilent cameras: attic, باغ\n" in body
+    assert "Motion detected · garage: 5\nX.y · باغ: 2\n" in body
+    assert "If it does not come, look after the relay." in body and "attic" in page(message).words
+    assert message["Message-ID"] == render([summary()])["Message-ID"] and message["Auto-Submitted"] == "auto-generated"
+
+
+def test_daily_mail_is_green_only_where_nothing_is_wrong() -> None:
+    assert server.GREEN in page(render([summary()])).markup and "Silent cameras: none" in text(render([summary()]))
+    assert server.RED in page(render([summary(failed=1)])).markup
+    assert server.RED in page(render([summary(silent=["attic"])])).markup
+
+
+# languages
+
+FIXED = {"en": ("Door opened", "Camera"), "fa": ("در باز شد", "دوربین"), "zh": ("门已打开", "摄像机")}
+
+
+@pytest.mark.parametrize("lang", FIXED)
+def test_fixed_words_are_in_the_language(lang: str) -> None:
+    config = replace(PLAIN, lang=lang)
+    message = render([item(event="DOOR_OPENED")], config)
+    assert message["Subject"] == "DVR ALERT: DOOR_OPENED - garage"  # what filters look for stays
+    for body in (text(message), page(message).words):
+        assert all(word in body for word in FIXED[lang])
+    markup = page(message).markup
+    assert f'<html lang="{lang}" dir="{"rtl" if lang == "fa" else "ltr"}">' in markup
+    assert page(message).direction == ("rtl" if lang == "fa" else "ltr")
+
+
+def test_every_word_is_there_in_every_language_with_the_same_places() -> None:
+    for words in (*server.WORDS.values(), *server.EVENT_WORDS.values()):
+        assert len(words) == len(server.LANGS) and all(words)
+        assert len({frozenset(re.findall(r"{(\w+)}", word)) for word in words}) == 1
+        assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("lang", ["fa", "zh"])
+def test_no_english_word_is_left(lang: str) -> None:
+    config = replace(PLAIN, lang=lang)
+    everything = [
+        render([item(picture=JPEG)], config, bare=True, failed=1, why="x"),
+        render(sixty(), config, bare=True),
+        render([summary(silent=["x"], failed=1)], config),
+        render([own("CAMERA_RECONNECTED", gone_s=4000)], config),
+        render([own("CAMERA_DISCONNECTED", last_seen="2026-05-01T21:00:00Z")], config),
+    ]
+    for message in everything:
+        words = re.sub(r"events\.csv|[A-Z]+_[A-Z]+|X\.y|cmd|garage|\d\dT\d\d|\(UTC\)|Z\b", "", text(message))
+        assert set(re.findall(r"[A-Za-z]{2,}", words)) <= {"x", "CMD", *re.findall(r"\w+", smtp.hostname())}
