@@ -15,9 +15,9 @@ The promise: exit 0 means that the relay has every event on disk. An event keeps
 reconnection, so the relay takes it once, however often it had to be sent. With --outbox, an event that could not be
 handed over is on disk here before the client first waits, and goes first next time.
 
-Cameras start one process an event, so an event must cost little more than Python's own start. That is why the flags
-are read by a table of our own (argparse would take half of what is allowed), why no dataclasses or typing are loaded,
-and ssl, random and signal only where they are needed.
+Cameras start one process an event, so one event must cost little more than the start of an interpreter that has json
+and socket (1.3 times at most). Hence the flags are read by a table of our own (argparse would add a tenth), dataclasses
+and typing are not loaded at all, and ssl, random and signal only where they are needed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from types import SimpleNamespace as Options
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without loading typing
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
 __version__ = "1.0.0"
@@ -104,18 +104,18 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
-def key_value(text: str) -> tuple[str, str | float]:
+def key_value(text: str) -> dict[str, str | float]:
     """`KEY=VALUE`. What JSON would write the same way (21.5, 7, true) is that number or boolean, all else is text."""
-    key, _, value = text.partition("=")
-    if not key or key == text:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
         raise ValueError(f"{text!r} is not KEY=VALUE")
     try:
         number = json.loads(value) if len(value) <= 20 else None
     except ValueError:
         number = None
     if isinstance(number, int | float) and math.isfinite(number) and json.dumps(number) == value:
-        return clean(key), number
-    return clean(key), clean(value)
+        return {clean(key): number}
+    return {clean(key): clean(value)}
 
 
 def clean(text: str) -> str:
@@ -123,7 +123,7 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# Flag: the word for its value ("": a switch), default, converter, what --help says. Options hold it by the same name.
+# Flag: the word for its value ("": a switch), default, converter, what --help says. An option has its flag's name.
 FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
     "host": ("H", "127.0.0.1", str, "the relay (ALERT_HOST); 0.0.0.0 and :: mean this machine"),
     "port": ("P", 5000, whole(1, 65535), "its port (ALERT_PORT)"),
@@ -131,8 +131,8 @@ FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
     "camera": ("C", "cam1", clean, "where: a name in any script"),
     "timestamp": ("T", "", clean, "when, ISO 8601 (default: now; with --id, when the relay gets it)"),
     "image": ("FILE", "", str, "the picture, read anew for each event; -: standard input, read once"),
-    "image-url": ("U", "", clean, "a link to the picture"),
-    "meta": ("KEY=VALUE", None, key_value, "shown in the mail; may be repeated"),
+    "image_url": ("U", "", clean, "a link to the picture"),
+    "meta": ("KEY=VALUE", {}, key_value, "shown in the mail; may be repeated"),
     "id": ("ID", "", clean, "calls with the same id are one alert; a loop adds -1, -2, … (default: random)"),
     "token": ("T", "", clean, "the relay's secret; in ALERT_TOKEN other users do not see it"),
     "loop": ("SECONDS", None, seconds, "an event every so often until Ctrl-C; 0: as fast as the relay answers"),
@@ -146,7 +146,7 @@ FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
     "cert": ("F", "", str, "show this certificate (PEM) to the relay; implies --tls"),
     "key": ("F", "", str, "its private key (PEM), unless --cert holds it"),
     "json": ("", False, bool, "print each answer line as it came"),
-    "env-file": ("FILE", "", str, "settings file (default: .env, if it is there)"),
+    "env_file": ("FILE", "", str, "settings file (default: .env, if it is there)"),
     "version": ("", False, bool, "print the version"),
     "help": ("", False, bool, "print this"),
 }
@@ -157,7 +157,8 @@ def help_text() -> str:
     """--help, made from the table that reads the flags."""
     lines = ["usage: client.py [flags]", "", "Hands events to the alert relay, as a DVR would.", ""]
     for flag, (word, default, _, text) in FLAGS.items():
-        lines.append(f"  {f'--{flag} {word}':<20} {text}{f' (default: {default})' if default else ''}")
+        usage = f"--{flag.replace('_', '-')} {word}"
+        lines.append(f"  {usage:<20} {text}{f' (default: {default})' if default else ''}")
     return "\n".join(lines) + (
         "\n\nexit: 0 all accepted; 2 usage; 65 refused by the relay; 75 not handed over, try again (also when kept in"
         "\n      the outbox); 77 unauthorized; 78 a setting is wrong"
@@ -169,24 +170,28 @@ def unquoted(text: str) -> str:
     return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
-def read_flags(words: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """`--flag value`, `--flag=value` and `--switch` as flag and converted value. Raises Stop."""
+def read_flags(argv: Iterable[str]) -> dict[str, Any]:
+    """The converted values of `--flag value`, `--flag=value` and `--switch` by flag. Raises Stop."""
+    given: dict[str, Any] = {}
+    words = iter(argv)
     for word in words:
         flag, equals, text = unquoted(word).partition("=")
-        name = flag.removeprefix("--")
-        if name == flag or name not in FLAGS:
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in FLAGS:
             raise Stop(EX_USAGE, f"{flag!r} is not a flag; --help shows them all")
         value_word, _, convert, _ = FLAGS[name]
         if value_word and not equals:
             text = next(words, "--")
             if text.startswith("--"):
-                raise Stop(EX_USAGE, f"--{name} needs a value: --{name} {value_word}")
+                raise Stop(EX_USAGE, f"{flag} needs a value: {flag} {value_word}")
         elif equals and not value_word:
-            raise Stop(EX_USAGE, f"--{name} takes no value")
+            raise Stop(EX_USAGE, f"{flag} takes no value")
         try:
-            yield name, convert(unquoted(text)) if value_word else True
+            value = convert(unquoted(text)) if value_word else True
         except ValueError as error:
-            raise Stop(EX_USAGE, f"--{name}: {error}") from None
+            raise Stop(EX_USAGE, f"{flag}: {error}") from None
+        given[name] = given.get("meta", {}) | value if name == "meta" else value
+    return given
 
 
 def read_env_file(path: str) -> dict[str, str]:
@@ -214,13 +219,8 @@ def read_env_file(path: str) -> dict[str, str]:
 
 def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """Flags, environment and .env in one. Raises Stop, naming the flag or variable that is wrong."""
-    meta: dict[str, str | float] = {}
-    given: dict[str, Any] = {}
-    for name, value in read_flags(iter(argv)):
-        given[name] = value
-        if name == "meta":
-            meta.update([value])
-    from_file = read_env_file(given.get("env-file", ""))
+    given = read_flags(argv)
+    from_file = read_env_file(given.get("env_file", ""))
     for name, variable in VARIABLES.items():
         text = environ.get(variable, "").strip() or from_file.get(variable, "")
         if text and name not in given:
@@ -228,8 +228,7 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
                 given[name] = FLAGS[name][2](text)
             except ValueError as error:
                 raise Stop(EX_CONFIG, f"{variable}: {error}") from None
-    values = {name: row[1] for name, row in FLAGS.items()} | given | {"meta": meta}
-    options = Options(**{name.replace("-", "_"): value for name, value in values.items()})
+    options = Options(**{name: row[1] for name, row in FLAGS.items()} | given)
     if options.key and not options.cert:
         raise Stop(EX_USAGE, "--key needs --cert")
     if options.loop is None and options.heartbeat and "event" in given:
@@ -262,24 +261,22 @@ class Line:
 
 def make_event(options: Options, picture: bytes, number: int, now: float) -> dict[str, Any]:
     """Event `number` (from 1) of this call; `now` in Unix time. Fields that were not asked for are left out."""
-    event: dict[str, Any] = {"event": options.event, "camera": options.camera, "id": options.id}
-    if not options.id:
-        event["id"] = os.urandom(12).hex()
-    elif options.count != 1:
-        event["id"] = f"{options.id}-{number}"
-    if options.timestamp or not options.id:  # with an id of the caller's, nothing may differ in a repeated call
-        event["timestamp"] = options.timestamp or utc(now)
-    if options.image_url:
-        event["image_url"] = options.image_url
-    if options.meta:
-        event["meta"] = options.meta
+    # With an id of the caller's, nothing in the event may differ when the call is repeated: no time of our own.
+    name = options.id if options.count == 1 else options.id and f"{options.id}-{number}"
+    event = {
+        "event": options.event,
+        "camera": options.camera,
+        "id": name or os.urandom(12).hex(),
+        "timestamp": options.timestamp or (not name and utc(now)),
+        "image_url": options.image_url,
+        "meta": options.meta,
+    }
     if picture:
-        import binascii  # noqa: PLC0415
+        from binascii import b2a_base64  # noqa: PLC0415
 
-        if options.image != "-":
-            event["image_filename"] = clean(os.path.basename(options.image))
-        event["image_b64"] = binascii.b2a_base64(picture, newline=False).decode("ascii")
-    return event
+        event["image_filename"] = options.image != "-" and clean(os.path.basename(options.image))
+        event["image_b64"] = b2a_base64(picture, newline=False).decode("ascii")
+    return {field: value for field, value in event.items() if value}
 
 
 def utc(now: float) -> str:
@@ -363,32 +360,23 @@ def tls_context(options: Options) -> ssl.SSLContext | None:
     return context
 
 
-def connect(options: Options, tls: ssl.SSLContext | None) -> socket.socket:
-    """A connection to the first address of the name that takes one, within the time-out. Raises Lost."""
-    deadline = time.monotonic() + options.timeout
-    host = options.host
-    try:  # bytes: for a str, Python would load its tables of international names
-        found = socket.getaddrinfo(host.encode() if host.isascii() else host, options.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise Lost(explain(error)) from None
-    for left, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found, strict=True):
-        plain = socket.socket(family, kind, protocol)
-        try:
-            plain.settimeout(max(0.01, (deadline - time.monotonic()) / left))
-            plain.connect(address)
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return tls.wrap_socket(plain, server_hostname=host) if tls else plain
-        except (OSError, ValueError) as error:
-            plain.close()
-            problem = error
-    raise Lost(explain(problem), retry=not hasattr(problem, "verify_message"))
-
-
 class Connection:
-    """One connection to the relay; whatever ends it is raised as Lost."""
+    """One connection to the relay, at the first of its addresses that takes one. What ends it is raised as Lost."""
 
     def __init__(self, options: Options, tls: ssl.SSLContext | None) -> None:
-        self.socket = connect(options, tls)
+        # A host as bytes: for a str, Python would load its tables of international names first.
+        host: Any = options.host.encode() if options.host.isascii() else options.host
+        try:
+            self.socket = socket.create_connection((host, options.port), options.timeout)
+            try:
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if tls:
+                    self.socket = tls.wrap_socket(self.socket, server_hostname=options.host)
+            except BaseException:
+                self.socket.close()
+                raise
+        except (OSError, ValueError) as error:
+            raise Lost(explain(error), retry=not hasattr(error, "verify_message")) from None
         self.rest = b""  # of an answer that has not ended yet
         self.hint = "" if tls else " without an answer (does it want --tls?)"
 
@@ -477,20 +465,17 @@ class Outbox:
 
     def claim(self) -> list[str]:
         """What is kept, for this process to hand over until it calls `release`; nothing where another one is at it."""
-        if not self.names():
-            return []
         try:
             import fcntl  # noqa: PLC0415
 
             self.lock = os.open(self.folder, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.release()
             return []
         except (ImportError, OSError):
             pass  # Windows, network file systems: two clients may send the same, and the relay takes it once
         names = self.names()
-        self.newest = max(self.newest, *(int(name[:20]) for name in names[-1:]))
+        self.newest = int(names[-1][:20]) if names else 0
         return names
 
     def release(self) -> None:
@@ -499,7 +484,7 @@ class Outbox:
             self.lock = None
 
     def load(self, name: str) -> dict[str, Any]:
-        """The event of a file; empty where there is none any more or none that can be read."""
+        """The event of a file; empty where there is none any more, or none that can be read: that is moved aside."""
         try:
             with open(os.path.join(self.folder, name), "rb") as file:
                 content = json.loads(file.read().decode())
@@ -508,11 +493,8 @@ class Outbox:
             problem = "not a JSON object"
         except FileNotFoundError:
             return {}  # another client has handed it over
-        except OSError as error:
-            tell(f"--outbox {self.folder}: {name}: {explain(error)}")
-            return {}
-        except (ValueError, RecursionError) as error:
-            problem = str(error)
+        except (OSError, ValueError, RecursionError) as error:
+            problem = explain(error)
         tell(f"--outbox {self.folder}: {name} is damaged: {problem}")
         self.done(name, refused=True)
         return {}
@@ -576,7 +558,6 @@ class Sender:
 
     def __init__(self, options: Options, tls: ssl.SSLContext | None, outbox: Outbox) -> None:
         self.options, self.tls, self.outbox = options, tls, outbox
-        self.timeout, self.retries = options.timeout, options.retries
         self.peer = f"{options.host} port {options.port}"
         self.connection: Connection | None = None
         self.backlog: deque[str] = deque()  # names of kept events, to be handed over before new ones
@@ -614,6 +595,7 @@ class Sender:
             except KeyboardInterrupt:
                 self.interrupt()
         self.disconnect()
+        self.outbox.release()
         kept = len(self.outbox.mine.intersection(self.outbox.names()))
         if self.options.loop != math.inf:
             took = time.monotonic() - self.start
@@ -626,7 +608,7 @@ class Sender:
         now = time.monotonic()
         if not (self.backlog or self.unsent or self.unanswered):
             self.outbox.release()
-            if now >= min(self.events.due, self.beats.due):
+            if self.outbox.folder and now >= min(self.events.due, self.beats.due):
                 self.backlog.extend(self.outbox.claim())
         while self.backlog and self.has_room():
             name = self.backlog.popleft()
@@ -699,7 +681,7 @@ class Sender:
             self.settle(raw)
         self.show_progress()
         if self.unanswered and time.monotonic() >= self.deadline:
-            raise Lost(f"no answer within {self.timeout:g} s")
+            raise Lost(f"no answer within {self.options.timeout:g} s")
 
     def exchange(self, data: bytes) -> list[bytes]:
         """All that may block: connect, send, receive or sleep. A signal may end it anywhere, so it counts nothing."""
@@ -707,7 +689,7 @@ class Sender:
             if self.connection is None:
                 self.connection = Connection(self.options, self.tls)
             if self.deadline == math.inf:
-                self.deadline = time.monotonic() + self.timeout
+                self.deadline = time.monotonic() + self.options.timeout
             self.deadline += len(data) / SLOWEST_BYTES_S
             try:
                 self.connection.send(data, self.deadline)
@@ -737,7 +719,7 @@ class Sender:
         line = self.unanswered.popleft()
         self.window_bytes -= len(line.wire)
         self.failures = 0
-        self.deadline = time.monotonic() + self.timeout + self.window_bytes / SLOWEST_BYTES_S
+        self.deadline = time.monotonic() + self.options.timeout + self.window_bytes / SLOWEST_BYTES_S
         if error:
             self.refused += 1
             self.code = max(self.code, EX_DATAERR)
@@ -765,7 +747,7 @@ class Sender:
         if not self.unsent:
             return
         self.failures += 1
-        if not lost.retry or self.failures > self.retries:
+        if not lost.retry or self.failures > self.options.retries:
             self.give_up(lost)
             return
         import random  # noqa: PLC0415
@@ -820,7 +802,7 @@ class Sender:
         self.events.stop()
         self.beats.stop()
         self.backlog.clear()
-        self.timeout, self.retries = min(self.timeout, CLOSING_S), 0
+        self.options.timeout, self.options.retries = min(self.options.timeout, CLOSING_S), 0
 
     def disconnect(self) -> None:
         if self.connection:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import random
 import re
 import shutil
 import signal
@@ -90,6 +91,12 @@ def close_at_once(peer: Peer) -> None:
 
 def close_after_reading(peer: Peer) -> None:
     peer.read()
+
+
+def read_all(peer: Peer) -> None:
+    """Never answers."""
+    while True:
+        peer.read()
 
 
 def refuse(code: str, *, close: bool = False) -> Script:
@@ -274,8 +281,8 @@ def test_a_repeated_call_with_the_same_id_is_the_same_event(relay: Relay, capsys
     ],
 )
 def test_meta_is_a_number_only_where_nothing_is_lost(text: str, value: object) -> None:
-    assert client.key_value(f"k={text}") == ("k", value)
-    assert type(client.key_value(f"k={text}")[1]) is type(value)
+    assert client.key_value(f"k={text}") == {"k": value}
+    assert type(client.key_value(f"k={text}")["k"]) is type(value)
 
 
 def test_arguments_that_are_no_text_are_sent_with_replacement_characters(relay: Relay) -> None:
@@ -400,7 +407,7 @@ def test_wrong_usage_is_exit_2_and_names_the_flag(
 def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert client.main(["--help"]) == client.main(["-h"]) == 0
     text = capsys.readouterr().out
-    assert all(f"--{flag} {row[0]}".strip() in text for flag, row in client.FLAGS.items())
+    assert all(f"--{flag.replace('_', '-')} {row[0]}".strip() in text for flag, row in client.FLAGS.items())
     assert "(default: MOTION_DETECTED)" in text and "ALERT_TOKEN" in text
 
 
@@ -573,6 +580,13 @@ def test_the_time_out_is_for_the_whole_answer_and_not_for_each_byte(start_relay:
     assert 0.3 <= time.monotonic() - start < 5
 
 
+def test_new_events_do_not_lengthen_the_wait_for_an_old_answer(start_relay: Callable[..., Relay]) -> None:
+    relay = start_relay(read_all)
+    flags = ["--loop", "0.05", "--count", "20", "--timeout", "0.2", "--retries", "0"]
+    assert send(relay, *flags) == 75
+    assert relay.connections >= 3
+
+
 def test_a_relay_that_does_not_read_is_given_up(
     start_relay: Callable[..., Relay], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,7 +632,7 @@ def test_0000_and_double_colon_mean_this_machine(start_relay: Callable[..., Rela
 def test_each_address_of_a_name_is_tried(
     relay: Relay, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def resolve(host: bytes, port: int, **more: Any) -> list[Any]:
+    def resolve(host: bytes, port: int, *more: Any) -> list[Any]:
         assert host == b"relay.example"
         good = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))
         return [(*good[:4], ("127.0.0.1", closed_port)), good]
@@ -732,6 +746,30 @@ def test_all_unanswered_lines_go_again_and_each_is_taken_once(start_relay: Calla
     assert relay.connections == 3
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_however_the_connections_break_each_event_is_taken_once_and_in_order(
+    start_relay: Callable[..., Relay], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(client, "BACKOFF_FIRST_S", 0.0001)
+    dice = random.Random(seed)
+
+    def unreliable(peer: Peer) -> None:
+        """Some lines with an answer, some taken without one, some only read, then the end."""
+        for _ in range(dice.randrange(80)):
+            peer.accept(peer.read())
+        for _ in range(dice.randrange(5)):
+            line = peer.read()
+            if line["id"] not in peer.relay.accepted:
+                peer.relay.accepted.append(line["id"])
+        if dice.random() < 0.5:
+            peer.read()
+
+    relay = start_relay(unreliable)
+    assert send(relay, "--count", "1000", "--id", "e", "--retries", "50") == 0
+    assert relay.accepted == [f"e-{number}" for number in range(1, 1001)]
+    assert relay.connections > 10
+
+
 def test_an_error_in_the_middle_costs_only_its_event(
     start_relay: Callable[..., Relay], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -841,10 +879,6 @@ def test_a_signal_ends_a_loop_with_a_summary_and_exit_0(relay: Relay, signal_num
 
 
 def test_a_second_signal_does_not_wait_for_answers(start_relay: Callable[..., Relay]) -> None:
-    def read_all(peer: Peer) -> None:
-        while True:
-            peer.read()
-
     relay = start_relay(read_all)
     process = start_process(relay, "--loop", "0")
     relay.wait_for(lambda: len(relay.lines) > 0)
@@ -878,10 +912,12 @@ def test_heartbeats_and_events_share_one_connection(relay: Relay) -> None:
 def test_heartbeats_do_not_pile_up_and_are_never_kept(
     start_relay: Callable[..., Relay], tmp_path: Path
 ) -> None:
-    relay = start_relay(close_after_reading)
-    assert send(relay, "--heartbeat", "0.01", "--count", "4", "--outbox", "kept", "--retries", "1") == 75
-    assert kept_in(tmp_path / "kept") == []
+    relay = start_relay(read_all)
+    flags = ["--heartbeat", "0.01", "--count", "15", "--timeout", "0.1", "--retries", "0", "--outbox", "kept"]
+    assert send(relay, *flags) == 75
+    assert len(relay.lines) == relay.connections < 15  # one at a time, however many were due meanwhile
     assert all(set(line) == {"heartbeat"} for line in relay.lines)
+    assert kept_in(tmp_path / "kept") == []
 
 
 def test_the_progress_line_is_for_terminals_only(relay: Relay) -> None:
@@ -1022,6 +1058,15 @@ def test_names_stay_in_order_when_the_clock_is_set_back(tmp_path: Path, monkeypa
     other = client.Outbox("kept")
     assert other.claim() == [first, second]
     assert other.keep({"event": "c"}) > second
+
+
+def test_a_kept_event_that_another_client_has_handed_over_is_no_trouble(capsys: pytest.CaptureFixture[str]) -> None:
+    outbox = client.Outbox("kept")
+    assert outbox.claim() == []
+    assert outbox.load("00000000000000000001-aa.json") == {}
+    outbox.done("00000000000000000001-aa.json")
+    outbox.release()
+    assert capsys.readouterr().err == ""
 
 
 def test_two_clients_at_one_outbox_hand_everything_over_once(
