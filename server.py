@@ -1334,7 +1334,8 @@ class Renderer:
     def __init__(self, config: RelayConfig) -> None:
         self._config = config
         self._lang = LANGS.index(config.lang)
-        self._domain = smtp.address(config.sender).rpartition("@")[2]
+        self._address = smtp.address(config.sender)
+        self._domain = self._address.rpartition("@")[2]
 
     def word(self, key: str, **values: object) -> str:
         """The words for a key."""
@@ -1362,10 +1363,10 @@ class Renderer:
             text=draw_text(letter),
             html=draw_page(letter, LANGS[self._lang]),
             attachments=(*(part for _, part in letter.pictures), *letter.files),
-            message_id=smtp.message_id(letter.key, self._config.sender),
+            message_id=smtp.message_id(letter.key, self._address),
             headers={"Auto-Submitted": "auto-generated", **letter.headers},
         )
-        return Envelope(smtp.address(self._config.sender), mail.recipients, data)
+        return Envelope(self._address, mail.recipients, data)
 
     def _alert(self, mail: Mail, shown: Shown, item: Item) -> Letter:
         content = shown.content
@@ -1387,7 +1388,7 @@ class Renderer:
         return Letter(
             subject=f"DVR ALERT: {shown.event} - {shown.camera}",
             key=f"alert:{shown.id}",
-            head=(self.event(shown.event), shown.camera, shown.local("%H:%M:%S · %Y-%m-%d")),
+            head=(self.event(shown.event), shown.camera, shown.local("%H:%M:%S, %Y-%m-%d")),
             colour=RED if shown.event in URGENT else BLUE,
             rows=rows,
             link=link,
@@ -1402,7 +1403,7 @@ class Renderer:
             if picture := item.picture():
                 kind, cid = picture_type(picture)[0], f"picture{len(found)}@{self._domain}"
                 part = smtp.Attachment(shown.content["image"], kind, base64=picture, cid=cid)
-                found.append((f"{shown.local('%H:%M:%S')} · {self.event(shown.event)} · {shown.camera}", part))
+                found.append((f"{shown.local('%H:%M:%S')}, {self.event(shown.event)}, {shown.camera}", part))
                 if len(found) == DIGEST_PICTURES:
                     break
         return found
@@ -1424,7 +1425,7 @@ class Renderer:
             head=(
                 f"{self.word('alerts', count=count)}: {_few(self.event(one.event) for one in shown)}",
                 cameras,
-                f"{shown[0].local()} – {shown[-1].local()}",
+                f"{shown[0].local()} - {shown[-1].local()}",
             ),
             colour=RED if any(one.event in URGENT for one in shown) else BLUE,
             rows=[(one.local("%m-%d %H:%M:%S"), self.event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
@@ -1444,14 +1445,14 @@ class Renderer:
             subject=f"DVR summary: {day} - {meta['received']} alerts, {meta['queued']} waiting,"
             f" {meta['failed']} failed, {len(meta['silent'])} silent",
             key=f"summary:{shown.id}",
-            head=(self.word("summary"), smtp.hostname(), shown.local("%H:%M · %Y-%m-%d")),
+            head=(self.word("summary"), smtp.hostname(), shown.local("%H:%M, %Y-%m-%d")),
             colour=RED if meta["failed"] or meta["silent"] else GREEN,
             rows=[
                 (self.word("received"), str(meta["received"])),
                 (self.word("queued"), str(meta["queued"])),
                 (self.word("failures"), f"{meta['failed']}\n{meta['why']}".strip()),
                 (self.word("silent"), ", ".join(meta["silent"]) or self.word("none")),
-                *((f"{self.event(event)} · {camera}", str(number)) for (event, camera), number in lanes),
+                *((f"{self.event(event)}, {camera}", str(number)) for (event, camera), number in lanes),
             ],
             notes=[self.word("absence")],
         )

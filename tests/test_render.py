@@ -75,25 +75,8 @@ class Page(html.parser.HTMLParser):
     """What a mail program sees in the page: its tags, its links, its pictures, its words."""
 
     VOID = frozenset({"meta", "img", "br"})
-    ATTRIBUTES = frozenset(
-        [
-            "lang",
-            "dir",
-            "charset",
-            "name",
-            "content",
-            "role",
-            "align",
-            "width",
-            "cellpadding",
-            "cellspacing",
-            "style",
-            "bgcolor",
-            "src",
-            "alt",
-            "href",
-        ]
-    )
+    SHAPE = frozenset({"role", "align", "width", "cellpadding", "cellspacing", "style", "bgcolor"})
+    ATTRIBUTES = SHAPE | {"lang", "dir", "charset", "name", "content", "src", "alt", "href"}
 
     def __init__(self, markup: str) -> None:
         super().__init__()
@@ -188,8 +171,13 @@ def test_bodies_hold_event_camera_both_times_meta_and_link() -> None:
 
 def test_what_where_and_when_come_first() -> None:
     message = render([item(timestamp="2026-05-01T22:15:00Z")])
-    assert text(message).split("\n")[:3] == ["Motion detected", "garage", "00:15:00 · 2026-05-02"]
-    assert page(message).words.strip().startswith("Motion detected\ngarage\n00:15:00 · 2026-05-02\n")
+    assert text(message).split("\n")[:3] == ["Motion detected", "garage", "00:15:00, 2026-05-02"]
+    assert page(message).words.strip().startswith("Motion detected\ngarage\n00:15:00, 2026-05-02\n")
+
+
+def test_english_mail_can_be_read_in_its_source() -> None:
+    data = b"".join(envelope([item(meta={"zone": 3})]).data)
+    assert data.count(b"MOTION_DETECTED") >= 3 and b"Content-Transfer-Encoding: base64" not in data
 
 
 def test_without_a_timestamp_the_time_of_arrival_counts() -> None:
@@ -359,7 +347,7 @@ def test_digest_has_the_count_the_first_and_the_last_time() -> None:
     message = render(sixty())
     for body in (text(message), page(message).words):
         assert "60 alerts" in body and "2026-05-02 00:15:00" in body and "2026-05-02 01:14:00" in body
-    assert text(message).split("\n")[2] == "2026-05-02 00:15:00 – 2026-05-02 01:14:00"
+    assert text(message).split("\n")[2] == "2026-05-02 00:15:00 - 2026-05-02 01:14:00"
 
 
 def test_digest_has_a_table_of_the_first_fifty() -> None:
@@ -379,7 +367,7 @@ def test_digest_shows_the_newest_four_pictures_newest_first() -> None:
     cids = {f"cid:{part['Content-ID'][1:-1]}" for part in message.walk() if part["Content-ID"]}
     images = page(message).images
     assert len(cids) == 4 and {image["src"] for image in images} == cids
-    assert images[0]["alt"] == "01:10:00 · Door opened · باغ"
+    assert images[0]["alt"] == "01:10:00, Door opened, باغ"
 
 
 def test_digest_loads_no_more_pictures_than_it_shows() -> None:
@@ -440,7 +428,7 @@ def test_daily_mail_has_the_counts_what_waits_what_failed_and_who_is_silent() ->
     assert message["Subject"] == "DVR summary: 2026-05-02 - 7 alerts, 2 waiting, 1 failed, 2 silent"
     body = text(message)
     assert "Alerts in 24 hours: 7\nWaiting: 2\nFailed: 1\n  550 no such user\nSilent cameras: attic, باغ\n" in body
-    assert "Motion detected · garage: 5\nX.y · باغ: 2\n" in body
+    assert "Motion detected, garage: 5\nX.y, باغ: 2\n" in body
     assert "If it does not come, look after the relay." in body and "attic" in page(message).words
     assert message["Message-ID"] == render([summary()])["Message-ID"] and message["Auto-Submitted"] == "auto-generated"
 
