@@ -18,6 +18,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import dataclasses
 import datetime as dt
 import email
 import email.policy
@@ -53,11 +54,7 @@ from typing import Any
 import smtp_module as smtp
 from smtp_module import ConfigError, Draft, Envelope, History, Item, Mail, NewItem, Outbox, Plan, Settings, Waiting
 
-MAX_LINE = 16 << 20
 PICTURE_MAX_BYTES = 10 << 20  # decoded; most mail servers take 25 MiB, and Base64 adds a third
-SPOOL_MAX = 2 << 30
-MAX_CONNECTIONS = 4096
-IDLE_TIMEOUT_S = 300.0
 SEND_TIMEOUT_S = 30  # a peer that does not read its answers is not answered any more
 HANDSHAKE_TIMEOUT_S = 10.0
 BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries; it caps this at somaxconn
@@ -79,90 +76,6 @@ log = logging.getLogger("relay")
 
 
 # ───────────────────────────────────────────── Configuration ────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Quiet:
-    """One rule of ALERT_QUIET: on these weekdays (0 is Monday) from one time of day to another."""
-
-    days: frozenset[int]
-    start: dt.time
-    end: dt.time  # not after the start: on the next day
-
-    def window(self, day: dt.date) -> tuple[float, float] | None:
-        """The window that begins on this day, in wall-clock seconds; clock changes are the library's business."""
-        if day.weekday() not in self.days:
-            return None
-        last = day if self.end > self.start else day + dt.timedelta(days=1)
-        return dt.datetime.combine(day, self.start).timestamp(), dt.datetime.combine(last, self.end).timestamp()
-
-    def minutes(self) -> set[int]:
-        """The minutes of the week that it covers."""
-        first, last = (time.hour * 60 + time.minute for time in (self.start, self.end))
-        length = (last - first) % 1440 or 1440
-        return {(day * 1440 + first + number) % 10080 for day in self.days for number in range(length)}
-
-
-@dataclass(frozen=True)
-class Route:
-    """Patterns of camera or event, and who gets what matches."""
-
-    patterns: tuple[str, ...]
-    recipients: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RelayConfig:
-    """The ALERT_* variables, and who the mails are from."""
-
-    host: str = "127.0.0.1"
-    port: int = 5000
-    recipients: tuple[str, ...] = ("alerts@localhost",)
-    spool: str = "spool/alerts.db"
-    token: str = field(default="", repr=False)
-    tls: ssl.SSLContext | None = None
-    client_ca: bool = False
-    max_line: int = MAX_LINE
-    max_connections: int = MAX_CONNECTIONS
-    idle_timeout_s: float = IDLE_TIMEOUT_S
-    senders: int = 2
-    cooldown_s: float = 0.0
-    retry_first_s: float = 5.0
-    retry_max_s: float = 3600.0
-    max_age_s: float = 5 * smtp.DAY_S
-    daily_max: int = 0
-    priority: tuple[str, ...] = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")
-    quiet: tuple[Quiet, ...] = ()
-    routes: tuple[Route, ...] = ()
-    expect: tuple[tuple[str, float], ...] = ()
-    summary_at: dt.time | None = None
-    lang: str = "en"
-    spool_max: int = SPOOL_MAX
-    sender: str = "alerts@localhost"
-
-    @classmethod
-    def from_settings(cls, settings: Settings, mail: smtp.SMTPConfig) -> RelayConfig:
-        """Read them. Raises ConfigError."""
-        values = {name: settings.read(f"ALERT_{variable}", convert, getattr(cls, name))
-                  for variable, (name, convert) in VARIABLES.items()}  # fmt: skip
-        if not settings.read("ALERT_RECIPIENT", str, "") and not mail.debug:
-            raise ConfigError("ALERT_RECIPIENT: missing; give the address that gets the alerts")
-        if mail.debug and not settings.read("ALERT_SENDERS", str, ""):
-            values["senders"] = 1  # the debug receiver serves one session at a time
-        cert, key, client_ca = (settings.read(f"ALERT_TLS_{name}", str, "") for name in ("CERT", "KEY", "CLIENT_CA"))
-        if (key or client_ca) and not cert:
-            other = "ALERT_TLS_KEY" if key else "ALERT_TLS_CLIENT_CA"
-            raise ConfigError(f"ALERT_TLS_CERT: missing, though {other} is set; give the relay's certificate")
-        names = "ALERT_TLS_CERT, ALERT_TLS_KEY, ALERT_TLS_CLIENT_CA"
-        tls = smtp.server_tls(cert, key, client_ca, names=names) if cert else None
-        token = settings.secret("ALERT_TOKEN").strip()
-        return cls(**values, token=token, tls=tls, client_ca=bool(client_ca), sender=mail.sender)
-
-    def exposed(self) -> bool:
-        """Would it listen beyond this machine with nothing that keeps strangers out?"""
-        return not (self.token or self.client_ca or smtp.is_loopback(self.host))
-
-
 # Converters: text in, value out; ValueError says what is wrong and what is right.
 
 
@@ -195,22 +108,30 @@ def listed(separator: str, convert: Callable[[str], Any]) -> Callable[[str], tup
 def patterns(text: str) -> tuple[str, ...]:
     """`DOOR_*,cam1` -> the patterns."""
     found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
-        raise ValueError(f"{smtp.printable(text)!r} has an empty pattern; write them like DOOR_*,cam1")
     for pattern in found:
-        if "[" in pattern and "]" not in pattern.partition("[")[2]:
-            raise ValueError(f"{smtp.printable(pattern)!r} has a [ without a ]; write it like cam[123]")
+        if not pattern or ("[" in pattern and "]" not in pattern.partition("[")[2]):
+            raise ValueError(f"{smtp.printable(pattern)!r} is no pattern; write them like DOOR_*,cam[12]")
     return found
 
 
-def _route(text: str) -> Route:
-    names, equals, recipients = text.partition("=")
-    if not equals:
-        raise ValueError("no = in it; write cam1,DOOR_*=a@example.com")
-    return Route(patterns(names), smtp.addresses(recipients))
+@dataclass(frozen=True)
+class Route:
+    """Patterns of camera or event, and who gets what matches."""
+
+    patterns: tuple[str, ...]
+    recipients: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str) -> Route:
+        """`cam1,DOOR_*=a@x.org,b@y.org` -> the route."""
+        names, equals, recipients = text.partition("=")
+        if not equals:
+            raise ValueError("no = in it; write cam1,DOOR_*=a@example.com")
+        return cls(patterns(names), smtp.addresses(recipients))
 
 
-def _expectation(text: str) -> tuple[str, float]:
+def expectation(text: str) -> tuple[str, float]:
+    """`cam1=5m` -> the camera, or a pattern, and how often it must be heard."""
     camera, _, limit = text.rpartition("=")
     if not camera.strip():
         raise ValueError("a camera or a time is missing; write cam1=5m or *=10m")
@@ -228,63 +149,108 @@ def clock_time(text: str) -> dt.time:
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
-def _weekdays(text: str) -> frozenset[int]:
+def weekdays(text: str) -> frozenset[int]:
+    """`Mon-Fri` or `Sat,Sun` -> their numbers, 0 is Monday; all where there is none."""
     days: set[int] = set()
     for part in filter(None, re.split(r"[,\s]+", text.lower())):
-        first, dash, last = part.partition("-")
-        if first[:3] not in WEEKDAYS or (dash and last[:3] not in WEEKDAYS):
-            raise ValueError(f"{smtp.printable(part)!r} is no weekday; write Mon-Fri or Sat,Sun")
-        low = WEEKDAYS.index(first[:3])
-        high = WEEKDAYS.index(last[:3]) if dash else low
+        first, _, last = part.partition("-")
+        try:
+            low, high = WEEKDAYS.index(first[:3]), WEEKDAYS.index((last or first)[:3])
+        except ValueError:
+            raise ValueError(f"{smtp.printable(part)!r} is no weekday; write Mon-Fri or Sat,Sun") from None
         days.update((low + step) % 7 for step in range((high - low) % 7 + 1))
     return frozenset(days or range(7))
 
 
-def _quiet(text: str) -> Quiet:
-    days, _, hours = re.sub(r"\s*-\s*", "-", text).rpartition(" ")
-    start, dash, end = hours.partition("-")
-    if not dash:
-        raise ValueError("no hours in it; write them like 22:00-07:00")
-    midnight = end == "24:00"
-    rule = Quiet(_weekdays(days), clock_time(start), dt.time() if midnight else clock_time(end))
-    if rule.start == rule.end and not midnight:
-        raise ValueError("it begins and ends at the same time; a whole day is 00:00-24:00")
-    return rule
+@dataclass(frozen=True)
+class Quiet:
+    """One rule of ALERT_QUIET: on these weekdays from one time of day to another."""
+
+    days: frozenset[int]
+    start: dt.time
+    end: dt.time  # not after the start: on the next day
+
+    @classmethod
+    def of(cls, text: str) -> Quiet:
+        """`Mon-Fri 22:00-07:00` -> the rule."""
+        days, _, hours = re.sub(r"\s*-\s*", "-", text).rpartition(" ")
+        start, dash, end = hours.partition("-")
+        if not dash or start == end:
+            raise ValueError("it needs two times; write them like 22:00-07:00, or 00:00-24:00 for the whole day")
+        return cls(weekdays(days), clock_time(start), dt.time() if end == "24:00" else clock_time(end))
+
+    def window(self, day: dt.date) -> tuple[float, float] | None:
+        """The window that begins on this day, in wall-clock seconds; clock changes are the library's business."""
+        if day.weekday() not in self.days:
+            return None
+        last = day if self.end > self.start else day + dt.timedelta(days=1)
+        return dt.datetime.combine(day, self.start).timestamp(), dt.datetime.combine(last, self.end).timestamp()
 
 
 def quiet_rules(text: str) -> tuple[Quiet, ...]:
     """`22:00-07:00` or `Mon-Fri 22:00-07:00; Sat,Sun 23:00-09:00` -> the rules."""
-    rules = listed(";", _quiet)(text)
-    if len(set().union(*(rule.minutes() for rule in rules))) == 7 * 1440:
+    rules, now = listed(";", Quiet.of)(text), time.time()
+    if quiet_hours(rules, now)[1] - now > 7 * smtp.DAY_S:
         raise ValueError(f"{smtp.printable(text)!r} never ends; leave some time in which alerts may come")
     return rules
 
 
-routes = listed(";", _route)
-expectations = listed(",", _expectation)
+def setting(variable: str, convert: Callable[[str], Any], default: Any) -> Any:
+    """A field of RelayConfig that is read from a variable."""
+    return field(default=default, metadata={"name": variable, "convert": convert})
 
-VARIABLES: Mapping[str, tuple[str, Callable[[str], Any]]] = {  # ALERT_…: the field of RelayConfig, the converter
-    "HOST": ("host", str),
-    "PORT": ("port", smtp.port),
-    "RECIPIENT": ("recipients", smtp.addresses),
-    "SPOOL": ("spool", str),
-    "MAX_LINE": ("max_line", positive(smtp.size)),
-    "MAX_CONNECTIONS": ("max_connections", smtp.whole(1, 1_000_000)),
-    "IDLE_TIMEOUT": ("idle_timeout_s", positive(smtp.duration)),
-    "SENDERS": ("senders", smtp.whole(1, 64)),
-    "COOLDOWN": ("cooldown_s", smtp.duration),
-    "RETRY_FIRST": ("retry_first_s", positive(smtp.duration)),
-    "RETRY_MAX": ("retry_max_s", positive(smtp.duration)),
-    "MAX_AGE": ("max_age_s", positive(smtp.duration)),
-    "DAILY_MAX": ("daily_max", smtp.whole(0, 1_000_000)),
-    "PRIORITY": ("priority", patterns),
-    "QUIET": ("quiet", quiet_rules),
-    "ROUTES": ("routes", routes),
-    "EXPECT": ("expect", expectations),
-    "SUMMARY_AT": ("summary_at", clock_time),
-    "LANG": ("lang", smtp.one_of("en", "fa", "zh")),
-    "SPOOL_MAX": ("spool_max", positive(smtp.size)),
-}
+
+@dataclass(frozen=True)
+class RelayConfig:
+    """The ALERT_* variables, and who the mails are from."""
+
+    host: str = setting("ALERT_HOST", str, "127.0.0.1")
+    port: int = setting("ALERT_PORT", smtp.port, 5000)
+    recipients: tuple[str, ...] = setting("ALERT_RECIPIENT", smtp.addresses, ("alerts@localhost",))
+    spool: str = setting("ALERT_SPOOL", str, "spool/alerts.db")
+    max_line: int = setting("ALERT_MAX_LINE", positive(smtp.size), 16 << 20)
+    max_connections: int = setting("ALERT_MAX_CONNECTIONS", smtp.whole(1, 1_000_000), 4096)
+    idle_timeout_s: float = setting("ALERT_IDLE_TIMEOUT", positive(smtp.duration), 300.0)
+    senders: int = setting("ALERT_SENDERS", smtp.whole(1, 64), 2)
+    cooldown_s: float = setting("ALERT_COOLDOWN", smtp.duration, 0.0)
+    retry_first_s: float = setting("ALERT_RETRY_FIRST", positive(smtp.duration), 5.0)
+    retry_max_s: float = setting("ALERT_RETRY_MAX", positive(smtp.duration), 3600.0)
+    max_age_s: float = setting("ALERT_MAX_AGE", positive(smtp.duration), 5 * smtp.DAY_S)
+    daily_max: int = setting("ALERT_DAILY_MAX", smtp.whole(0, 1_000_000), 0)
+    priority: tuple[str, ...] = setting("ALERT_PRIORITY", patterns, ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*"))
+    quiet: tuple[Quiet, ...] = setting("ALERT_QUIET", quiet_rules, ())
+    routes: tuple[Route, ...] = setting("ALERT_ROUTES", listed(";", Route.of), ())
+    expect: tuple[tuple[str, float], ...] = setting("ALERT_EXPECT", listed(",", expectation), ())
+    summary_at: dt.time | None = setting("ALERT_SUMMARY_AT", clock_time, None)  # noqa: RUF009 (it is a field)
+    lang: str = setting("ALERT_LANG", smtp.one_of("en", "fa", "zh"), "en")
+    spool_max: int = setting("ALERT_SPOOL_MAX", positive(smtp.size), 2 << 30)
+    token: str = field(default="", repr=False)
+    tls: ssl.SSLContext | None = None
+    client_ca: bool = False
+    sender: str = "alerts@localhost"
+
+    @classmethod
+    def from_settings(cls, settings: Settings, mail: smtp.SMTPConfig) -> RelayConfig:
+        """Read them. Raises ConfigError."""
+        values: dict[str, Any] = {}
+        for entry in dataclasses.fields(cls):
+            if entry.metadata:
+                values[entry.name] = settings.read(**entry.metadata, default=entry.default)
+        if not settings.read("ALERT_RECIPIENT", str, "") and not mail.debug:
+            raise ConfigError("ALERT_RECIPIENT: missing; give the address that gets the alerts")
+        if mail.debug and not settings.read("ALERT_SENDERS", str, ""):
+            values["senders"] = 1  # the debug receiver serves one session at a time
+        names = ("ALERT_TLS_CERT", "ALERT_TLS_KEY", "ALERT_TLS_CLIENT_CA")
+        cert, key, client_ca = (settings.read(name, str, "") for name in names)
+        if (key or client_ca) and not cert:
+            raise ConfigError(f"ALERT_TLS_CERT: missing, though {names[1 if key else 2]} is set")
+        tls = smtp.server_tls(cert, key, client_ca, names=", ".join(names)) if cert else None
+        token = settings.secret("ALERT_TOKEN").strip()
+        return cls(**values, token=token, tls=tls, client_ca=bool(client_ca), sender=mail.sender)
+
+    def exposed(self) -> bool:
+        """Would it listen beyond this machine with nothing that keeps strangers out?"""
+        return not (self.token or self.client_ca or smtp.is_loopback(self.host))
 
 
 # ───────────────────────────────────────────── Events ───────────────────────────────────────────────

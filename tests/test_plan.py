@@ -19,6 +19,7 @@ from smtp_module import DAY_S, Draft, History, Plan, Waiting
 
 HOUR, MINUTE = 3600.0, 60.0
 NOW = dt.datetime(2026, 5, 6, 12, 0, tzinfo=dt.UTC).timestamp()  # a Wednesday
+routes = server.listed(";", server.Route.of)
 MOTION, DOOR = "MOTION_DETECTED", "DOOR_OPENED"
 PLAIN = server.RelayConfig(recipients=("a@x.org",))
 ALONE, DIGEST = "alone", "digest"
@@ -338,7 +339,7 @@ def test_daily_limit_of_the_table(
 
 
 def test_digests_for_several_recipients_share_the_daily_limit() -> None:
-    config = replace(TWENTY, routes=server.routes("c0=a@y.org; c1=b@y.org; c2=c@y.org"))
+    config = replace(TWENTY, routes=routes("c0=a@y.org; c1=b@y.org; c2=c@y.org"))
     times = [NOW - DAY_S / 5] * 10
     plan = decide(config, many(3, NOW - 9), NOW, times=times)
     assert mails(plan) == [(1,)] and plan.wake is not None  # the oldest; the others in turn
@@ -352,7 +353,7 @@ def test_summary_is_held_neither_by_the_night_nor_by_a_window() -> None:
 
 # routes
 
-ROUTED = replace(PLAIN, routes=server.routes("cam1,DOOR_*=a@x.org,b@y.org; garage*=c@z.org; cam*=d@z.org"))
+ROUTED = replace(PLAIN, routes=routes("cam1,DOOR_*=a@x.org,b@y.org; garage*=c@z.org; cam*=d@z.org"))
 ROUTES = [
     ((MOTION, "cam1"), ("a@x.org", "b@y.org")),
     ((DOOR, "attic"), ("a@x.org", "b@y.org")),
@@ -383,7 +384,7 @@ def test_digest_holds_only_what_goes_to_the_same_people() -> None:
 
 
 def test_changed_route_counts_for_what_waits() -> None:
-    (draft,) = decide(replace(ROUTED, routes=server.routes("*=new@x.org")), [row(1, NOW - HOUR)], NOW).drafts
+    (draft,) = decide(replace(ROUTED, routes=routes("*=new@x.org")), [row(1, NOW - HOUR)], NOW).drafts
     assert draft.recipients == ("new@x.org",)
 
 

@@ -15,6 +15,7 @@ import server
 import smtp_module as smtp
 
 DAY_S = smtp.DAY_S
+expectations = server.listed(",", server.expectation)
 
 
 class Clock:
@@ -35,7 +36,7 @@ class Station:
 
     def __init__(self, folder: Path, clock: Clock, expect: str = "", summary_at: str = "") -> None:
         self.path, self.clock = folder / "alerts.db", clock
-        self.config = replace(server.RelayConfig(), expect=server.expectations(expect))
+        self.config = replace(server.RelayConfig(), expect=expectations(expect))
         self.at = server.clock_time(summary_at) if summary_at else None
         self.told = 0
         self.start()
@@ -265,7 +266,7 @@ def test_camera_that_is_expected_no_more_is_forgotten(station: Callable[..., Sta
     here = station("cam1=1m")
     here.wait(100)
     assert here.watch.silent() == ["cam1"]
-    here.config = replace(here.config, expect=server.expectations("cam2=1h"))
+    here.config = replace(here.config, expect=expectations("cam2=1h"))
     here.restart()
     assert here.watch.silent() == []
 
