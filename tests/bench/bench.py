@@ -1,0 +1,374 @@
+"""bench: every figure of the README's table, and its yardsticks, in one run.
+
+    python3 tests/bench/bench.py [--quick] [--only WORD]
+
+Everything is durable and runs on this machine: the load, the relay and the receiver share its processors.
+Yardsticks are measured in the same run: SQLite with one commit a row, Postfix's smtp-sink (where it is installed),
+an interpreter that imports json and socket. Compare ratios; single figures drift with the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import multiprocessing
+import os
+import shutil
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, Relay, machine, until
+
+SINK, SOURCE = (shutil.which(name, path="/usr/sbin:/usr/bin:/bin") for name in ("smtp-sink", "smtp-source"))
+QUICK = False
+ROWS: list[tuple[str, str, str]] = []
+TAG = iter(range(10**9))
+
+
+def scaled(number: int) -> int:
+    """A count of work, a tenth of it with --quick."""
+    return max(10, number // 10) if QUICK else number
+
+
+def row(work: str, figure: str, yardstick: str = "") -> None:
+    """One line of the table."""
+    ROWS.append((work, figure, yardstick))
+    print(f"{work:<62} {figure:<26} {yardstick}", flush=True)
+
+
+# ───────────────────────────────────────────── Things to measure against ────────────────────────────
+
+
+def free_port() -> int:
+    """A port that nobody uses just now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def process(*command: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A server as a process, ended afterwards."""
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir())
+
+    def answers() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    try:
+        until(f"{command[0]} answers", answers)
+        yield running
+    finally:
+        running.terminate()
+        running.wait()
+
+
+@contextlib.contextmanager
+def receiver() -> Iterator[int]:
+    """Something in C that takes mail as fast as it comes; without Postfix, the debug receiver."""
+    port = free_port()
+    if SINK:
+        user = ("-u", "nobody") if os.geteuid() == 0 else ()
+        with process(SINK, *user, f"127.0.0.1:{port}", "1000", port=port):
+            yield port
+    else:
+        with debug_receiver(port):
+            yield port
+
+
+def debug_receiver(port: int) -> Any:
+    """Our own receiver, counting."""
+    program = str(ROOT / "embedded_smtpd.py")
+    return process(sys.executable, program, "--debug", "--quiet", "--host", "127.0.0.1", "--port", str(port), port=port)
+
+
+@contextlib.contextmanager
+def relay(smtp_port: int, **environ: str) -> Iterator[Relay]:
+    """The relay in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = Relay(Path(folder), smtp_port, **environ).start()
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def event(picture: str = "") -> bytes:
+    """One line, with an id of its own."""
+    shown = f', "image_filename": "snap.jpg", "image_b64": "{picture}"' if picture else ""
+    return (
+        f'{{"event": "MOTION_DETECTED", "camera": "cam{next(TAG) % 8}", "id": "{os.getpid()}-{next(TAG)}",'
+        f' "timestamp": "2026-05-01T22:15:00Z", "meta": {{"zone": 4}}{shown}}}\n'
+    ).encode("ascii")
+
+
+def picture(size: int) -> str:
+    """Base64 of something that begins like a JPEG."""
+    return base64.b64encode(b"\xff\xd8\xff" + os.urandom(size)).decode("ascii") if size else ""
+
+
+def stream(port: int, number: int, size: int = 0) -> float:
+    """Events a second over one connection, each acknowledged."""
+    shown = picture(size)
+    lines = [event(shown) for _ in range(min(number, 64 if size else number))]
+    answered = 0
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+
+        def read() -> None:
+            nonlocal answered
+            while answered < number and (chunk := sock.recv(1 << 16)):
+                answered += chunk.count(b"\n")
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        began = time.perf_counter()
+        if size:
+            for _ in range(number):
+                sock.sendall(event(shown))
+        else:
+            sock.sendall(b"".join(lines))
+        reader.join()
+        return number / (time.perf_counter() - began)
+
+
+def _lock_step(port: int, number: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as sock, sock.makefile("rb") as answers:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(number):
+            sock.sendall(event())
+            assert b'"queued"' in answers.readline()
+
+
+def lock_step(port: int, clients: int, number: int) -> float:
+    """Events a second with clients that wait for each answer."""
+    workers = [multiprocessing.Process(target=_lock_step, args=(port, number)) for _ in range(clients)]
+    began = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return clients * number / (time.perf_counter() - began)
+
+
+def delivered(running: Relay, number: int, size: int = 0) -> float:
+    """Mails a second from the first event sent to the last mail taken."""
+    before = running.counts()["sent"]
+    began = time.perf_counter()
+    stream(running.port, number, size)
+    until("all is sent", lambda: running.counts()["sent"] - before >= number, 600)
+    return number / (time.perf_counter() - began)
+
+
+def source(port: int, number: int, size: int) -> float:
+    """Mails a second that smtp-source gets rid of over one connection."""
+    assert SOURCE
+    began = time.perf_counter()
+    envelope = ("-f", "a@example.com", "-t", "device@localhost")
+    load = ("-d", "-s", "1", "-m", str(number), "-l", str(size))
+    subprocess.run([SOURCE, *load, *envelope, f"127.0.0.1:{port}"], check=True, capture_output=True)
+    return number / (time.perf_counter() - began)
+
+
+# ───────────────────────────────────────────── The rows ─────────────────────────────────────────────
+
+
+def accepting() -> None:
+    """Events onto the disk."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(sqlite3.connect(f"{folder}/row.db")) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute("CREATE TABLE rows(id TEXT PRIMARY KEY, payload BLOB)")
+        number = scaled(5000)
+        began = time.perf_counter()
+        for count in range(number):
+            with db:
+                db.execute("INSERT INTO rows VALUES (?, ?)", (str(count), b"x" * 120))
+        single = number / (time.perf_counter() - began)
+    with relay(1) as running:
+        rate = stream(running.port, scaled(100_000))
+        against = f"SQLite, one commit a row: {single:,.0f}/s"
+        row("events accepted, one streaming connection", f"{rate:,.0f}/s", f"{against} ({rate / single:.1f}x)")
+        rate = lock_step(running.port, 16, scaled(600))
+        row("the same, 16 clients each waiting for its answer", f"{rate:,.0f}/s", f"{against} ({rate / single:.1f}x)")
+        rate = stream(running.port, scaled(500), 200_000)
+        row("events with a 200 KB picture accepted", f"{rate:,.0f}/s")
+
+
+def mailing() -> None:
+    """Events to mails in the receiver."""
+    kind = "smtp-sink" if SINK else "our debug receiver"
+    with receiver() as port, relay(port) as running:
+        row("event to mail, small", f"{delivered(running, scaled(20_000)):,.0f}/s", f"receiver: {kind}")
+        row("event to mail, 200 KB picture", f"{delivered(running, scaled(1500), 200_000):,.0f}/s", f"receiver: {kind}")
+
+
+class Stamps:
+    """A receiver that notes when each mail's final dot came."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.times: list[float] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            sock, _ = self._listener.accept()
+            threading.Thread(target=self._session, args=(sock,), daemon=True).start()
+
+    def _session(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with sock, sock.makefile("rb") as lines:
+            sock.sendall(b"220 ready\r\n")
+            data = False
+            for line in lines:
+                if data:
+                    if line == b".\r\n":
+                        self.times.append(time.perf_counter())
+                        data = False
+                        sock.sendall(b"250 ok\r\n")
+                elif line.upper().startswith(b"DATA"):
+                    data = True
+                    sock.sendall(b"354 go\r\n")
+                else:
+                    sock.sendall(b"250 ok\r\n")
+
+
+def latency() -> None:
+    """One event at a time on an idle relay."""
+    stamps = Stamps()
+    waits = []
+    with relay(stamps.port) as running, socket.create_connection(("127.0.0.1", running.port)) as sock:
+        for number in range(scaled(400)):
+            time.sleep(0.01)
+            began = time.perf_counter()
+            sock.sendall(event())
+            until("the mail", lambda number=number: len(stamps.times) > number)
+            waits.append((stamps.times[number] - began) * 1000)
+            sock.recv(4096)
+    cuts = statistics.quantiles(waits, n=100)
+    row("one event on an idle relay, seen at the receiver", f"p50 {cuts[49]:.1f} ms, p99 {cuts[98]:.1f} ms")
+
+
+def receiving() -> None:
+    """The lock-step receiver against smtp-sink, interleaved, one connection."""
+    if not (SINK and SOURCE):
+        row("lock-step receiver", "skipped", "Postfix's smtp-source is not installed")
+        return
+    device_port, debug_port = free_port(), free_port()
+    with tempfile.TemporaryDirectory() as folder, receiver() as sink, debug_receiver(debug_port):
+        device = process(
+            "env", f"DEVICE_STATE={folder}", "DEVICE_HOST=127.0.0.1", f"DEVICE_PORT={device_port}",
+            sys.executable, str(ROOT / "embedded_smtpd.py"), "--log-level", "warning", port=device_port,
+        )  # fmt: skip
+        with device:
+            for name, port, number, size in (
+                ("lock-step receiver, 1 KB mails", debug_port, scaled(6000), 1024),
+                ("lock-step receiver, 270 KB mails", debug_port, scaled(1000), 270_000),
+                ("the device itself, every mail stored, 1 KB mails", device_port, scaled(1500), 1024),
+            ):
+                pairs = [(source(port, number, size), source(sink, number, size)) for _ in range(3)]
+                ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+                ratio = statistics.median(a / b for a, b in pairs)
+                row(name, f"{ours:,.0f}/s", f"smtp-sink {theirs:,.0f}/s ({ratio:.2f}x)")
+
+
+def idling() -> None:
+    """Many silent connections."""
+    number = scaled(2000)
+    with relay(1) as running:
+        before = running.footprint()["VmRSS"]
+        began = time.perf_counter()
+        socks = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(number)]
+        socks[-1].sendall(b'{"ping": 1}\n')
+        assert socks[-1].recv(4096)
+        took = time.perf_counter() - began
+        each = (running.footprint()["VmRSS"] - before) / number
+        for sock in socks:
+            sock.close()
+    row(f"{number:,} idle connections", f"{took:.2f} s, {each:.1f} KiB each")
+
+
+def waiting() -> None:
+    """Ingest while very many alerts wait, because the mail server is away."""
+    number = scaled(60_000)
+    with relay(1, ALERT_RETRY_FIRST="1", ALERT_RETRY_MAX="1") as running:
+        empty = statistics.median(stream(running.port, 4000) for _ in range(3))
+        memory = running.footprint()["VmRSS"]
+        stream(running.port, number)
+        full = statistics.median(stream(running.port, 4000) for _ in range(3))
+        grown = running.footprint()["VmRSS"] - memory
+    against = f"empty: {empty:,.0f}/s ({full / empty:.2f}x), memory {grown / 1024:+.0f} MiB"
+    row(f"ingest with {number:,} alerts waiting", f"{full:,.0f}/s", against)
+
+
+def starting() -> None:
+    """`client.py`, one event, as a whole process."""
+
+    def timed(*command: str) -> float:
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, cwd=tempfile.gettempdir())
+        return time.perf_counter() - began
+
+    with relay(1) as running:
+        ours = (sys.executable, "-S", str(ROOT / "client.py"), "--port", str(running.port), "--token", "t")
+        bare = (sys.executable, "-S", "-c", "import json, socket")
+        pairs = [(timed(*ours), timed(*bare)) for _ in range(scaled(150))]
+    ours_s, bare_s = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    against = f"import json, socket: {bare_s * 1000:.1f} ms ({ratio:.2f}x)"
+    row("client.py, one event, whole process", f"{ours_s * 1000:.1f} ms", against)
+
+
+def growing() -> None:
+    """How rate and memory change with picture size and connections."""
+
+    def memory(running: Relay) -> str:
+        return f"memory {running.footprint()['VmRSS'] / 1024:.0f} MiB"
+
+    with receiver() as port:
+        for size, number in ((0, 2000), (20_000, 2000), (200_000, 400), (2_000_000, 60)):
+            with relay(port) as running:
+                rate = delivered(running, scaled(number), size)
+                row(f"growth: event to mail, picture of {size // 1000} KB", f"{rate:,.0f}/s", memory(running))
+    for clients in (1, 4, 16, 64):
+        with relay(1) as running:
+            rate = lock_step(running.port, clients, scaled(4800) // clients)
+            row(f"growth: {clients} clients each waiting for its answer", f"{rate:,.0f}/s", memory(running))
+
+
+MEASURES: tuple[Callable[[], None], ...] = (accepting, mailing, latency, receiving, idling, waiting, starting, growing)
+
+
+def main() -> int:
+    """Measure, print the table."""
+    global QUICK
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work")
+    parser.add_argument("--only", metavar="WORD", help=f"one of {' '.join(m.__name__ for m in MEASURES)}")
+    args = parser.parse_args()
+    QUICK = args.quick
+    print(f"{machine()}\n")
+    for measure in MEASURES:
+        if not args.only or measure.__name__ == args.only:
+            measure()
+    print("\n| work | measured | against |\n|---|---|---|")
+    for columns in ROWS:
+        print(f"| {' | '.join(columns)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
