@@ -556,28 +556,31 @@ class Sender:
     only when the retries are used up, and with an outbox it is in there before the first wait.
     """
 
+    connection: Connection | None = None
+    window_bytes = 0  # of all lines on their way
+    failures = 0  # in a row
+    retry_at = deadline = 0.0  # when to connect again; when the next answer must be here
+    stdin_picture: bytes | None = None
+    made = accepted = refused = lost = 0
+    code = EX_OK
+    signals = 0
+    waiting = stopped = False
+    shown_at = 0.0
+
     def __init__(self, options: Options, tls: ssl.SSLContext | None, outbox: Outbox) -> None:
         self.options, self.tls, self.outbox = options, tls, outbox
         self.peer = f"{options.host} port {options.port}"
-        self.connection: Connection | None = None
         self.backlog: deque[str] = deque()  # names of kept events, to be handed over before new ones
         self.unsent: deque[Line] = deque()
         self.unanswered: deque[Line] = deque()
-        self.window_bytes = 0  # of both
-        self.failures = 0  # in a row
-        self.retry_at = self.deadline = 0.0  # when to connect again; when the next answer must be here
-        self.stdin_picture: bytes | None = None
-        self.made = self.accepted = self.refused = self.lost = 0
-        self.code = EX_OK
-        self.signals, self.waiting, self.stopped = 0, False, False
 
-        self.start, self.shown_at = time.monotonic(), 0.0
+        self.start = time.monotonic()
         count = options.count or math.inf
+        alone = options.loop is None  # heartbeats, and no events
+        self.events = Ticker(options.loop or 0, 0 if alone else count, self.start)
+        self.beats = Ticker(options.heartbeat, options.heartbeat and (count if alone else math.inf), self.start)
+        self.leading = self.beats if alone else self.events  # the run ends with these
         self.elastic = options.loop == 0  # events are made as fast as the relay acknowledges
-        self.events = Ticker(options.loop or 0, 0 if options.loop is None else count, self.start)
-        beats = count if options.loop is None else math.inf
-        self.beats = Ticker(options.heartbeat, beats if options.heartbeat else 0, self.start)
-        self.leading = self.events if self.events.left else self.beats  # the run ends with these
 
         self.progress = self.elastic and bool(sys.stderr) and sys.stderr.isatty()
         self.quiet = self.progress and bool(sys.stdout) and sys.stdout.isatty()  # no line an event under it
