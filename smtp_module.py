@@ -138,7 +138,7 @@ def read_env_file(path: str | None) -> dict[str, str]:
         raise ConfigError(f"{path or '.env'}: cannot be read: {error}") from None
     values: dict[str, str] = {}
     for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip().removeprefix("export ").strip()
+        line = re.sub(r"^export\s+", "", raw.strip())
         if not line or line.startswith("#"):
             continue
         name, equals, value = line.partition("=")
@@ -149,6 +149,7 @@ def read_env_file(path: str | None) -> dict[str, str]:
 
 
 def _unquote(value: str) -> str:
+    """A value without its quotes, or without the comment behind it."""
     if value[:1] in ("'", '"') and (end := value.find(value[0], 1)) > 0:
         return value[1:end]
     return re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()
@@ -158,7 +159,7 @@ def duration(text: str) -> float:
     """`90`, `5m`, `1h`, `5d` -> seconds."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*([smhd]?)", text.strip(), re.ASCII | re.IGNORECASE)
     if not match:
-        raise ValueError(f"{printable(text)!r} is not a duration; write 90 (seconds), 5m, 1h or 5d")
+        raise ValueError(f"'{printable(text)}' is not a duration; write 90 (seconds), 5m, 1h or 5d")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
 
 
@@ -166,7 +167,7 @@ def size(text: str) -> int:
     """`500000`, `16MiB`, `2GiB` -> bytes."""
     match = re.fullmatch(r"(\d{1,15})\s*([kmg]?)(?:i?b)?", text.strip(), re.ASCII | re.IGNORECASE)
     if not match:
-        raise ValueError(f"{printable(text)!r} is not a size; write 500000 (bytes), 16MiB or 2GiB")
+        raise ValueError(f"'{printable(text)}' is not a size; write 500000 (bytes), 16MiB or 2GiB")
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
@@ -175,7 +176,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         if not re.fullmatch(r"\d{1,12}", text.strip(), re.ASCII) or not low <= int(text) <= high:
-            raise ValueError(f"{printable(text)!r} is wrong; give a whole number from {low} to {high}")
+            raise ValueError(f"'{printable(text)}' is wrong; give a whole number from {low} to {high}")
         return int(text)
 
     return convert
@@ -189,7 +190,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
     def convert(text: str) -> str:
         if text.lower() not in words:
-            raise ValueError(f"{printable(text)!r} is unknown; write one of {', '.join(words)}")
+            raise ValueError(f"'{printable(text)}' is unknown; write one of {', '.join(words)}")
         return text.lower()
 
     return convert
@@ -200,13 +201,13 @@ _ADDRESS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@(?:[A-Za-z0-9_.-]{
 
 def address(text: str) -> str:
     """One mail address, its domain in ASCII (IDNA). The pattern lets nothing through that could end a command."""
-    plain = email.utils.parseaddr(text)[1] if "<" in text else text.strip()
-    local, _, domain = plain.rpartition("@")
-    if not domain.isascii():
-        with contextlib.suppress(UnicodeError):
-            plain = f"{local}@{domain.encode('idna').decode('ascii')}"
-    if not _ADDRESS.fullmatch(plain):
-        raise ValueError(f"{printable(text)!r} is not a mail address; write name@example.com")
+    match = re.fullmatch(r"[^<>]*<([^<>]+)>|([^<>]+)", text.strip())
+    local, _, domain = (match[1] or match[2] if match else "").strip().rpartition("@")
+    with contextlib.suppress(UnicodeError):
+        domain = domain if domain.isascii() else domain.encode("idna").decode("ascii")
+    plain = f"{local}@{domain}"
+    if not _ADDRESS.fullmatch(plain) or UNPRINTABLE.search(text):
+        raise ValueError(f"'{printable(text)}' is not a mail address; write name@example.com")
     return plain
 
 
@@ -297,21 +298,31 @@ def one_line(text: str) -> str:
 def header_text(name: str, value: str) -> str:
     """An unstructured header's value, encoded (RFC 2047) and folded where that is needed."""
     value = one_line(value)
-    if value.isascii() and "=?" not in value and len(value) < 200:
-        return value
-    return email.header.Header(value, "utf-8", header_name=name).encode(linesep="\r\n")
+    if not value.isascii() or "=?" in value or max(map(len, value.split(" "))) > 900:
+        return email.header.Header(value, "utf-8", header_name=name).encode(linesep="\r\n")
+    return value if len(value) < 900 else re.sub(r"(.{1,900}) (?=\S)", r"\1\r\n ", value)
 
 
+@functools.lru_cache(maxsize=1024)
 def header_address(value: str) -> str:
     """`Name <a@b>` or `a@b` for an address header, the name encoded."""
-    name, plain = email.utils.parseaddr(one_line(value))
-    return email.utils.formataddr((name, plain)) if name else plain or one_line(value)
+    value = one_line(value)
+    name, plain = email.utils.parseaddr(value)
+    if name.isascii():
+        return email.utils.formataddr((name[:200], plain)) if name else (plain or value)[:900]
+    return f"{email.header.Header(name, 'utf-8', header_name='From').encode(linesep=chr(13) + chr(10))} <{plain}>"
+
+
+def header_addresses(values: Iterable[str]) -> str:
+    """Addresses for a header, one a line."""
+    return ",\r\n ".join(map(header_address, values))
 
 
 def _file_name(attribute: str, name: str) -> str:
     name = one_line(name).replace("/", "_").replace("\\", "_") or "file"
-    stem, dot, suffix = name.rpartition(".")
-    name = f"{stem[:70]}{dot}{suffix[:20]}" if dot else name[:90]
+    if len(name) > 70:
+        stem, dot, suffix = name.rpartition(".")
+        name = f"{stem[:60]}.{suffix[:9]}" if dot else name[:70]
     if name.isascii():
         return f'{attribute}="{name.replace(chr(34), "_")}"'
     return f"{attribute}*={email.utils.encode_rfc2231(name, 'utf-8')}"  # RFC 2231
@@ -322,17 +333,22 @@ def _date(second: int) -> str:
     return email.utils.formatdate(second, localtime=True)
 
 
+def _domain(sender: str) -> str:
+    domain = email.utils.parseaddr(sender)[1].rpartition("@")[2]
+    return re.sub(r"[^A-Za-z0-9.-]", "", domain) or "localhost"
+
+
 def message_id(key: str, sender: str) -> str:
     """A Message-ID that is a function of `key`, so that a mail sent twice is recognisably the same."""
-    domain = email.utils.parseaddr(sender)[1].rpartition("@")[2] or "localhost"
-    return f"<{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:40]}@{domain}>"
+    return f"<{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:40]}@{_domain(sender)}>"
 
 
 def _text_part(subtype: str, text: str) -> list[bytes]:
     text = re.sub("\r\n|\r|\n", "\r\n", text)
+    text += "" if text.endswith("\r\n") else "\r\n"
     head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: "
-    if text.isascii() and "\0" not in text and "--=_" not in text and max(map(len, text.split("\r\n"))) < 900:
-        return [f"{head}7bit\r\n\r\n{text}\r\n".encode("ascii")]
+    if text.isascii() and not re.search("[\0\x7f]|--=_", text) and max(map(len, text.split("\r\n"))) < 900:
+        return [f"{head}7bit\r\n\r\n{text}".encode("ascii")]
     encoded = base64.b64encode(text.encode("utf-8", "replace"))
     return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(encoded)]
 
@@ -381,10 +397,10 @@ def compose_pieces(
     lines = [
         f"Date: {_date(int(time.time() if date is None else date))}",
         f"From: {header_address(sender)}",
-        f"To: {', '.join(map(header_address, to)) or 'undisclosed-recipients:;'}",
-        *([f"Cc: {', '.join(map(header_address, cc))}"] if cc else []),
+        f"To: {header_addresses(to) or 'undisclosed-recipients:;'}",
+        *([f"Cc: {header_addresses(cc)}"] if cc else []),
         f"Subject: {header_text('Subject', subject)}",
-        f"Message-ID: {message_id or email.utils.make_msgid(domain=sender.rpartition('@')[2].strip('>') or None)}",
+        f"Message-ID: {message_id or email.utils.make_msgid(domain=_domain(sender))}",
         *(f"{name}: {header_text(name, value)}" for name, value in (headers or {}).items()),
         "MIME-Version: 1.0\r\n",
     ]
@@ -424,7 +440,8 @@ class Outcome:
     too_big: bool = False
 
     def __str__(self) -> str:
-        return f"{self.step}: {self.code or ''} {self.detail}".replace(":  ", ": ").strip(": ")
+        said = f"{self.code or ''} {self.detail}".strip()
+        return ": ".join(part for part in (self.step, said) if part)
 
 
 class Unavailable(Exception):
@@ -484,27 +501,32 @@ ADVICE = (
      " (SMTP_PASS_COMMAND can fetch it)."),
     ("login", "", r"534|5\.7\.9|5\.7\.14",
      "The provider wants an app password or a stronger way to log in; look in the account's security settings."),
-    ("", "", r"5\.4\.5|quota|daily.*limit",
+    ("login", "", "not supported|no suitable",
+     "The server offers no login here: use port 587 or 465, or leave SMTP_USER empty."),
+    ("", "", r"5\.4\.5|quota exceeded|daily.*limit",
      "The provider's daily limit is used up; ALERT_DAILY_MAX and ALERT_COOLDOWN make fewer mails."),
     ("", "", "^530",
      "The server wants a login (or TLS) first: set SMTP_USER and SMTP_PASS, and leave SMTP_SECURITY on auto."),
     ("login", "", "", "The server refused the login: check SMTP_USER and SMTP_PASS."),
-    ("tls", "", "hostname mismatch|doesn't match|not valid for",
+    ("tls", "", "mismatch|doesn't match|not valid for",
      "The certificate is for another name: set SMTP_HOST to the name that stands in it."),
     ("tls", "", "expired",
      "The server's certificate has expired; its owner must renew it (or this machine's clock is wrong)."),
     ("tls", "", "certificate",
      "The certificate is signed by nobody this machine trusts: put the signer's certificate in a file and name it"
      " in SMTP_CAFILE."),
-    ("tls", "", "wrong.version|not offered|record.layer",
+    ("tls|greeting", "", "wrong.version|not offered|record.layer|timed out",
      "The server does not speak TLS in this way on this port: 465 is SMTP_SECURITY=ssl, 587 is starttls."),
     ("resolve", "", "", "The name in SMTP_HOST was not found: check its spelling, and whether this machine's DNS works."),
     ("connect", "", "timed out", "Nobody answers. Providers often block port 25: use 587 or 465."),
     ("connect", r"localhost|127\.|::1", "refused",
      "Nothing listens there. For a test, start: python3 embedded_smtpd.py --debug"),
     ("connect", "", "refused", "Nothing listens on that port: check SMTP_HOST and SMTP_PORT."),
+    ("connect", "", "unreachable|no route", "This machine has no way to the server: check its network."),
+    ("", "", r"5\.3\.4|^552", "The mail is too big for the server, or the mailbox is full."),
     ("mail", "", "^5", "The server takes no mail from this sender: set SMTP_FROM to an address of the account."),
-    ("", "", "5\\.3\\.4|^552", "The mail is too big for the server or the mailbox is full."),
+    ("rcpt", "", "relay", "The server wants a login before it takes mail for others: set SMTP_USER and SMTP_PASS."),
+    ("rcpt", "", "^55[013]", "The server does not take mail for this recipient: check the address."),
 )  # fmt: skip
 
 
@@ -512,7 +534,7 @@ def advice(outcome: Outcome, host: str) -> str:
     """One sentence on what to do, or ""."""
     said = f"{outcome.code or ''} {outcome.detail}".strip()
     for step, where, what, sentence in ADVICE:
-        if step in ("", outcome.step) and re.search(where, host, re.I) and re.search(what, said, re.I):
+        if re.fullmatch(step or ".*", outcome.step) and re.search(where, host, re.I) and re.search(what, said, re.I):
             return sentence
     return ""
 
@@ -579,13 +601,14 @@ class SMTPConfig:
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"SMTP_CAFILE: {self.cafile}: no usable certificates: {error}") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # 3.13 sets it; home-made signers lack extensions that it wants
         return context
 
 
 def _host(text: str) -> str:
     host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if not re.fullmatch(r"[\w.:%-]{1,255}", host):
-        raise ValueError(f"{printable(text)!r} is not a host; give a name or an IPv4 or IPv6 address")
+        raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address")
     return host
 
 
