@@ -418,16 +418,13 @@ def camera_name(value: object, name: str = "camera") -> str:
     return value
 
 
-def _name(value: object) -> str:
-    if type(value) is not str or not EVENT_NAME.fullmatch(value):
-        raise Refusal("bad_event", "event must be 1 to 64 characters of A-Z a-z 0-9 _ . -")
-    return value
+def _matching(pattern: re.Pattern[str], sentence: str) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if type(value) is not str or not pattern.fullmatch(value) or smtp.UNPRINTABLE.search(value):
+            raise Refusal("bad_event", sentence)
+        return value
 
-
-def _id(value: object) -> str:
-    if type(value) is not str or not EVENT_ID.fullmatch(value):
-        raise Refusal("bad_event", "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -")
-    return value
+    return check
 
 
 def _timestamp(value: object) -> str:
@@ -445,12 +442,6 @@ def event_time(text: str) -> dt.datetime:
     return when
 
 
-def _link(value: object) -> str:
-    if type(value) is not str or not WEB_LINK.fullmatch(value) or smtp.UNPRINTABLE.search(value):
-        raise Refusal("bad_event", "image_url must be a link that begins with http:// or https://")
-    return value
-
-
 def _meta(value: object) -> dict[str, str | int | float | bool]:
     if type(value) is not dict or len(value) > META_MAX:
         raise Refusal("bad_event", f"meta must be an object of at most {META_MAX} values")
@@ -464,12 +455,12 @@ def _meta(value: object) -> dict[str, str | int | float | bool]:
 
 
 FIELDS: Mapping[str, Callable[[object], Any]] = {
-    "event": _name,
+    "event": _matching(EVENT_NAME, "event must be 1 to 64 characters of A-Z a-z 0-9 _ . -"),
     "camera": camera_name,
     "timestamp": _timestamp,
-    "image_url": _link,
+    "image_url": _matching(WEB_LINK, "image_url must be a link that begins with http:// or https://"),
     "meta": _meta,
-    "id": _id,
+    "id": _matching(EVENT_ID, "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"),
 }
 
 PICTURE_TYPES = (
