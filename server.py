@@ -875,7 +875,6 @@ class Relay:
 
 SUMMARY = "daily:summary"  # the event name of the relay's own daily mail; no client can send a colon
 LATE_S = 3600.0  # where mails are counted, what is later than this comes as a digest
-RECHECK_S = 60.0  # a mail that is under way may fail, and then its place in the daily limit is free again
 
 
 def plan(config: RelayConfig, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
@@ -955,9 +954,9 @@ class _Desk:
         if (kind, to) in self.groups:
             self._join(kind, to, row)
         elif kind == "spread" and not urgent and (due := self._digest_due(row)) > self._now:
-            self._hold_for_budget(due, "half of the daily limit is used: digests only")
+            self._hold(due, "half of the daily limit is used: digests only")
         elif self._left() <= 0:
-            self._hold_for_budget(self._back, "the daily limit is used up")
+            self._hold(self._back, "the daily limit is used up")
         elif kind:
             self._join(kind, to, row)
         else:
@@ -1011,10 +1010,6 @@ class _Desk:
     def _hold(self, until: float, why: str) -> None:
         if self.wake is None or until < self.wake:
             self.wake, self.why = until, why
-
-    def _hold_for_budget(self, until: float, why: str) -> None:
-        under_way = self._sent.pending or self.drafts
-        self._hold(min(until, self._now + RECHECK_S) if under_way else until, why)
 
     def _join(self, kind: str, to: tuple[str, ...], row: Waiting) -> None:
         rows = self.groups.setdefault((kind, to), [])

@@ -283,9 +283,9 @@ def many(number: int, start: float = NOW, event: str = MOTION, first: int = 1) -
 
 BUDGET: list[tuple[str, server.RelayConfig, list[Waiting], dict[str, Any], list[tuple[int, ...]], float | None]] = [
     # what, configuration, waiting, sent, mails, wake (seconds from NOW)
-    ("single mails until half are used", TWENTY, many(12), {}, [(n,) for n in range(1, 11)], 60),
-    ("mails under way count", TWENTY, many(12), {"pending": 7}, [(1,), (2,), (3,)], 60),
-    ("mails of 24 hours count", TWENTY, many(12), {"times": [NOW - HOUR] * 8}, [(1,), (2,)], 60),
+    ("single mails until half are used", TWENTY, many(12), {}, [(n,) for n in range(1, 11)], DAY_S / 5),
+    ("mails under way count", TWENTY, many(12), {"pending": 7}, [(1,), (2,), (3,)], DAY_S / 5),
+    ("mails of 24 hours count", TWENTY, many(12), {"times": [NOW - HOUR] * 8}, [(1,), (2,)], 23 * HOUR / 5),
     ("older ones do not", TWENTY, many(3), {"times": [NOW - DAY_S] * 20}, [(1,), (2,), (3,)], None),
     ("half are used: digests only", TWENTY, many(3), {"times": [NOW - 1] * 10}, [], DAY_S / 5 - 1),
     ("the first digest", TWENTY, many(3, NOW - 9), {"times": [NOW - DAY_S / 5] * 10}, [(1, 2, 3)], None),
@@ -293,7 +293,7 @@ BUDGET: list[tuple[str, server.RelayConfig, list[Waiting], dict[str, Any], list[
      {"times": [NOW - HOUR] * 10 + [NOW], "kinds": {"spread": NOW}}, [], (DAY_S - HOUR) / 4),
     ("half of the rest is not theirs", TWENTY, many(3, NOW - 9), {"times": [NOW - 23 * HOUR] * 15}, [], HOUR),
     ("priority alerts use what remains", TWENTY, many(7, event=DOOR), {"times": [NOW - HOUR] * 15},
-     [(1,), (2,), (3,), (4,), (5,)], 60),
+     [(1,), (2,), (3,), (4,), (5,)], 23 * HOUR),
     ("priority alerts come through behind others", TWENTY, [*many(9), *many(1, event=DOOR, first=10)],
      {"times": [NOW - 1] * 10}, [(10,)], DAY_S / 5 - 1),
     ("a thousand priority alerts do not take fifty days", TWENTY, many(1000, NOW - 2 * HOUR, DOOR),
@@ -303,15 +303,15 @@ BUDGET: list[tuple[str, server.RelayConfig, list[Waiting], dict[str, Any], list[
     ("all are used: everything waits until the oldest is 24 hours old", FOUR, many(2, event=DOOR),
      {"times": [NOW - 20 * HOUR, NOW - 3, NOW - 2, NOW - 1]}, [], 4 * HOUR),
     ("the oldest is 24 hours old", FOUR, many(2, event=DOOR), {"times": [NOW - DAY_S, NOW - 3, NOW - 2, NOW - 1]},
-     [(1,)], 60),
-    ("a limit of one", replace(FOUR, daily_max=1), many(3), {}, [(1,)], 60),
+     [(1,)], DAY_S - 3),
+    ("a limit of one", replace(FOUR, daily_max=1), many(3), {}, [(1,)], DAY_S),
     ("a limit of one, the next day", replace(FOUR, daily_max=1), many(3, NOW - DAY_S), {}, [(1, 2, 3)], None),
     ("a limit of two keeps one for priority", replace(FOUR, daily_max=2), many(3), {"times": [NOW - 1]}, [], DAY_S - 1),
     ("a limit of two, for priority",
      replace(FOUR, daily_max=2), many(1, event=DOOR), {"times": [NOW - 1]}, [(1,)], None),
     ("what is an hour late comes as a digest", TWENTY, many(5, NOW - HOUR - 1), {}, [(1, 2, 3, 4, 5)], None),
     ("behind priority alerts nothing waits for more than a day", TWENTY,
-     [*many(2, NOW - DAY_S - 1), *many(9, event=DOOR, first=10)], {"times": [NOW - HOUR] * 18}, [(10,), (1, 2)], 60),
+     [*many(2, NOW - DAY_S - 1), *many(9, event=DOOR, first=10)], {"times": [NOW - HOUR] * 18}, [(10,), (1, 2)], 23 * HOUR),
     ("times of a clock that was set back ten years",
      TWENTY, many(2), {"times": [NOW + 3.2e8] * 20}, [(1,), (2,)], None),
     ("times of a clock that was set back an hour", FOUR, many(2, event=DOOR), {"times": [NOW + HOUR] * 4}, [],
@@ -453,9 +453,11 @@ class Simulation:
     def settle(self) -> None:
         heapq.heappop(self.under_way)
         self.history.pending -= 1
-        if self.chance.random() < 0.95:  # else it was refused for good
+        if self.chance.random() < 0.95:
             self.history.times.append(self.now)
             self.sent.append(self.now)
+        else:
+            self.wake = 0.0  # it was refused for good: its place in the daily limit is free
 
     def run(self, arrivals: Sequence[tuple[float, str]]) -> None:
         """Arrivals as they come, then until nothing waits."""
