@@ -104,7 +104,6 @@ log = logging.getLogger("device")
 
 BACKLOG = 5  # connections that wait in the kernel: the paper's number
 RECV_BYTES = 65536  # malloc maps larger buffers anew on every call
-SMALL_BYTES = 1024
 TICK_SECONDS = 1.0  # how often a wait looks at its deadlines
 SESSION_SECONDS = 600.0  # a session ends then, whatever happens
 CROWDED_SECONDS = 10.0  # longest silence while others wait, and for a TLS handshake
@@ -134,34 +133,54 @@ META_LINES = 32  # of one event
 
 
 # ─────────────────────────────────────── Socket communication ───────────────────────────────────────
-# TCP or standard input and output; knows of bytes, deadlines and turns, not of SMTP.
+# TCP or standard input and output; knows of bytes, lines, deadlines and turns, not of SMTP.
 
 
-class Stopped(BaseException):
-    """The program was asked to end while it waited."""
+class Stopped(Exception):
+    """The program was asked to end while a peer was served."""
 
 
-class StopSignal:
-    """The handler of SIGTERM and SIGINT: ends a wait at once, work only when it is done.
+class Server:
+    """Listens, and serves one peer at a time until `stop`, the handler of SIGTERM and SIGINT, is called."""
 
-    A context manager around every wait; raises Stopped out of it.
-    """
+    def __init__(self, listeners: Sequence[socket.socket] = (), timeout: float = 60.0):
+        self.listeners = listeners
+        self.timeout = timeout  # seconds: the longest silence of a peer
+        self.stopping = False
+        self.bell, self.ringer = socket.socketpair()  # becomes readable and so ends a `select`
 
-    asked = waiting = False
+    def stop(self, *_: object) -> None:
+        self.stopping = True
+        self.ringer.send(b"!")
 
-    def __call__(self, *_: object) -> None:
-        self.asked = True
-        if self.waiting:
-            raise Stopped
+    def crowded(self) -> bool:
+        """Whether others wait for their turn."""
+        return bool(self.listeners) and bool(select.select(self.listeners, [], [], 0)[0])
 
-    def __enter__(self) -> None:
-        self.waiting = True
-        if self.asked:
-            self.waiting = False
-            raise Stopped
+    def serve(self, attend: Callable[[Link], None], idle: Callable[[], None]) -> None:
+        """Attend to one peer after the other; `idle` is called about every second.
 
-    def __exit__(self, *_: object) -> None:
-        self.waiting = False
+        No trouble of one peer ends it, nor does running out of file descriptors.
+        """
+        while not self.stopping:
+            for listener in select.select([self.bell, *self.listeners], [], [], TICK_SECONDS)[0]:
+                if self.stopping:
+                    return
+                try:
+                    sock, address = listener.accept()
+                    set_tick(sock)
+                except (BlockingIOError, ConnectionError):
+                    continue  # it hung up while it waited
+                except OSError as error:
+                    log.error("cannot accept: %s", error)
+                    time.sleep(TICK_SECONDS / 10)
+                    continue
+                attend(Link(sock, address[0], self))
+            idle()
+
+    def close(self) -> None:
+        for sock in (*self.listeners, self.bell, self.ringer):
+            sock.close()
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -173,98 +192,120 @@ def listen(host: str, port: int) -> list[socket.socket]:
     missing = OSError("it has no address")
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     for family, address in dict.fromkeys((item[0], item[4]) for item in found):
-        taken = sockets[0].getsockname()[1] if sockets else port
-        both = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
-        where = (address[0], taken, *address[2:])
+        where = (address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:])
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
         try:
-            one = socket.create_server(where, family=family, backlog=BACKLOG, dualstack_ipv6=both)
+            sockets.append(socket.create_server(where, family=family, backlog=BACKLOG, dualstack_ipv6=both))
         except OSError as error:
+            if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+                raise
             missing = error
-            if error.errno in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
-                continue
-            close_all(sockets)
-            raise
-        one.setblocking(False)
-        sockets.append(one)
     if not sockets:
         raise missing
+    for sock in sockets:
+        sock.setblocking(False)
     return sockets
 
 
-def close_all(sockets: Sequence[socket.socket]) -> None:
-    for one in sockets:
-        one.close()
+def set_tick(sock: socket.socket) -> None:
+    """Let reads and writes come back every TICK_SECONDS; by the kernel's own timers, which cost no system call."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.settimeout(TICK_SECONDS if sys.platform == "win32" else None)
+    if sys.platform != "win32":
+        timeval = struct.pack("@ll", int(TICK_SECONDS), int(TICK_SECONDS % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+
+class Stdio:
+    """Standard input and output in place of a socket."""
+
+    def fileno(self) -> int:
+        return 0
+
+    def recv(self, count: int) -> bytes:
+        if sys.platform != "win32" and not select.select([0], [], [], TICK_SECONDS)[0]:
+            raise TimeoutError
+        return os.read(0, count)
+
+    def send(self, data: bytes) -> int:
+        return os.write(1, data)
+
+    def settimeout(self, seconds: float) -> None: ...
+    def shutdown(self, how: int) -> None: ...
+    def close(self) -> None: ...
 
 
 class Link:
-    """One peer: reads and writes that keep to wall-clock deadlines, however slowly the bytes drip."""
+    """One peer: reads and writes that keep to deadlines of the clock, however slowly the bytes drip.
+
+    They raise TimeoutError past a deadline, Stopped when the program is to end, OSError when the peer is gone.
+    """
 
     def __init__(
-        self, sock: socket.socket, address: str, stop: StopSignal, timeout: float, others_wait: Callable[[], bool]
+        self, sock: socket.socket | Stdio, address: str, server: Server, clock: Callable[[], float] = time.monotonic
     ):
-        self.sock = sock
-        self.address = address
-        self.stop = stop
-        self.timeout = timeout
-        self.others_wait = others_wait
-        self.since = time.monotonic()  # when the wait for the present line began
+        self.sock, self.address, self.server, self.clock = sock, address, server, clock
+        self.looks = sys.platform != "win32" or isinstance(sock, socket.socket)  # `select` knows no files there
+        self.since = clock()  # the last line came, or the present answer was ready
         self.ends = self.since + SESSION_SECONDS
-        set_tick(sock)
 
-    def receive(self) -> bytes:
-        """The next bytes, b"" at the end. Raises TimeoutError past a deadline, OSError when the peer is gone."""
-        with self.stop:
-            while True:
-                try:
-                    return self.sock.recv(RECV_BYTES)
-                except (BlockingIOError, TimeoutError):
-                    self.check()
-
-    def send(self, data: bytes) -> None:
-        """Send all. Raises like `receive`."""
-        with self.stop:
-            while data:
-                try:
-                    data = data[self.sock.send(data) :]
-                except (BlockingIOError, TimeoutError):
-                    self.check()
-
-    def last_words(self, data: bytes) -> None:
-        """Send what the peer takes at once."""
-        with contextlib.suppress(OSError):
-            self.sock.settimeout(0)
-            self.sock.send(data)
-
-    def check(self, progress: bool = False) -> None:
-        """Raise TimeoutError when the line or the session has lasted too long; `progress`: a new line begins."""
-        now = time.monotonic()
-        if progress:
-            self.since = now
+    def check(self, longest: float) -> None:
+        """Raise when the present wait is longer than that, or the session, or others wait too."""
+        now = self.clock()
         waited = now - self.since
-        if now > self.ends or waited > self.timeout or (waited > CROWDED_SECONDS and self.others_wait()):
+        if self.server.stopping:
+            raise Stopped
+        if now > self.ends or waited > longest or (waited > CROWDED_SECONDS and self.server.crowded()):
             raise TimeoutError
 
-    def early(self) -> bool:
-        """Whether the peer has sent something that has not been read."""
-        return bool(select.select([self.sock], [], [], 0)[0])
+    def receive(self) -> bytes:
+        """The next bytes, b"" at the end."""
+        while True:
+            self.check(self.server.timeout)
+            try:
+                data = self.sock.recv(RECV_BYTES)
+            except (BlockingIOError, TimeoutError):
+                continue
+            if b"\n" in data:
+                self.since = self.clock()
+            return data
+
+    def early(self) -> bytes:
+        """What the peer has sent before its turn, mostly b""."""
+        if self.looks and select.select([self.sock], [], [], 0)[0]:
+            with contextlib.suppress(BlockingIOError, TimeoutError):
+                return self.sock.recv(RECV_BYTES)
+        return b""
+
+    def send(self, data: bytes) -> None:
+        """Send all."""
+        self.since = self.clock()
+        while data:
+            try:
+                data = data[self.sock.send(data) :]
+            except (BlockingIOError, TimeoutError):
+                self.check(self.server.timeout)
+        self.since = self.clock()
 
     def start_tls(self, context: ssl.SSLContext) -> None:
-        """Shake hands. Raises OSError when that fails or takes too long."""
+        """Shake hands."""
+        assert isinstance(self.sock, socket.socket)
         self.sock.settimeout(TICK_SECONDS)
         self.sock = secure = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        ends = time.monotonic() + CROWDED_SECONDS
-        with self.stop:
-            while True:
-                try:
-                    return secure.do_handshake()
-                except TimeoutError:
-                    if time.monotonic() > ends:
-                        raise
+        while True:
+            try:
+                return secure.do_handshake()
+            except TimeoutError:
+                self.check(CROWDED_SECONDS)
 
-    def close(self, unread: bool) -> None:
-        """Close; with input that is `unread` a plain close would reset the connection and destroy the last answer."""
+    def close(self, last_words: bytes) -> None:
+        """Send what the peer takes at once, and close. Closing on unread input would destroy the last answer."""
         with contextlib.suppress(OSError):
-            if unread and self.early():
+            self.sock.settimeout(0)
+            if last_words:
+                self.sock.send(last_words)
+            if self.early():
                 self.sock.shutdown(socket.SHUT_WR)
                 self.sock.settimeout(LINGER_SECONDS)
                 ends = time.monotonic() + LINGER_SECONDS
@@ -273,123 +314,28 @@ class Link:
         self.sock.close()
 
 
-class StdioLink(Link):
-    """Standard input and output in place of a connection."""
-
-    def __init__(self, stop: StopSignal):
-        self.stop = stop
-        self.address = "127.0.0.1"
-
-    def receive(self) -> bytes:
-        with self.stop:
-            return os.read(0, RECV_BYTES)
-
-    def send(self, data: bytes) -> None:
-        with self.stop:
-            while data:
-                data = data[os.write(1, data) :]
-
-    def last_words(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):
-            os.write(1, data)
-
-    def check(self, progress: bool = False) -> None:
-        pass
-
-    def early(self) -> bool:
-        return sys.platform != "win32" and bool(select.select([0], [], [], 0)[0])
-
-    def start_tls(self, context: ssl.SSLContext) -> None:
-        raise OSError("no TLS on standard input")
-
-    def close(self, unread: bool) -> None:
-        pass
-
-
-def set_tick(sock: socket.socket) -> None:
-    """Let reads and writes come back every TICK_SECONDS; by the kernel's own timers, which cost no system call."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if sys.platform == "win32":
-        sock.settimeout(TICK_SECONDS)
-        return
-    sock.setblocking(True)
-    timeval = struct.pack("@ll", int(TICK_SECONDS), int(TICK_SECONDS % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-
-
-def serve(
-    listeners: list[socket.socket],
-    stop: StopSignal,
-    timeout: float,
-    attend: Callable[[Link], None],
-    idle: Callable[[], None],
-) -> None:
-    """Serve one peer after the other until the stop signal; `idle` is called about every second.
-
-    No trouble of one peer ends it, nor does running out of file descriptors.
-    """
-
-    def others_wait() -> bool:
-        return bool(select.select(listeners, [], [], 0)[0])
-
-    with contextlib.suppress(Stopped):
-        while True:
-            with stop:
-                ready = select.select(listeners, [], [], TICK_SECONDS)[0]
-            for listener in ready:
-                try:
-                    sock, address = listener.accept()
-                    link = Link(sock, address[0], stop, timeout, others_wait)
-                except (BlockingIOError, ConnectionError):
-                    continue  # it hung up while it waited
-                except OSError as error:
-                    log.error("cannot accept: %s", error)
-                    time.sleep(TICK_SECONDS / 10)
-                    continue
-                attend(link)
-            idle()
-
-
 def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes], tls: ssl.SSLContext | None) -> None:
-    """Carry one session from its greeting to its end. Raises Stopped alone."""
-    lines = 0
+    """Carry one session from its greeting to its end."""
     try:
         while (event := session.next_event()) is not CLOSED:
-            link.check(progress=session.lines != lines)
-            lines = session.lines
-            take_turn(event, link, session, deliver, tls)
+            if event is NEED_DATA:
+                session.receive(link.receive())
+            elif event is START_TLS and tls:
+                link.start_tls(tls)
+                session.tls_started()
+            elif not session.honest and (early := link.early()):
+                session.receive(early)
+            elif isinstance(event, Mail):
+                session.complete(deliver(event))
+            else:
+                link.send(session.take_reply())
     except TimeoutError:
         session.abort(TIMED_OUT)
     except Stopped:
         session.abort(SHUTTING_DOWN)
-        raise
     except OSError as error:
         log.info("%s is gone: %s", link.address, error)
-    finally:
-        if session.reply_due:
-            link.last_words(session.take_reply())
-        link.close(session.unread)
-
-
-def take_turn(
-    event: Mail | Signal, link: Link, session: Session, deliver: Callable[[Mail], bytes], tls: ssl.SSLContext | None
-) -> None:
-    """Do what the session asks for; what the peer sent before its turn is shown to the session first."""
-    if event is REPLY:
-        if not session.honest and link.early():
-            session.receive(link.receive())
-        link.send(session.take_reply())
-    elif event is NEED_DATA:
-        session.receive(link.receive())
-    elif event is START_TLS and tls is not None:
-        link.start_tls(tls)
-        session.tls_started()
-    elif isinstance(event, Mail):
-        if link.early():
-            session.receive(link.receive())
-        if session.state is State.WAITING:
-            session.complete(deliver(event))
+    link.close(session.take_reply())
 
 
 # ───────────────────────────────────────── E-mail encoding ──────────────────────────────────────────
@@ -593,94 +539,6 @@ class State(enum.IntEnum):
     CLOSED = enum.auto()
 
 
-def _reply(text: str) -> bytes:
-    return text.encode("ascii") + b"\r\n"
-
-
-OK = _reply("250 2.0.0 OK")
-SENDER_OK = _reply("250 2.1.0 sender OK")
-RECIPIENT_OK = _reply("250 2.1.5 recipient OK")
-ACCEPTED = _reply("250 2.6.0 accepted")
-CANNOT_VERIFY = _reply("252 2.5.0 cannot verify, send it and see")
-GOODBYE = _reply("221 2.0.0 goodbye")
-HELP = _reply("214 2.0.0 HELO EHLO AUTH STARTTLS MAIL RCPT DATA RSET NOOP VRFY HELP QUIT")
-READY_FOR_TLS = _reply("220 2.0.0 ready for TLS")
-LOGGED_IN = _reply("235 2.7.0 logged in")
-ASK_USER = _reply("334 VXNlcm5hbWU6")
-ASK_PASSWORD = _reply("334 UGFzc3dvcmQ6")
-ASK_PLAIN = _reply("334 ")
-START_MAIL = _reply("354 end the mail with <CRLF>.<CRLF>")
-TIMED_OUT = _reply("421 4.4.2 too slow, goodbye")
-SHUTTING_DOWN = _reply("421 4.3.2 shutting down")
-TOO_MANY_ERRORS = _reply("421 4.7.0 too many errors, goodbye")
-ENDLESS_LINE = _reply("421 4.7.0 that line does not end, goodbye")
-DISK_FULL = _reply("452 4.3.1 no room left here, try again later")
-FAILED = _reply("451 4.3.0 that went wrong here, try again later")
-TOO_MANY_RECIPIENTS = _reply(f"452 4.5.3 no more than {RECIPIENTS} recipients")
-NO_TLS = _reply("454 4.7.0 TLS is not available")
-LINE_TOO_LONG = _reply("500 5.5.2 line too long")
-BARE_LF = _reply("500 5.5.2 lines end with CR LF, not with LF alone")
-UNKNOWN_COMMAND = _reply("500 5.5.2 command not recognised")
-ANSWER_TOO_LONG = _reply("500 5.5.6 answer too long")
-BAD_CHARACTERS = _reply("501 5.5.2 no control or 8-bit characters in commands")
-BAD_BASE64 = _reply("501 5.5.2 that is not Base64")
-BAD_ARGUMENT = _reply("501 5.5.4 wrong argument")
-BAD_ADDRESS = _reply("501 5.1.7 an address looks like <name@example.com>")
-CANCELLED = _reply("501 5.7.0 login cancelled")
-NOT_IMPLEMENTED = _reply("502 5.5.1 not implemented")
-OUT_OF_ORDER = _reply("503 5.5.1 not now: HELO or EHLO, then MAIL, RCPT, DATA")
-ALREADY = _reply("503 5.5.1 that was done already")
-UNKNOWN_MECHANISM = _reply("504 5.5.4 LOGIN, PLAIN or CRAM-MD5")
-LOGIN_FIRST = _reply("530 5.7.0 log in first")
-WRONG_LOGIN = _reply("535 5.7.8 user or password is wrong")
-TLS_FIRST = _reply("538 5.7.11 this login needs TLS")
-NO_MAILBOX = _reply("550 5.1.1 no such mailbox, and nothing is relayed")
-BARE_BYTES = _reply("550 5.5.2 a bare CR, bare LF or NUL in the mail")
-TWO_SUBJECTS = _reply("550 5.5.2 more than one Subject")
-CANNOT_PARSE = _reply("550 5.6.0 the mail cannot be read")
-TOO_BIG = _reply("552 5.3.4 the mail is too big")
-EIGHT_BIT_ADDRESS = _reply("553 5.6.7 an address is plain ASCII here")
-READ_ONLY = _reply("550 5.7.1 your network may only read")
-NOT_SIGNED = _reply("550 5.7.1 this command needs a signature")
-BAD_SIGNATURE = _reply("550 5.7.1 the signature is wrong, used or out of date")
-NO_SERVICE = _reply("554 5.7.1 this device does not talk to your network")
-TOO_EARLY = _reply("554 5.5.0 input before its turn, goodbye")
-UNKNOWN_PARAMETER = _reply("555 5.5.4 parameter not recognised")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a receiver allows; one for all its sessions."""
-
-    hostname: str
-    max_mail: int  # bytes
-    mailbox: Callable[[str], bool]  # whether mail for this address is taken
-    user: bytes = b""  # set: AUTH before MAIL
-    password: bytes = field(default=b"", repr=False)
-    any_login: bool = False  # every login passes
-    tls: bool = False  # STARTTLS is offered
-    lenient: bool = False  # for old cameras: bare CR and LF in a mail, AUTH after HELO, an early QUIT
-
-
-@dataclass(slots=True)
-class Mail:
-    """A mail that has arrived whole: the envelope and the content."""
-
-    sender: str  # "" is the null sender
-    recipients: list[str]
-    chunks: Sequence[bytes | bytearray]  # the content as it came, with its final dot
-    size: int  # bytes of it without the dot line
-    mend: bool = False  # bare CR and LF are to be read as line ends
-
-    def content(self) -> bytes:
-        """The content, dots unstuffed."""
-        data = b"".join(self.chunks)[:-3]
-        if data.startswith(b"."):
-            data = data[1:]
-        data = data.replace(b"\r\n.", b"\r\n")
-        return re.sub(rb"\r\n|\r|\n", b"\r\n", data) if self.mend else data
-
-
 class Signal(enum.Enum):
     REPLY = enum.auto()  # send what `take_reply` gives
     NEED_DATA = enum.auto()
@@ -689,60 +547,91 @@ class Signal(enum.Enum):
 
 
 REPLY, NEED_DATA, START_TLS, CLOSED = Signal
-END_OF_MAIL = b"\r\n.\r\n"
+
+READY_FOR_TLS = b"220 2.0.0 ready for TLS\r\n"
+GOODBYE = b"221 2.0.0 goodbye\r\n"
+LOGGED_IN = b"235 2.7.0 logged in\r\n"
+OK = b"250 2.0.0 OK\r\n"
+SENDER_OK = b"250 2.1.0 sender OK\r\n"
+RECIPIENT_OK = b"250 2.1.5 recipient OK\r\n"
+ACCEPTED = b"250 2.6.0 accepted\r\n"
+CANNOT_VERIFY = b"252 2.5.0 cannot verify, send it and see\r\n"
+HELP = b"214 2.0.0 HELO EHLO AUTH STARTTLS MAIL RCPT DATA RSET NOOP VRFY HELP QUIT\r\n"
+ASK_USER = b"334 VXNlcm5hbWU6\r\n"
+ASK_PASSWORD = b"334 UGFzc3dvcmQ6\r\n"
+ASK_PLAIN = b"334 \r\n"
+START_MAIL = b"354 end the mail with <CRLF>.<CRLF>\r\n"
+SHUTTING_DOWN = b"421 4.3.2 shutting down\r\n"
+TIMED_OUT = b"421 4.4.2 too slow, goodbye\r\n"
+TOO_MANY_ERRORS = b"421 4.7.0 too many errors, goodbye\r\n"
+ENDLESS_LINE = b"421 4.7.0 that line does not end, goodbye\r\n"
+FAILED = b"451 4.3.0 that went wrong here, try again later\r\n"
+DISK_FULL = b"452 4.3.1 no room left here, try again later\r\n"
+TOO_MANY_RECIPIENTS = b"452 4.5.3 no more recipients, please\r\n"
+NO_TLS = b"454 4.7.0 TLS is not available\r\n"
+LINE_TOO_LONG = b"500 5.5.2 line too long\r\n"
+BARE_LF = b"500 5.5.2 lines end with CR LF, not with LF alone\r\n"
+UNKNOWN_COMMAND = b"500 5.5.2 command not recognised\r\n"
+ANSWER_TOO_LONG = b"500 5.5.6 answer too long\r\n"
+BAD_ADDRESS = b"501 5.1.7 an address looks like <name@example.com>\r\n"
+BAD_CHARACTERS = b"501 5.5.2 no control or 8-bit characters in commands\r\n"
+BAD_BASE64 = b"501 5.5.2 that is not Base64\r\n"
+BAD_ARGUMENT = b"501 5.5.4 wrong argument\r\n"
+CANCELLED = b"501 5.7.0 login cancelled\r\n"
+NOT_IMPLEMENTED = b"502 5.5.1 not implemented\r\n"
+OUT_OF_ORDER = b"503 5.5.1 not now: HELO or EHLO, then MAIL, RCPT, DATA\r\n"
+ALREADY = b"503 5.5.1 that was done already\r\n"
+UNKNOWN_MECHANISM = b"504 5.5.4 LOGIN, PLAIN or CRAM-MD5\r\n"
+LOGIN_FIRST = b"530 5.7.0 log in first\r\n"
+WRONG_LOGIN = b"535 5.7.8 user or password is wrong\r\n"
+TLS_FIRST = b"538 5.7.11 this login needs TLS\r\n"
+NO_MAILBOX = b"550 5.1.1 no such mailbox, and nothing is relayed\r\n"
+BARE_BYTES = b"550 5.5.2 a bare CR, bare LF or NUL in the mail\r\n"
+TWO_SUBJECTS = b"550 5.5.2 more than one Subject\r\n"
+CANNOT_PARSE = b"550 5.6.0 the mail cannot be read\r\n"
+READ_ONLY = b"550 5.7.1 your network may only read\r\n"
+NOT_SIGNED = b"550 5.7.1 this command needs a signature\r\n"
+BAD_SIGNATURE = b"550 5.7.1 the signature is wrong, used or out of date\r\n"
+TOO_BIG = b"552 5.3.4 the mail is too big\r\n"
+EIGHT_BIT_ADDRESS = b"553 5.6.7 an address is plain ASCII here\r\n"
+TOO_EARLY = b"554 5.5.0 input before its turn, goodbye\r\n"
+NO_SERVICE = b"554 5.7.1 this device does not talk to your network\r\n"
+UNKNOWN_PARAMETER = b"555 5.5.4 parameter not recognised\r\n"
 
 
-class Content:
-    """The content of one mail on its way in: found its end, counted, gathered; no byte is looked at line by line."""
+@dataclass(frozen=True)
+class Rules:
+    """What a receiver allows; one for all its sessions."""
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.chunks: list[bytes | bytearray] = []
-        self.tail = b"\r\n"  # the last bytes so far: the end may lie across a border
-        self.size = self.crs = self.lfs = self.crlfs = 0
-        self.nul = False
+    hostname: str
+    max_mail: int  # bytes
+    mailbox: Callable[[str], bool] = lambda address: True  # whether mail for this address is taken
+    user: bytes = b""  # set: AUTH before MAIL
+    password: bytes = field(default=b"", repr=False)
+    any_login: bool = False  # every login passes
+    tls: bool = False  # STARTTLS is offered
+    lenient: bool = False  # for old cameras: bare CR and LF in a mail, AUTH after HELO, an early QUIT
 
-    def feed(self, data: bytes) -> bytes | None:
-        """Take `data`. Returns what follows the end of the mail, None when the end has not come."""
-        tail = self.tail
-        end = (tail + data[:4]).find(END_OF_MAIL)
-        if end >= 0:
-            end += len(END_OF_MAIL) - len(tail)
-        elif (end := data.find(END_OF_MAIL)) >= 0:
-            end += len(END_OF_MAIL)
-        rest = None
-        if end >= 0:
-            data, rest = data[:end], data[end:]
-        self.crlfs += data.count(b"\r\n") + (data[:1] == b"\n" and tail[-1:] == b"\r")
-        self.crs += data.count(b"\r")
-        self.lfs += data.count(b"\n")
-        self.nul = self.nul or b"\0" in data
-        self.tail = data[-4:] if len(data) >= 4 else (tail + data)[-4:]
-        self.size += len(data)
-        if self.size > self.limit + 3:
-            self.chunks.clear()
-        elif len(data) < SMALL_BYTES and self.chunks:  # a mail that drips in must not become millions of objects
-            if not isinstance(self.chunks[-1], bytearray):
-                self.chunks.append(bytearray())
-            self.chunks[-1] += data
-        else:
-            self.chunks.append(data)
-        return rest
 
-    def fault(self, lenient: bool) -> bytes:
-        """The refusal that the whole content deserves, or b""."""
-        if self.size > self.limit + 3:
-            return TOO_BIG
-        if self.nul or not (lenient or self.crs == self.lfs == self.crlfs):
-            return BARE_BYTES
-        return b""
+class Mail(NamedTuple):
+    """A mail that has arrived whole."""
+
+    sender: str  # "" is the null sender
+    recipients: list[str]
+    data: bytes | bytearray  # as it came, without the final dot
+    mend: bool = False  # bare CR and LF are to be read as line ends
+
+    def content(self) -> bytes:
+        """The content, dots unstuffed."""
+        data = bytes(self.data).removeprefix(b".").replace(b"\r\n.", b"\r\n")
+        return re.sub(rb"\r\n|\r|\n", b"\r\n", data) if self.mend else data
 
 
 class Session:
     """One SMTP session without input or output.
 
-    Feed it with `receive`, ask `next_event`, send what `take_reply` gives. A Mail event wants `complete`,
-    START_TLS wants `tls_started`.
+    Feed it with `receive`, ask `next_event`, send what `take_reply` gives. A Mail wants `complete`, START_TLS wants
+    `tls_started`.
     """
 
     def __init__(
@@ -751,64 +640,50 @@ class Session:
         self.rules = rules
         self.private = private  # over loopback or TLS: a password may be said
         self.trace = trace
-        self.secure = False
-        self.lines = 0  # complete lines so far, of commands and of mails
-        self.honest = False  # the reply that is due says what was done: it stands, whatever comes in
+        self.honest = False  # the reply that is due tells what was done: it stands, whatever comes in
         self.state = State.START
-        self._buffer = b""
-        self._ended = False
-        self._skipped = 0
-        self._errors = 0
-        self._esmtp = False
         self.user: bytes | None = None
+        self._secure = self._esmtp = self._ended = False
+        self._buffer = b""
+        self._skipped = self._errors = 0
         self._answer: Step = Session._login
         self._challenge = b""
         self._forget_mail()
+        self._mail_due = Mail("", [], b"")
         self._reply = b"220 %s ESMTP\r\n" % rules.hostname.encode("ascii", "replace")
         if refused:
             self._settle(NO_SERVICE, State.CLOSED)
 
     # What the socket side calls
 
-    @property
-    def reply_due(self) -> bool:
-        return bool(self._reply)
-
-    @property
-    def unread(self) -> bool:
-        """Whether the session ended with the peer perhaps still talking."""
-        return not self._ended and not self._reply.startswith(b"221")
-
     def take_reply(self) -> bytes:
-        """The reply to send now; the turn is the peer's then."""
+        """The reply to send now, b"" when none is due; then it is the peer's turn."""
         reply, self._reply, self.honest = self._reply, b"", False
         if self.trace:
-            for line in reply.decode("ascii").splitlines():
-                self.trace("S: " + _explained(line))
+            for line in reply.splitlines():
+                self.trace(f"S: 334 {shown(line[4:])}" if line[:4] == b"334 " else f"S: {line.decode('ascii')}")
         return reply
 
     def receive(self, data: bytes) -> None:
         """Take the next bytes, b"" at the end. Bytes before their turn end the session."""
         if not data:
             self._ended = True
-        elif self.state is State.CLOSED:
-            pass
-        elif (self._reply or self.state is State.WAITING) and not self._may_be_early(data):
-            self._refuse_early()
-        else:
+        elif self._reply or self.state is State.WAITING:
+            self._take_early(data)
+        elif self.state is not State.CLOSED:
             self._buffer += data
 
     def next_event(self) -> Mail | Signal:
         """What there is to do now: send a reply, read on, answer a Mail, shake hands or close."""
+        if not self._reply and self._buffer and self.state < State.WAITING:
+            self._read_content() if self.state is State.CONTENT else self._read_line()
         if self._reply:
             return REPLY
-        if self.state is State.CLOSED:
-            return CLOSED
+        if self.state is State.WAITING:
+            return self._mail_due
         if self.state is State.HANDSHAKE:
             return START_TLS
-        if not self._buffer:
-            return CLOSED if self._ended else NEED_DATA
-        return self._read_content() if self.state is State.CONTENT else self._read_line()
+        return CLOSED if self._ended or self.state is State.CLOSED else NEED_DATA
 
     def complete(self, reply: bytes) -> None:
         """Give the application's answer to the mail; MAIL is needed before the next one."""
@@ -821,81 +696,76 @@ class Session:
         self._buffer = b""
         self._esmtp = False
         self.user = None
-        self._forget_mail()
-        self.secure = self.private = True
+        self._secure = self.private = True
         self.state = State.START
 
     def abort(self, reply: bytes) -> None:
         """End the session with `reply`, unless one is due that must be heard."""
         if not self.honest:
             self._reply = reply
+        self.honest = True
         self.state = State.CLOSED
 
     # Lines and content
 
-    def _read_line(self) -> Signal | Mail:
+    def _read_line(self) -> None:
         buffer = self._buffer
         end = buffer.find(b"\n") + 1
-        longest = AUTH_LINE_BYTES if self.state is State.CREDENTIALS or buffer[:4].upper() == b"AUTH" else LINE_BYTES
+        answering = self.state is State.CREDENTIALS
+        longest = AUTH_LINE_BYTES if answering or buffer[:4].upper() == b"AUTH" else LINE_BYTES
         if not end:
             if len(buffer) > longest + 1 or self._skipped:
                 self._skipped += len(buffer)
                 self._buffer = buffer[-1:]
                 if self._skipped > SKIPPED_BYTES:
                     self.abort(ENDLESS_LINE)
-                    return self.next_event()
-            return CLOSED if self._ended else NEED_DATA
+            return
         line, self._buffer = buffer[:end], buffer[end:]
-        self.lines += 1
         if self._skipped or end > longest + 2:
             self._skipped = 0
-            answering = self.state is State.CREDENTIALS
-            self._settle(ANSWER_TOO_LONG if answering else LINE_TOO_LONG, State.READY if answering else self.state)
+            self._settle(*(ANSWER_TOO_LONG, State.READY) if answering else (LINE_TOO_LONG, self.state))
         elif line[-2:] != b"\r\n":
             self._settle(BARE_LF, self.state)
         else:
             self._settle(*self._obey(line[:-2]))
-        if self._buffer and not self._may_be_early(self._buffer):
-            self._refuse_early()
-        return self.next_event()
+        if self._buffer:
+            self._take_early()
 
-    def _read_content(self) -> Signal | Mail:
-        data, self._buffer = self._buffer, b""
-        content = self._content
-        before = content.lfs
-        rest = content.feed(data)
-        self.lines += content.lfs - before
-        if rest is None:
-            if content.size > 4 * self.rules.max_mail + SKIPPED_BYTES:
-                self.abort(TOO_BIG)
-            return self.next_event()
-        if self.trace:
-            self.trace(f"C: ({content.size} bytes of mail)")
-        self._buffer = rest
-        if rest and not self._may_be_early(rest):
-            self._refuse_early()
-            return REPLY
-        self.state = State.WAITING
-        if fault := content.fault(self.rules.lenient):
-            self.complete(fault)
-            return REPLY
-        return Mail(
-            self._sender,
-            self._recipients,
-            content.chunks,
-            content.size - 3,
-            self.rules.lenient and not content.crs == content.lfs == content.crlfs,
-        )
-
-    def _may_be_early(self, data: bytes) -> bool:
-        """Nothing may; but some cameras send QUIT with the final dot, and everybody's QUIT is answered."""
-        return self.state is State.CLOSED or (self.rules.lenient and data.upper() == b"QUIT\r\n")
-
-    def _refuse_early(self) -> None:
+    def _read_content(self) -> None:
+        content, before = self._content, max(0, len(self._content) - 4)
+        content += self._buffer
         self._buffer = b""
-        if not (self.honest and self._reply):
-            self._reply = TOO_EARLY
-        self.state = State.CLOSED
+        end = content.find(END_OF_MAIL, before)
+        if end < 0:
+            if len(content) > self.rules.max_mail + 8:  # the first two and the last four may not count
+                self._lost += len(content) - 4
+                del content[:-4]
+                if self._lost > 4 * self.rules.max_mail + SKIPPED_BYTES:
+                    self.abort(TOO_BIG)
+            return
+        self._buffer = bytes(content[end + 5 :])
+        del content[end + 2 :], content[:2]
+        if self.trace:
+            self.trace(f"C: ({len(content)} bytes of mail)")
+        if self._buffer:
+            self._take_early()
+        bare = not content.count(b"\r\n") == content.count(b"\r") == content.count(b"\n")
+        if self.state is State.CLOSED:
+            return
+        if self._lost or len(content) > self.rules.max_mail:
+            self.complete(TOO_BIG)
+        elif b"\0" in content or (bare and not self.rules.lenient):
+            self.complete(BARE_BYTES)
+        else:
+            self.state = State.WAITING
+            self._mail_due = Mail(self._sender, self._recipients, content, bare)
+
+    def _take_early(self, data: bytes = b"") -> None:
+        """Input before its turn ends the session; but some cameras send QUIT with the final dot."""
+        self._buffer += data
+        if not (self.rules.lenient and self._buffer.upper() == b"QUIT\r\n"):
+            self._buffer = b""
+            self.abort(TOO_EARLY)
 
     def _settle(self, reply: bytes, state: State) -> None:
         """The one place where the state moves and a reply becomes due."""
@@ -905,35 +775,48 @@ class Session:
                 reply, state = TOO_MANY_ERRORS, State.CLOSED
         self._reply = reply
         self.state = state
+        self.honest = state is State.CLOSED
 
     def _forget_mail(self) -> None:
         self._sender = ""
         self._recipients: list[str] = []
-        self._content = Content(self.rules.max_mail)
+        self._content = bytearray(b"\r\n")  # the end of DATA's line: a mail may begin with its final dot
+        self._lost = 0  # bytes of a mail that is too big
 
     def _obey(self, line: bytes) -> tuple[bytes, State]:
         """The reply to one line and the state after it."""
         state = self.state
-        if state is State.CREDENTIALS:
-            if self.trace:
-                self.trace("C: " + _masked(line, self._answer is Session._login))
-            reply = self._step(line)
-            return reply, AFTER_REPLY.get(reply[:3], State.READY)
         verb, _, argument = line.partition(b" ")
         verb = verb.upper()
         if self.trace:
-            self.trace("C: " + _shown(line))
+            self._trace_line(line, verb, argument)
+        if state is State.CREDENTIALS:
+            reply = self._step(line)
+            return reply, state if reply.startswith(b"334") else State.READY
         command = VERBS.get(verb)
         if line.translate(None, COMMAND_BYTES):
             eight_bit = verb in {b"MAIL", b"RCPT"} and not line.isascii()
             return (EIGHT_BIT_ADDRESS if eight_bit else BAD_CHARACTERS if command else UNKNOWN_COMMAND), state
         if command is None:
             return UNKNOWN_COMMAND, state
-        after = command.moves.get(state)
-        if after is None:
+        act, moves = command
+        if state not in moves:
             return OUT_OF_ORDER, state
-        reply = command.act(self, argument)
-        return reply, (AFTER_REPLY.get(reply[:3], after) if reply < b"4" else state)
+        reply = act(self, argument)
+        if reply.startswith(b"334"):
+            return reply, State.CREDENTIALS
+        return reply, moves[state] if reply < b"4" else state
+
+    def _trace_line(self, line: bytes, verb: bytes, argument: bytes) -> None:
+        assert self.trace is not None
+        mechanism, _, initial = argument.partition(b" ")
+        if self.state is State.CREDENTIALS:
+            self.trace("C: " + shown(line, secret=self._answer is not Session._login))
+        elif verb == b"AUTH" and initial:
+            said = shown(initial, secret=mechanism.upper() != b"LOGIN")
+            self.trace(f"C: AUTH {mechanism.decode('ascii', 'replace')} {said}")
+        else:
+            self.trace("C: " + line.decode("ascii", "backslashreplace"))
 
     # The verbs: each returns its reply, and changes something only when that is positive
 
@@ -945,26 +828,21 @@ class Session:
         words = [self.rules.hostname]
         if esmtp:
             words += [f"SIZE {self.rules.max_mail}", "8BITMIME", "ENHANCEDSTATUSCODES"]
-            if self._mechanisms():
-                words.append("AUTH " + " ".join(self._mechanisms()))
-            if self.rules.tls and not self.secure:
-                words.append("STARTTLS")
-            words.append("HELP")
-        lines = [f"250-{word}" for word in words[:-1]] + [f"250 {words[-1]}"]
-        return _reply("\r\n".join(lines))
+            words += ["AUTH " + " ".join(self._mechanisms())] if self._mechanisms() else []
+            words += ["STARTTLS"] if self.rules.tls and not self._secure else []
+            words += ["HELP"]
+        *first, last = words
+        return ("".join(f"250-{word}\r\n" for word in first) + f"250 {last}\r\n").encode("ascii")
 
     def _mechanisms(self) -> list[str]:
         if not (self.rules.user or self.rules.any_login):
             return []
-        clear = self.private or self.rules.lenient
-        return ["LOGIN", "PLAIN", "CRAM-MD5"] if clear else ["CRAM-MD5"]
+        return ["LOGIN", "PLAIN", "CRAM-MD5"] if self.private or self.rules.lenient else ["CRAM-MD5"]
 
     def _starttls(self, argument: bytes) -> bytes:
         if argument:
             return BAD_ARGUMENT
-        if not self.rules.tls:
-            return NO_TLS
-        return ALREADY if self.secure else READY_FOR_TLS
+        return NO_TLS if not self.rules.tls else ALREADY if self._secure else READY_FOR_TLS
 
     def _mail(self, argument: bytes) -> bytes:
         if self.rules.user and self.user is None:
@@ -972,19 +850,17 @@ class Session:
         path = MAIL_PATH.fullmatch(argument)
         if path is None:
             return BAD_ADDRESS
-        if path[3] is not None and (refusal := self._check_parameters(path[3])):
+        if path[3] and (refusal := self._check_parameters(path[3].upper().split())):
             return refusal
         self._sender = _address(path)
         return SENDER_OK
 
-    def _check_parameters(self, parameters: bytes) -> bytes:
+    def _check_parameters(self, parameters: Sequence[bytes]) -> bytes:
         """The refusal that the parameters of MAIL deserve, or b""."""
-        seen = set()
-        for parameter in parameters.split():
-            name, equals, value = parameter.upper().partition(b"=")
-            if name in seen:
-                return BAD_ARGUMENT
-            seen.add(name)
+        if len({parameter.partition(b"=")[0] for parameter in parameters}) < len(parameters):
+            return BAD_ARGUMENT
+        for parameter in parameters:
+            name, _, value = parameter.partition(b"=")
             if name == b"SIZE":
                 if not re.fullmatch(rb"[0-9]{1,20}", value):
                     return BAD_ARGUMENT
@@ -993,7 +869,7 @@ class Session:
             elif name == b"BODY":
                 if value not in {b"7BIT", b"8BITMIME"}:
                     return BAD_ARGUMENT
-            elif name != b"AUTH" or not equals or not self._mechanisms():
+            elif name != b"AUTH" or not value or not self._mechanisms():
                 return UNKNOWN_PARAMETER
         return b""
 
@@ -1001,7 +877,7 @@ class Session:
         path = RCPT_PATH.fullmatch(argument)
         if path is None:
             return BAD_ADDRESS
-        if path[3] is not None:
+        if path[3]:
             return UNKNOWN_PARAMETER
         address = _address(path)
         if not self.rules.mailbox(address):
@@ -1011,23 +887,19 @@ class Session:
         self._recipients.append(address)
         return RECIPIENT_OK
 
-    def _data(self, argument: bytes) -> bytes:
-        return BAD_ARGUMENT if argument else START_MAIL
-
     def _rset(self, argument: bytes) -> bytes:
         if argument:
             return BAD_ARGUMENT
         self._forget_mail()
         return OK
 
-    def _vrfy(self, argument: bytes) -> bytes:
-        return CANNOT_VERIFY if argument else BAD_ARGUMENT
-
     # AUTH (RFC 4954): a mechanism is its first step, which says what the next step is
 
     def _auth(self, argument: bytes) -> bytes:
-        if not self._mechanisms() or not (self._esmtp or self.rules.lenient):
-            return NOT_IMPLEMENTED if not self._mechanisms() else OUT_OF_ORDER
+        if not self._mechanisms():
+            return NOT_IMPLEMENTED
+        if not (self._esmtp or self.rules.lenient):
+            return OUT_OF_ORDER
         if self.user is not None:
             return ALREADY
         mechanism, _, initial = argument.partition(b" ")
@@ -1038,7 +910,7 @@ class Session:
             return UNKNOWN_MECHANISM
         if mechanism.upper().decode() not in self._mechanisms():
             return TLS_FIRST
-        self._answer = first
+        self._answer, self._challenge = first, b""
         return self._step(initial) if initial else first(self, None)
 
     def _step(self, line: bytes) -> bytes:
@@ -1069,7 +941,6 @@ class Session:
             return BAD_ARGUMENT  # CRAM-MD5 has no initial response
         user, _, digest = answer.rpartition(b" ")
         proof = hmac.new(self.rules.password, self._challenge, "md5").hexdigest().encode()
-        self._challenge = b""
         return self._enter(user, digest.lower(), proof)
 
     def _enter(self, user: bytes, proof: bytes, expected: bytes | None = None) -> bytes:
@@ -1082,34 +953,29 @@ class Session:
         return LOGGED_IN
 
 
+END_OF_MAIL = b"\r\n.\r\n"
 Step = Callable[[Session, bytes | None], bytes]
 MECHANISMS: dict[bytes, Step] = {b"LOGIN": Session._login, b"PLAIN": Session._plain, b"CRAM-MD5": Session._cram}
 
-
-class Verb(NamedTuple):
-    act: Callable[[Session, bytes], bytes]
-    moves: dict[State, State]  # from a state in which the verb is allowed to the one after a positive reply
-
-
 _ANY = (State.START, State.READY, State.SENDER, State.RECIPIENT)
 _STAY = {state: state for state in _ANY}
-_TO_READY = {state: State.READY for state in _ANY}
-VERBS = {
-    b"HELO": Verb(lambda session, argument: session._greet(argument, False), _TO_READY),
-    b"EHLO": Verb(lambda session, argument: session._greet(argument, True), _TO_READY),
-    b"AUTH": Verb(Session._auth, {State.READY: State.READY}),
-    b"STARTTLS": Verb(Session._starttls, {State.READY: State.HANDSHAKE}),
-    b"MAIL": Verb(Session._mail, {State.READY: State.SENDER}),
-    b"RCPT": Verb(Session._rcpt, {State.SENDER: State.RECIPIENT, State.RECIPIENT: State.RECIPIENT}),
-    b"DATA": Verb(Session._data, {State.RECIPIENT: State.CONTENT}),
-    b"RSET": Verb(Session._rset, _TO_READY | {State.START: State.START}),
-    b"NOOP": Verb(lambda session, argument: OK, _STAY),
-    b"VRFY": Verb(Session._vrfy, _STAY),
-    b"EXPN": Verb(lambda session, argument: NOT_IMPLEMENTED, _STAY),
-    b"HELP": Verb(lambda session, argument: HELP, _STAY),
-    b"QUIT": Verb(lambda session, argument: GOODBYE, {state: State.CLOSED for state in _ANY}),
+_TO_READY = dict.fromkeys(_ANY, State.READY)
+# what it does, and from the states in which it is allowed the way to the one after a positive reply
+VERBS: dict[bytes, tuple[Callable[[Session, bytes], bytes], dict[State, State]]] = {
+    b"HELO": (lambda session, argument: session._greet(argument, False), _TO_READY),
+    b"EHLO": (lambda session, argument: session._greet(argument, True), _TO_READY),
+    b"AUTH": (Session._auth, {State.READY: State.READY}),
+    b"STARTTLS": (Session._starttls, {State.READY: State.HANDSHAKE}),
+    b"MAIL": (Session._mail, {State.READY: State.SENDER}),
+    b"RCPT": (Session._rcpt, {State.SENDER: State.RECIPIENT, State.RECIPIENT: State.RECIPIENT}),
+    b"DATA": (lambda session, argument: BAD_ARGUMENT if argument else START_MAIL, {State.RECIPIENT: State.CONTENT}),
+    b"RSET": (Session._rset, _TO_READY | {State.START: State.START}),
+    b"NOOP": (lambda session, argument: OK, _STAY),
+    b"VRFY": (lambda session, argument: CANNOT_VERIFY if argument else BAD_ARGUMENT, _STAY),
+    b"EXPN": (lambda session, argument: NOT_IMPLEMENTED, _STAY),
+    b"HELP": (lambda session, argument: HELP, _STAY),
+    b"QUIT": (lambda session, argument: GOODBYE, dict.fromkeys(_ANY, State.CLOSED)),
 }
-AFTER_REPLY = {b"334": State.CREDENTIALS, b"354": State.CONTENT}  # whatever the verb
 COMMAND_BYTES = b"\t" + bytes(range(0x20, 0x7F))
 _PATH = rb"""[ \t]*(?:<((?:[^<>"\s]++|"(?:[^"\\]|\\.)*+")*+)>|([^<>"\s]++))(?:[ \t]+(.*?))?[ \t]*"""
 MAIL_PATH = re.compile(rb"FROM:" + _PATH, re.IGNORECASE)
@@ -1123,35 +989,19 @@ def _address(path: re.Match[bytes]) -> str:
 
 
 def strict_base64(text: bytes) -> bytes:
+    """Base64 in one line, without junk, every group whole. Raises binascii.Error."""
     if len(text) % 4:
         raise binascii.Error("length is not a multiple of four")
     return base64.b64decode(text, validate=True)
 
 
-def _masked(answer: bytes, is_user: bool) -> str:
-    """An answer of the AUTH dialogue for the trace: user names decoded, passwords masked."""
-    if not is_user or answer == b"*":
-        return "********" if answer != b"*" else "*"
+def shown(text: bytes, secret: bool = False) -> str:
+    """A word of the AUTH dialogue for the trace: decoded; masked when it tells a password."""
+    if secret:
+        return "********"
     with contextlib.suppress(binascii.Error):
-        return f"{answer.decode('ascii', 'replace')} ({strict_base64(answer).decode('utf-8', 'replace')})"
+        return f"{text.decode('ascii', 'replace')} ({strict_base64(text).decode('utf-8', 'replace')})"
     return "(not Base64)"
-
-
-def _shown(line: bytes) -> str:
-    """A command for the trace."""
-    verb, _, argument = line.partition(b" ")
-    mechanism, _, initial = argument.partition(b" ")
-    if verb.upper() != b"AUTH" or not initial:
-        return line.decode("ascii", "backslashreplace")
-    return f"AUTH {mechanism.decode('ascii', 'replace')} {_masked(initial, mechanism.upper() == b'LOGIN')}"
-
-
-def _explained(reply: str) -> str:
-    """A line of a reply for the trace, with the plain text of a challenge."""
-    with contextlib.suppress(binascii.Error):
-        if reply.startswith("334 "):
-            return f"{reply} ({strict_base64(reply[4:].encode()).decode('utf-8', 'replace')})"
-    return reply
 
 
 # ────────────────────────────────────────── E-mail parsing ──────────────────────────────────────────
@@ -1945,7 +1795,7 @@ class DebugReceiver:
         if self.maildir:
             self.maildir.add(mail)
         self.mails += 1
-        self.bytes += mail.size
+        self.bytes += len(mail.data)
         if not self.quiet:
             self.out.write(shown_mail(mail, self.mails))
             self.out.flush()
@@ -1961,8 +1811,8 @@ class DebugReceiver:
 
 def two_subjects(mail: Mail) -> bool:
     """Whether a person would read one Subject and a program another; cheap for the many mails where not."""
-    head = mail.chunks[0] if b"\r\n\r\n" in mail.chunks[0] else mail.content()
-    return len(SUBJECT.findall(head, 0, head.find(b"\r\n\r\n") + 1 or len(head))) > 1
+    end = mail.data.find(b"\r\n\r\n")
+    return len(SUBJECT.findall(mail.content() if mail.mend else mail.data, 0, end if end >= 0 else len(mail.data))) > 1
 
 
 SUBJECT = re.compile(rb"^subject[ \t]*:", re.IGNORECASE | re.MULTILINE)
@@ -1971,7 +1821,7 @@ SUBJECT = re.compile(rb"^subject[ \t]*:", re.IGNORECASE | re.MULTILINE)
 def shown_mail(mail: Mail, number: int) -> str:
     """A mail as a person reads it, safe for a terminal: headers, text, and what is attached."""
     content = mail.content()
-    title = f"mail {number} from <{mail.sender}> to <{'>, <'.join(mail.recipients)}>, {mail.size} bytes"
+    title = f"mail {number} from <{mail.sender}> to <{'>, <'.join(mail.recipients)}>, {len(mail.data)} bytes"
     lines = [f"---------- {title} ----------"]
     try:
         headers, _ = read_headers(content, 0, len(content))
@@ -2183,10 +2033,10 @@ class Application(Protocol):
 
 def run(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy, app: Application) -> int:
     """Serve until the stop signal; the exit code."""
-    stop = StopSignal()
+    server = Server(timeout=settings.read("DEVICE_TIMEOUT", duration, 60.0))
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, stop)
-    tls = tls_context(settings)
+        signal.signal(name, server.stop)
+    tls = None if args.stdio else tls_context(settings)
     trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
 
     @functools.lru_cache(maxsize=256)
@@ -2200,22 +2050,21 @@ def run(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Poli
             log.warning("%s is in no network that may talk to this device", link.address)
         converse(link, session, functools.partial(delivered, app, link.address), tls)
 
-    if args.stdio:
-        with contextlib.suppress(Stopped):
-            attend(StdioLink(stop))
-        return EX_OK
-    host = settings.read("DEVICE_HOST", str, "localhost")
-    number = settings.read("--port", port, 1025) if args.debug else settings.read("DEVICE_PORT", port, 2525)
-    try:
-        listeners = listen(host, number)
-    except OSError as error:
-        log.error("cannot listen on %s port %d: %s", host, number, error.strerror or error)
-        return EX_UNAVAILABLE
-    for listener in listeners:
-        address = listener.getsockname()
-        log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
-    serve(listeners, stop, settings.read("DEVICE_TIMEOUT", duration, 60.0), attend, app.idle)
-    close_all(listeners)
+    with contextlib.closing(server):
+        if args.stdio:
+            attend(Link(Stdio(), "127.0.0.1", server))
+            return EX_OK
+        host = settings.read("DEVICE_HOST", str, "localhost")
+        number = settings.read("--port", port, 1025) if args.debug else settings.read("DEVICE_PORT", port, 2525)
+        try:
+            server.listeners = listen(host, number)
+        except OSError as error:
+            log.error("cannot listen on %s port %d: %s", host, number, error.strerror or error)
+            return EX_UNAVAILABLE
+        for listener in server.listeners:
+            address = listener.getsockname()
+            log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
+        server.serve(attend, app.idle)
     return EX_OK
 
 
@@ -2335,7 +2184,7 @@ def rules_from(settings: Settings) -> Rules:
         raise ConfigError("DEVICE_USER and DEVICE_PASS: set both or neither")
     limit = settings.read("DEVICE_MAX_MAIL", size, 16 << 20)
     return Rules(
-        hostname(), limit, lambda address: True, user.encode(), password.encode(), tls=tls_context(settings) is not None
+        hostname(), limit, user=user.encode(), password=password.encode(), tls=tls_context(settings) is not None
     )
 
 

@@ -60,7 +60,7 @@ class Bench:
         return self.deliver(message.as_bytes(), envelope, peer)
 
     def deliver(self, content: bytes, envelope: str = OPS, peer: str = LAN) -> str:
-        mail = Mail(envelope, ["device@localhost"], [content + b".\r\n"], len(content))
+        mail = Mail(envelope, ["device@localhost"], content)
         return self.device.deliver(mail, peer).decode().strip()
 
     def replies(self) -> list[EmailMessage]:

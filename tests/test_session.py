@@ -265,7 +265,6 @@ def test_dots_are_unstuffed_however_the_bytes_come(sent: bytes, content: bytes) 
         peer.open_mail()
         assert peer.send(sent).startswith("250 2.6.0")
         assert [mail.content() for mail in peer.mails] == [content]
-        assert peer.mails[0].size >= len(content)
 
 
 @pytest.mark.parametrize("border", [1024, 4096, 8192, 65536])

@@ -42,7 +42,7 @@ CHANNEL NUMBER:      A1
 
 
 def event_of(content: bytes, recipient: str = "alerts@localhost") -> dict[str, Any] | None:
-    mail = Mail("cam@lan", [recipient], [content + b".\r\n"], len(content))
+    mail = Mail("cam@lan", [recipient], content)
     return camera_event(mail, read_letter(content, lenient=True), NOW)
 
 
@@ -157,7 +157,7 @@ def test_mail_sent_twice_is_one_event_and_without_message_id_each_is_its_own(tmp
     outbox = Outbox(tmp_path / "events.db")
     app = CameraMails(outbox)
     for content in [b"Message-ID: <a@b>\r\n" + written("x")] * 2 + [written("x")] * 2:
-        assert app.deliver(Mail("", ["a"], [content + b".\r\n"], len(content)), "10.0.0.1") == emb.ACCEPTED
+        assert app.deliver(Mail("", ["a"], content), "10.0.0.1") == emb.ACCEPTED
     assert len(list(outbox.waiting())) == 3
     outbox.close()
 
