@@ -25,9 +25,6 @@ import argparse
 import base64
 import contextlib
 import email.header
-import email.message
-import email.parser
-import email.policy
 import email.utils
 import encodings.idna  # noqa: F401  a lazy import fails when file descriptors have run out
 import enum
@@ -2038,8 +2035,8 @@ class SendError(Exception):
     """A mail was not sent, or not to everybody; `outcomes` says what became of each recipient."""
 
     def __init__(self, outcomes: Mapping[str, Outcome], sentence: str = "") -> None:
-        failed = {name: outcome for name, outcome in outcomes.items() if outcome.verdict is not Verdict.SENT}
-        super().__init__("; ".join(f"{name}: {outcome}" for name, outcome in failed.items()) + (f". {sentence}" if sentence else ""))
+        failed = [f"{n}: {outcome}" for n, outcome in outcomes.items() if outcome.verdict is not Verdict.SENT]
+        super().__init__(". ".join(filter(None, ("; ".join(failed), sentence))))
         self.outcomes = dict(outcomes)
 
 
@@ -2063,17 +2060,21 @@ def send_email(
     wrong) or SendError.
     """
     config = config or SMTPConfig.from_settings(Settings.load())
-    to = addresses(to_addrs) if isinstance(to_addrs, str) else tuple(map(address, to_addrs))
+    to = addresses(to_addrs if isinstance(to_addrs, str) else ",".join(to_addrs))
     copies = tuple(map(address, cc))
     if attachment_bytes is not None:
-        name = attachment_filename or "attachment"
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        attachments = [*attachments, Attachment(name, kind, attachment_bytes)]
+        attachments = [*attachments, attached(attachment_filename or "attachment", attachment_bytes)]
     sender = from_addr or config.sender
+    envelope_sender = address(sender)
     data = compose_pieces(
         subject=subject, sender=sender, to=to, cc=copies, text=body, html=html, attachments=attachments, headers=headers
     )
-    send_now(Envelope(address(sender), tuple(dict.fromkeys((*to, *copies))), data), config)
+    send_now(Envelope(envelope_sender, tuple(dict.fromkeys((*to, *copies))), data), config)
+
+
+def attached(name: str, data: bytes) -> Attachment:
+    """An attachment whose type is guessed by its name."""
+    return Attachment(name, mimetypes.guess_type(name)[0] or "application/octet-stream", data)
 
 
 def send_now(envelope: Envelope, config: SMTPConfig) -> None:
@@ -2092,7 +2093,7 @@ def send_now(envelope: Envelope, config: SMTPConfig) -> None:
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:
-    """The sysexits code for what became of the recipients: the worst wins."""
+    """The sysexits code for what became of the recipients: what is about us wins, then what may be tried again."""
     codes = {EX_OK}
     for outcome in outcomes:
         if outcome.code in (530, 534, 535) or (outcome.step == "login" and 500 <= outcome.code < 600):
@@ -2110,12 +2111,11 @@ def fail(code: int, sentence: str) -> NoReturn:
     raise SystemExit(code)
 
 
-def _configured(args: argparse.Namespace) -> tuple[Settings, SMTPConfig]:
-    settings = Settings.load(env_file=args.env_file)
-    config = SMTPConfig.from_settings(settings)
-    if getattr(args, "trace", False):
-        config = replace(config, trace=lambda line: print(printable(line, 2000), file=sys.stderr, flush=True))
-    return settings, config
+def _configured(args: argparse.Namespace) -> SMTPConfig:
+    config = SMTPConfig.from_settings(Settings.load(env_file=args.env_file))
+    if args.trace:
+        return replace(config, trace=lambda line: print(printable(line, 2000), file=sys.stderr, flush=True))
+    return config
 
 
 def _read_bytes(path: str) -> bytes:
@@ -2127,39 +2127,30 @@ def _read_bytes(path: str) -> bytes:
 
 def command_send(args: argparse.Namespace) -> int:
     """`send`: one mail from the command line."""
-    _, config = _configured(args)
-    try:
-        send_email(
-            args.subject,
-            _read_bytes("-").decode("utf-8", "replace") if args.body == "-" else args.body,
-            [a for text in args.to for a in addresses(text)],
-            args.sender,
-            html=_read_bytes(args.html).decode("utf-8", "replace") if args.html else "",
-            cc=[a for text in args.cc for a in addresses(text)],
-            attachments=[
-                Attachment(Path(path).name, mimetypes.guess_type(path)[0] or "application/octet-stream", _read_bytes(path))
-                for path in args.attach
-            ],
-            config=config,
-        )
-    except ValueError as error:
-        fail(EX_DATAERR, str(error))
+    send_email(
+        args.subject,
+        _read_bytes("-").decode("utf-8", "replace") if args.body == "-" else args.body,
+        ",".join(args.to),
+        args.sender,
+        html=_read_bytes(args.html).decode("utf-8", "replace") if args.html else "",
+        cc=addresses(",".join(args.cc)) if args.cc else (),
+        attachments=[attached(Path(path).name, _read_bytes(path)) for path in args.attach],
+        config=_configured(args),
+    )
     return EX_OK
 
 
 def command_check(args: argparse.Namespace) -> int:
     """`check`: every step on the way to the mail server, and what to do about the one that failed."""
-    settings, config = _configured(args)
+    config = _configured(args)
+    recipient = address(args.to) if args.to else ""
     if config.debug:
         print(f"SMTP_HOST is not set: mail goes to the debug receiver on {DEBUG_HOST}:{config.port}, without TLS and login")
-    recipient = address(args.to) if args.to else ""
     transport = SMTPTransport(config, lambda step, words: print(f"ok    {step:<10} {printable(words)}", flush=True))
     try:
         outcome = transport.verify(recipient)
     except Unavailable as error:
         outcome = error.outcome
-    except (OSError, smtplib.SMTPException) as error:
-        outcome = judge_error("mail", error)
     transport.close()
     if outcome.verdict is Verdict.SENT:
         print("all is well" + ("" if recipient else "; --to ADDRESS asks about a recipient too"))
@@ -2193,16 +2184,13 @@ def command_queue(args: argparse.Namespace) -> int:
 def command_change(args: argparse.Namespace) -> int:
     """`retry` and `drop`: the running owner does it within a second; without one it is done here."""
     path = _spool(args)
-    if args.id != "all" and all(row["id"] != args.id for row in read_queue(path)):
+    if all(row["id"] != args.id for row in read_queue(path)) and args.id != "all":
         fail(EX_DATAERR, f"{args.id}: no such alert waits or has failed; `queue` lists them")
-    if not path.exists():
-        fail(EX_DATAERR, f"{path}: there is no such spool")
     try:
-        outbox = Outbox(path)
+        with contextlib.closing(Outbox(path)) as outbox:
+            number = outbox.retry(args.id) if args.command == "retry" else outbox.drop(args.id)
     except SpoolBusy:
         return _request(path, args.command, args.id)
-    number = outbox.retry(args.id) if args.command == "retry" else outbox.drop(args.id)
-    outbox.close()
     print(f"{args.command}: {number}")
     return EX_OK
 
@@ -2211,7 +2199,8 @@ def _request(path: Path, what: str, name: str) -> int:
     """Leave a request beside the spool and wait until its owner has carried it out."""
     request = Path(f"{path}.request-{time.time_ns()}")
     draft = Path(f"{request}.tmp")
-    draft.write_text(json.dumps([what, name]), "utf-8")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        json.dump([what, name], file)
     os.replace(draft, request)
     for _ in range(100):
         if not request.exists():
@@ -2227,90 +2216,103 @@ def command_sendmail(argv: Sequence[str]) -> int:
     parser.add_argument("-t", action="store_true", help="recipients from To, Cc and Bcc")
     parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the mail")
     parser.add_argument("-f", metavar="FROM", help="envelope sender")
-    for ignored in ("-F", "-B", "-o"):
+    parser.add_argument("-o", action="append", default=[], help="-oi is -i; others are taken and ignored")
+    for ignored in ("-F", "-B"):
         parser.add_argument(ignored, help="taken and ignored")
     parser.add_argument("-v", action="store_true", help="taken and ignored")
     parser.add_argument("--env-file", metavar="FILE")
     parser.add_argument("recipients", nargs="*", metavar="TO")
     args = parser.parse_intermixed_args(argv)
-    settings, config = _configured(args)
+    settings = Settings.load(env_file=args.env_file)
+    config = SMTPConfig.from_settings(settings)
     raw = sys.stdin.buffer.read()
-    if not args.i and "-oi" not in argv:
+    if not args.i and "i" not in args.o:
         raw = re.split(rb"(?m)^\.\r?$", raw, maxsplit=1)[0]
-    try:
-        envelope = sendmail_envelope(raw, args.recipients, args.t, args.f, config.sender, settings)
-    except ValueError as error:
-        fail(EX_DATAERR, str(error))
-    send_now(envelope, config)
+    default: tuple[str, ...] = ("alerts@localhost",) if config.debug else ()
+    owner = settings.read("ALERT_RECIPIENT", addresses, default)
+    send_now(sendmail_envelope(raw, args.recipients, args.t, args.f, config.sender, owner), config)
     return EX_OK
 
 
+_FIELD = rb"([!-9;-~]+)[ \t]*:((?:[^\r]*\r\n)(?:[ \t][^\r]*\r\n)*)"
+
+
 def sendmail_envelope(
-    raw: bytes, recipients: Sequence[str], from_headers: bool, sender: str | None, default: str, settings: Settings
+    raw: bytes, recipients: Sequence[str], from_headers: bool, sender: str | None, default: str, owner: Sequence[str]
 ) -> Envelope:
-    """The envelope for a mail as a local program writes it: missing headers added, Bcc taken out, names completed."""
-    message = email.parser.BytesParser(policy=email.policy.compat32).parsebytes(raw)
-    names = list(recipients)
+    """The envelope for a mail as a local program writes it: missing headers added, Bcc taken out, names completed.
+
+    A recipient without @ is `owner`; a sender without one is `default`. Raises ValueError and ConfigError.
+    """
+    raw = re.sub(rb"\r\n|\r|\n", b"\r\n", raw.replace(b"\0", b""))
+    raw += b"" if raw.endswith(b"\r\n") else b"\r\n"
+    head = re.match(b"(?:%s)*" % _FIELD, raw)
+    assert head
+    body = raw[head.end() :].removeprefix(b"\r\n")
+    fields = [(name.decode("ascii"), value.strip(b" \t\r\n")) for name, value in re.findall(_FIELD, head[0])]
+
+    def values(*names: str) -> list[str]:
+        return [re.sub("\r\n", "", value.decode("utf-8", "replace")) for name, value in fields if name.lower() in names]
+
+    names = [part.strip() for name in recipients for part in name.split(",") if part.strip()]
     if from_headers:
-        headers = [str(value) for name in ("To", "Cc", "Bcc") for value in message.get_all(name, [])]
-        names += [plain for _, plain in email.utils.getaddresses(headers) if plain]
-    to: list[str] = []
-    for name in names:
-        to += [address(name)] if "@" in name else settings.read("ALERT_RECIPIENT", addresses, ())
+        names += [plain for _, plain in email.utils.getaddresses(values("to", "cc", "bcc")) if plain]
+    if not owner and any("@" not in name for name in names):
+        raise ConfigError("ALERT_RECIPIENT: missing; it gets the mail for names without @, like root")
+    to = tuple(dict.fromkeys(plain for name in names for plain in ([address(name)] if "@" in name else owner)))
     if not to:
-        raise ValueError("no recipient: name one, use -t with a To header, or set ALERT_RECIPIENT for names without @")
-    del message["Bcc"]
-    writer, plain = email.utils.parseaddr(str(message.get("From", "")))
+        raise ValueError("no recipient: name one, or use -t with a To header")
+    writer, plain = email.utils.parseaddr("".join(values("from")[:1]))
     if "@" not in plain:
-        del message["From"]
-        message["From"] = email.utils.formataddr((one_line(writer or plain), address(default))) if writer or plain else default
-    for name, value in (("Date", email.utils.formatdate(localtime=True)), ("Message-ID", email.utils.make_msgid(domain=hostname())),
-                        ("To", ", ".join(to))):  # fmt: skip
-        if name not in message:
-            message[name] = value
-    data = message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n", max_line_length=None))
-    data = re.sub(rb"\r\n|\r|\n", b"\r\n", data)
+        fields = [field for field in fields if field[0].lower() != "from"]
+        known = email.utils.formataddr((writer or plain, address(default))) if writer or plain else default
+        fields.insert(0, ("From", header_address(known).encode()))
+    added = {"Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname())}
+    added["To"] = "undisclosed-recipients:;" if from_headers else header_addresses(to)
+    if not body.isascii():
+        added |= {"MIME-Version": "1.0", "Content-Type": "text/plain; charset=utf-8", "Content-Transfer-Encoding": "8bit"}
+    there = {name.lower() for name, _ in fields}
+    fields += [(name, value.encode()) for name, value in added.items() if name.lower() not in there]
+    lines = [b"%s: %s\r\n" % (name.encode(), value) for name, value in fields if name.lower() != "bcc"]
     null = sender is not None and sender.strip("<> ") == ""
-    return Envelope("" if null else address(sender if sender and "@" in sender else default), tuple(dict.fromkeys(to)), [data])
+    return Envelope("" if null else address(sender if sender and "@" in sender else default), to, [*lines, b"\r\n", body])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="smtp_module.py", description="Send mail, check the configuration, look after the queue.")
+    parser = argparse.ArgumentParser(
+        prog="smtp_module.py", description="Send mail, check the configuration, look after the queue."
+    )
     add_common_flags(parser, logs=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    send = commands.add_parser("send", help="send one mail")
-    send.add_argument("--to", action="append", required=True, metavar="ADDRESS", help="may be given more than once")
-    send.add_argument("--cc", action="append", default=[], metavar="ADDRESS")
-    send.add_argument("--subject", required=True)
-    send.add_argument("--body", default="", metavar="TEXT", help="- reads standard input")
-    send.add_argument("--html", metavar="FILE")
-    send.add_argument("--attach", action="append", default=[], metavar="FILE")
-    send.add_argument("--from", dest="sender", metavar="ADDRESS")
-    check = commands.add_parser("check", help="try every step up to the mail server")
-    check.add_argument("--to", metavar="ADDRESS", help="ask about this recipient too; nothing is sent")
-    queue = commands.add_parser("queue", help="what waits, is held or failed")
-    queue.add_argument("--json", action="store_true")
-    retry = commands.add_parser("retry", help="send failed alerts again")
-    drop = commands.add_parser("drop", help="give alerts up")
     commands.add_parser("sendmail", help="send the mail on standard input", add_help=False)
-    for command in (send, check):
-        command.add_argument("--trace", action="store_true", help="show the dialogue, secrets masked")
-    for command in (retry, drop):
-        command.add_argument("id", metavar="ID|all")
-    for command in (queue, retry, drop):
-        command.add_argument("--spool", metavar="FILE", help="default: ALERT_SPOOL or spool/alerts.db")
-    for command in (send, check, queue, retry, drop):
-        command.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], words: str) -> Callable[..., argparse.Action]:
+        made = commands.add_parser(name, help=words)
+        made.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS)
+        made.set_defaults(run=run)
+        return made.add_argument
+
+    send = command("send", command_send, "send one mail")
+    send("--to", action="append", required=True, metavar="ADDRESS", help="may be given more than once")
+    send("--cc", action="append", default=[], metavar="ADDRESS")
+    send("--subject", required=True)
+    send("--body", default="", metavar="TEXT", help="- reads standard input")
+    send("--html", metavar="FILE")
+    send("--attach", action="append", default=[], metavar="FILE")
+    send("--from", dest="sender", metavar="ADDRESS")
+    check = command("check", command_check, "try every step up to the mail server")
+    check("--to", metavar="ADDRESS", help="ask about this recipient too; nothing is sent")
+    for add in (send, check):
+        add("--trace", action="store_true", help="show the dialogue, secrets masked")
+    queue = command("queue", command_queue, "what waits, is held or failed")
+    queue("--json", action="store_true", help="one array of objects")
+    retry = command("retry", command_change, "send failed alerts again")
+    drop = command("drop", command_change, "give alerts up")
+    for add in (retry, drop):
+        add("id", metavar="ID|all")
+    for add in (queue, retry, drop):
+        add("--spool", metavar="FILE", help="default: ALERT_SPOOL or spool/alerts.db")
     return parser
-
-
-COMMANDS = {
-    "send": command_send,
-    "check": command_check,
-    "queue": command_queue,
-    "retry": command_change,
-    "drop": command_change,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2321,12 +2323,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if named_sendmail or argv[:1] == ["sendmail"]:
             return command_sendmail(argv if named_sendmail else argv[1:])
         args = _parser().parse_args(argv)
-        return COMMANDS[args.command](args)
+        return int(args.run(args))
     except ConfigError as error:
         fail(EX_CONFIG, str(error))
     except SendError as error:
         fail(exit_code(error.outcomes.values()), str(error))
-    except SpoolError as error:
+    except (SpoolError, ValueError) as error:  # ValueError: an address is wrong
         fail(EX_DATAERR, str(error))
     except KeyboardInterrupt:
         return 130

@@ -1,0 +1,387 @@
+"""The command line as people and programs call it: exit codes, words, and the mail that arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import email
+import email.policy
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PNG, ROOT, Scripted, wait_for
+from test_courier import AWAY, NO, Bench
+
+import smtp_module as smtp
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+
+@pytest.fixture
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("SMTP_", "ALERT_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call main() as the shell would: exit code, standard output, standard error."""
+
+    def call(*argv: str, stdin: bytes = b"", named: str = "smtp_module.py", **environment: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [named])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        try:
+            code = smtp.main(argv)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def at(server: Any, **more: object) -> dict[str, object]:
+    return {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": server.port, "SMTP_FROM": "relay@example.com", "SMTP_TIMEOUT": 5, **more}
+
+
+def message(server: Any, number: int = -1) -> Any:
+    wait_for(lambda: server.mails)
+    return email.message_from_bytes(server.mails[number].content, policy=email.policy.default)
+
+
+# the library
+
+
+def test_send_email_with_the_configuration_of_the_environment(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = scripted()
+    for name, value in at(server).items():
+        monkeypatch.setenv(name, str(value))
+    smtp.send_email("Hello", "text", ["ann@example.com", "bob@example.com"], None, "a.png", PNG)
+    mail = message(server)
+    assert (mail["Subject"], mail["From"]) == ("Hello", "relay@example.com")
+    assert [part.get_filename() for part in mail.iter_attachments()] == ["a.png"]
+    assert next(mail.iter_attachments()).get_content() == PNG
+    assert server.mails[0].recipients == ["ann@example.com", "bob@example.com"]
+    smtp.send_email("Hello", "text", "ann@example.com", "Me <me@example.com>")
+    assert (message(server)["From"], server.mails[-1].sender) == ("Me <me@example.com>", "me@example.com")
+
+
+def test_send_email_raises_when_one_recipient_is_refused(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(answers={"RCPT": [b"250 ok\r\n", b"550 5.1.1 unknown\r\n"]})
+    config = smtp.SMTPConfig(host="127.0.0.1", port=server.port, sender="relay@example.com")
+    with pytest.raises(smtp.SendError, match=r"bob@example.com: rcpt: 550 5\.1\.1 unknown"):
+        smtp.send_email("s", "t", ["ann@example.com", "bob@example.com"], config=config)
+    with pytest.raises(ValueError, match="not a mail address"):
+        smtp.send_email("s", "t", ["ann@example.com\r\nRCPT TO:<x@y.z>"], config=config)
+    with pytest.raises(ValueError, match="not a mail address"):
+        smtp.send_email("s", "t", ["ann@example.com"], "nobody", config=config)
+
+
+# send
+
+
+def test_send(run: Run, scripted: Callable[..., Scripted], tmp_path: Path) -> None:
+    server = scripted()
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "b.html").write_text("<b>سلام</b>")
+    code, out, err = run(
+        "send", "--to", "ann@example.com,carl@example.com", "--to", "bob@example.com", "--cc", "dora@example.com", "--subject", "باز شد",
+        "--body", "-", "--html", "b.html", "--attach", "a.png", "--from", "Me <me@example.com>", stdin="متن".encode(), **at(server),
+    )  # fmt: skip
+    assert (code, out, err) == (0, "", "")
+    mail = message(server)
+    assert (mail["Subject"], mail["To"], mail["Cc"]) == (
+        "باز شد", "ann@example.com, carl@example.com, bob@example.com", "dora@example.com",
+    )  # fmt: skip
+    assert mail.get_body(("plain",)).get_content().strip() == "متن"
+    assert mail.get_body(("html",)).get_content().strip() == "<b>سلام</b>"
+    assert len(server.mails[0].recipients) == 4 and server.mails[0].sender == "me@example.com"
+
+
+@pytest.mark.parametrize(
+    ("answers", "code"),
+    [
+        ({"RCPT": b"550 5.1.1 unknown\r\n"}, 69), ({".": b"554 5.7.1 spam\r\n"}, 69), ({"RCPT": b"450 later\r\n"}, 75),
+        ({"greeting": b"421 busy\r\n"}, 75), ({"MAIL": b"530 5.7.0 login first\r\n"}, 77), ({"AUTH": b"535 5.7.8 no\r\n"}, 77),
+        ({"AUTH": b"454 4.7.0 later\r\n"}, 75), ({"RCPT": [b"250 ok\r\n", b"550 no\r\n"]}, 69), ({}, 0),
+        ({"RCPT": [b"450 later\r\n", b"550 no\r\n"]}, 75),
+    ],
+)  # fmt: skip
+def test_exit_codes(run: Run, scripted: Callable[..., Scripted], answers: dict[str, Any], code: int) -> None:
+    server = scripted(answers=answers, extensions=("AUTH PLAIN",))
+    found, _, err = run(
+        "send", "--to", "a@x.org", "--to", "b@x.org", "--subject", "s", **at(server, SMTP_USER="ann", SMTP_PASS="secret-word")
+    )
+    assert found == code
+    assert bool(err) == bool(code) and err.count("\n") <= 1 and "secret-word" not in err
+
+
+def test_an_unreachable_server_is_75_and_says_what_to_do(run: Run) -> None:
+    code, _, err = run("send", "--to", "a@x.org", "--subject", "s", SMTP_HOST="nowhere.invalid")
+    assert code == 75 and "DNS" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "code", "words"),
+    [
+        (["send", "--to", "a@x.org", "--subject", "s"], {"SMTP_PORT": "0"}, 78, "SMTP_PORT"),
+        (["send", "--to", "a@x.org", "--subject", "s"],
+         {"SMTP_HOST": "x.org", "SMTP_USER": "a", "SMTP_PASS": "b", "SMTP_SECURITY": "none"}, 78, "in the clear"),
+        (["send", "--to", "nobody", "--subject", "s"], {}, 65, "not a mail address"),
+        (["send", "--to", "a@x.org", "--subject", "s", "--attach", "nothing.png"], {}, 65, "nothing.png"),
+        (["check", "--to", "nobody"], {}, 65, "not a mail address"),
+        (["send", "--subject", "s"], {}, 2, "--to"),
+        (["queue", "--env-file", "nothing"], {}, 78, "nothing"),
+        (["--env-file", "nothing", "queue"], {}, 78, "nothing"),
+        (["queue"], {}, 65, "no such spool"),
+        (["fly"], {}, 2, "fly"),
+        ([], {}, 2, "COMMAND"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_call(run: Run, argv: list[str], environment: dict[str, str], code: int, words: str) -> None:
+    found, _, err = run(*argv, **environment)
+    assert found == code and words in err and "Traceback" not in err
+
+
+def test_trace_shows_the_dialogue_without_the_secret(run: Run, scripted: Callable[..., Scripted]) -> None:
+    server = scripted(extensions=("AUTH PLAIN",))
+    code, _, err = run(
+        "send", "--to", "a@x.org", "--subject", "s", "--trace", **at(server, SMTP_USER="ann", SMTP_PASS="secret")
+    )
+    assert code == 0 and "C: MAIL FROM:<relay@example.com>" in err and "AUTH PLAIN ****" in err
+    assert "AGFubgBzZWNyZXQ=" not in err and "secret" not in err
+
+
+# check
+
+
+def test_check_goes_step_by_step(run: Run, scripted: Callable[..., Scripted]) -> None:
+    server = scripted(extensions=("AUTH PLAIN",))
+    code, out, _ = run("check", "--to", "ann@example.com", **at(server, SMTP_USER="ann", SMTP_PASS="secret"))
+    assert code == 0
+    steps = [line.split()[1] for line in out.splitlines() if line.startswith("ok")]
+    assert steps == ["resolve", "connect", "greeting", "ehlo", "login", "sender", "recipient"]
+    assert out.endswith("all is well\n") and server.mails == []
+
+
+def test_check_says_what_failed_and_what_to_do(run: Run, scripted: Callable[..., Scripted]) -> None:
+    server = scripted(answers={"AUTH": b"535 5.7.139 basic authentication is disabled\r\n"}, extensions=("AUTH LOGIN PLAIN",))
+    code, out, _ = run("check", **at(server, SMTP_USER="ann", SMTP_PASS="secret"))
+    assert code == 77
+    assert re.search(r"^FAIL  login +535 5\.7\.139", out, re.M) and "SMTP_AUTH=xoauth2" in out
+
+
+def test_check_in_debug_mode_says_so(run: Run, scripted: Callable[..., Scripted]) -> None:
+    code, out, _ = run("check", SMTP_PORT=scripted(answers={"greeting": b"554 no\r\n"}).port)
+    assert code == 69 and "debug receiver" in out and "FAIL  greeting" in out
+
+
+# queue, retry, drop
+
+
+@pytest.fixture
+def bench(spool: Path, clock: Any) -> Any:
+    made = Bench(spool, clock)
+    yield made
+    made.outbox.close()
+
+
+def test_the_queue_shows_what_waits_is_held_and_failed(run: Run, bench: Bench) -> None:
+    bench.post.say = lambda ids, name: NO
+    bench.put("failed-1")
+    bench.run()
+    bench.post.away = AWAY
+    bench.put("held-1")
+    bench.run()
+    bench.courier.tick()
+    code, out, _ = run("queue", "--json", ALERT_SPOOL=bench.spool)
+    rows = {row["id"]: row for row in json.loads(out)}
+    assert code == 0 and set(rows) == {"failed-1", "held-1"}
+    assert all(
+        set(row) == {"id", "state", "since", "next", "tries", "error", "recipients"} for row in rows.values()
+    )
+    assert (rows["failed-1"]["state"], rows["failed-1"]["tries"], rows["failed-1"]["next"]) == ("failed", 1, None)
+    assert (rows["held-1"]["state"], rows["held-1"]["tries"], rows["held-1"]["recipients"]) == ("held", 0, ["ann@x.org"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows["held-1"]["since"])
+    code, out, _ = run("queue", "--spool", str(bench.spool))
+    assert code == 0 and out.endswith("0 waiting, 1 held, 1 failed\n") and "no more tries" in out
+
+
+def test_an_empty_queue(run: Run, bench: Bench) -> None:
+    assert run("queue", "--spool", str(bench.spool), "--json")[:2] == (0, "[]\n")
+    assert run("queue", "--spool", str(bench.spool))[:2] == (0, "nothing waits\n")
+
+
+def test_retry_and_drop_without_a_running_owner(run: Run, bench: Bench) -> None:
+    bench.post.say = lambda ids, name: NO
+    bench.put("a", "b", "c")
+    bench.run()
+    bench.outbox.close()
+    assert run("retry", "a", "--spool", str(bench.spool))[:2] == (0, "retry: 1\n")
+    assert run("drop", "b", "--spool", str(bench.spool))[:2] == (0, "drop: 1\n")
+    states = {row["id"]: row["state"] for row in smtp.read_queue(bench.spool)}
+    assert states == {"a": "waiting", "c": "failed"}
+    code, _, err = run("retry", "b", "--spool", str(bench.spool))
+    assert code == 65 and "no such alert" in err
+    assert run("drop", "all", "--spool", str(bench.spool))[:2] == (0, "drop: 2\n")
+
+
+def test_retry_and_drop_are_done_by_the_running_owner(run: Run, bench: Bench) -> None:
+    bench.post.say = lambda ids, name: NO
+    bench.put("a", "b")
+    bench.run()
+    stop = threading.Event()
+
+    def keeper() -> None:
+        while not stop.wait(0.01):
+            bench.courier.tick()
+
+    thread = threading.Thread(target=keeper)
+    thread.start()
+    try:
+        assert run("drop", "a", "--spool", str(bench.spool))[:2] == (0, "drop: done by the running program\n")
+        assert run("retry", "all", "--spool", str(bench.spool))[:2] == (0, "retry: done by the running program\n")
+    finally:
+        stop.set()
+        thread.join()
+    assert bench.outbox.counts() == {"queued": 1, "sent": 0, "failed": 0}
+
+
+# sendmail
+
+CRONS_MAIL = b"""From: root (Cron Daemon)
+To: root
+Subject: Cron <root@nas> /usr/bin/backup
+MIME-Version: 1.0
+Content-Type: text/plain; charset=UTF-8
+Content-Transfer-Encoding: 8bit
+X-Cron-Env: <SHELL=/bin/sh>
+
+backup failed: \xc3\xbc
+"""
+
+
+def test_a_mail_of_cron(run: Run, scripted: Callable[..., Scripted]) -> None:
+    server = scripted()
+    code, _, err = run(
+        "-FCronDaemon", "-i", "-B8BITMIME", "-oem", "root", stdin=CRONS_MAIL, named="/usr/sbin/sendmail",
+        **at(server, ALERT_RECIPIENT="ann@example.com, bob@example.com"),
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    mail = message(server)
+    assert (server.mails[0].sender, server.mails[0].recipients) == ("relay@example.com", ["ann@example.com", "bob@example.com"])
+    assert mail["From"].addresses[0].addr_spec == "relay@example.com" and mail["From"].addresses[0].display_name == "Cron Daemon"
+    assert (mail["Subject"], mail["To"]) == ("Cron <root@nas> /usr/bin/backup", "root")
+    assert mail["Date"] and mail["Message-ID"] and mail.get_content() == "backup failed: ü\r\n"
+    assert " BODY=8BITMIME" in server.commands[1]
+
+
+def test_recipients_in_one_argument_with_commas(run: Run, scripted: Callable[..., Scripted]) -> None:
+    server = scripted()
+    assert run("sendmail", "ann@example.com,root", stdin=CRONS_MAIL, **at(server, ALERT_RECIPIENT="bob@example.com"))[0] == 0
+    assert server.mails[0].recipients == ["ann@example.com", "bob@example.com"]
+
+
+def test_recipients_from_the_headers_and_bcc_is_taken_out(run: Run, scripted: Callable[..., Scripted]) -> None:
+    server = scripted()
+    stdin = b"To: Ann <ann@example.com>,\n bob@example.com\nCc: carl@example.com\nBCC: dora@example.com\nSubject: x\n\ntext\n"
+    assert run("sendmail", "-t", "-f", "me@example.com", stdin=stdin, **at(server))[0] == 0
+    assert server.mails[0].recipients == [f"{name}@example.com" for name in ("ann", "bob", "carl", "dora")]
+    assert server.mails[0].sender == "me@example.com"
+    assert b"dora" not in server.mails[0].content
+    assert message(server)["From"] == "relay@example.com"
+
+
+def test_a_blind_copy_alone_is_not_shown(run: Run, scripted: Callable[..., Scripted]) -> None:
+    server = scripted()
+    assert run("sendmail", "-ti", stdin=b"Bcc: dora@example.com\nSubject: x\n\ntext\n", **at(server))[0] == 0
+    assert b"dora" not in server.mails[0].content
+
+
+@pytest.mark.parametrize("flags", [["-i"], ["-oi"], ["-ti"], ["-t", "-oi"]])
+def test_with_i_a_dot_does_not_end_the_mail(run: Run, scripted: Callable[..., Scripted], flags: list[str]) -> None:
+    server = scripted()
+    stdin = b"To: a@x.org\nSubject: x\n\none\n.\ntwo\n"
+    assert run("sendmail", *flags, "a@x.org", stdin=stdin, **at(server))[0] == 0
+    assert message(server).get_content() == "one\r\n.\r\ntwo\r\n"
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_without_i_a_dot_ends_the_mail(run: Run, scripted: Callable[..., Scripted], end: bytes) -> None:
+    server = scripted()
+    stdin = end.join([b"Subject: x", b"", b"one", b".", b"two", b""])
+    assert run("sendmail", "a@x.org", stdin=stdin, **at(server))[0] == 0
+    assert message(server).get_content() == "one\r\n"
+
+
+@pytest.mark.parametrize(
+    ("stdin", "text"),
+    [
+        (b"", ""), (b"just a line\n", "just a line\r\n"), (b"\nno headers\n", "no headers\r\n"), (b"Subject: x", ""),
+        (b"Subject: x\nnot a header\n", "not a header\r\n"), (b"Subject: x\n\na\rb\n", "a\r\nb\r\n"), (b"Subject: x\n\nno end", "no end\r\n"),
+        (b"Subject: x\n\n\xc3\xbc\n", "ü\r\n"), (b"Subject: x\n\na\0b\n", "ab\r\n"),
+    ],
+)  # fmt: skip
+def test_odd_mails_arrive(run: Run, scripted: Callable[..., Scripted], stdin: bytes, text: str) -> None:
+    server = scripted()
+    assert run("sendmail", "-i", "a@x.org", stdin=stdin, **at(server))[0] == 0
+    mail = message(server)
+    assert mail.get_content().rstrip() == text.rstrip()
+    assert mail["To"] and mail["From"] and mail["Date"]
+    assert b"\0" not in server.mails[0].content
+
+
+@pytest.mark.parametrize("sender", ["", "<>"])
+def test_the_null_sender(run: Run, scripted: Callable[..., Scripted], sender: str) -> None:
+    server = scripted()
+    assert run("sendmail", "-f", sender, "a@x.org", stdin=b"Subject: x\n\n", **at(server))[0] == 0
+    assert server.mails[0].sender == ""
+
+
+def test_names_without_a_domain_need_somebody(run: Run, scripted: Callable[..., Scripted]) -> None:
+    code, _, err = run("sendmail", "root", stdin=CRONS_MAIL, **at(scripted()))
+    assert code == 78 and "ALERT_RECIPIENT" in err
+    code, _, err = run("sendmail", stdin=CRONS_MAIL, **at(scripted()))
+    assert code == 65 and "no recipient" in err
+
+
+def test_called_by_the_name_sendmail(scripted: Callable[..., Scripted], tmp_path: Path) -> None:
+    server = scripted()
+    link = tmp_path / "sendmail"
+    link.symlink_to(ROOT / "smtp_module.py")
+    environment = {**os.environ, **{name: str(value) for name, value in at(server, ALERT_RECIPIENT="ann@example.com").items()}}
+    command = [sys.executable, str(link), "-t"]
+    done = subprocess.run(command, input=CRONS_MAIL, env=environment, capture_output=True, check=False, timeout=30)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert server.mails[0].recipients == ["ann@example.com"]
+
+
+def test_the_programs_can_be_called_directly() -> None:
+    if os.name == "posix":
+        assert os.access(ROOT / "smtp_module.py", os.X_OK)
+
+
+def test_nothing_is_read_at_import(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("not a settings file")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import smtp_module"
+    environment = {**os.environ, "SMTP_PORT": "wrong"}
+    with contextlib.chdir(tmp_path):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=30)
+    assert (done.returncode, done.stderr) == (0, b"")
