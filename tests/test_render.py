@@ -341,6 +341,8 @@ def test_message_id_of_a_digest_is_a_function_of_the_set() -> None:
     first = render(sixty())["Message-ID"]
     assert first == render(sixty()[::-1], bare=True, recipients=("c@z.org",))["Message-ID"]
     assert first != render(sixty()[1:])["Message-ID"]
+    same_second = [item(1), item(2), item(3)]
+    assert render(same_second)["Message-ID"] == render(same_second[::-1])["Message-ID"]
 
 
 def test_digest_has_the_count_the_first_and_the_last_time() -> None:
