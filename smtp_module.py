@@ -76,6 +76,7 @@ PROBE_MAX_S = 60.0  # an unreachable server is tried at least once a minute: a r
 TICK_S = 0.5  # requests of the command line and retries are noticed within this
 HOUSEKEEPING_S = 60.0
 BATCH_MAILS = 32  # mails frozen by one commit
+PAGE_ROWS = 200  # read at once
 DAY_S = 86400.0
 MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
@@ -1120,8 +1121,7 @@ class Mail:
 
 @dataclass
 class History:
-    """What was sent, for planning: when mails of the last day went, how many are under way, and when mails of a
-    lane or kind last began."""
+    """What was sent: when mails of the last day went, how many are under way, when a lane or kind last began."""
 
     times: deque[float] = field(default_factory=deque)
     pending: int = 0
@@ -1129,25 +1129,11 @@ class History:
     kinds: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Ticket:
     items: Sequence[NewItem]
     receipts: list[Receipt] | None = None
     error: Exception | None = None
-
-
-def lock_file(path: Path) -> int:
-    """Lock `path` for this process until it ends; the kernel lets go even after kill -9. Raises SpoolBusy."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except OSError:
-        os.close(handle)
-        raise SpoolBusy(f"{path}: another process owns this spool") from None
-    return handle
 
 
 class Outbox:
@@ -1157,7 +1143,7 @@ class Outbox:
         """Open or make the file, 0600, and lock it; `schema` makes tables of its owner. Raises SpoolBusy and SpoolError."""
         self.path = Path(path)
         self._schema, self._size_max = SCHEMA + schema, size_max
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._gathered: deque[_Ticket] = deque()
         self._closed = False
         try:
@@ -1195,8 +1181,8 @@ class Outbox:
         db = self._open()
         salvage(aside, db)
         self._recount(db)
-        log.error("the spool %s was damaged and moved to %s; saved from it: %d alerts that wait, %d that failed",
-                  self.path, aside, self._counts[WAITING], self._counts[FAILED])  # fmt: skip
+        found = "what could be read of it: %d alerts that wait, %d that failed"
+        log.error(f"the spool %s was damaged and moved to %s; {found}", self.path, aside, *map(self._counts.get, (WAITING, FAILED)))
         return db
 
     def _move_aside(self, why: str) -> Path:
@@ -1253,47 +1239,42 @@ class Outbox:
         With `durable=False` the commit survives the end of the process, but a power cut may undo it (until
         the next durable one). Raises SpoolError; then nothing was done.
         """
-        with self._lock, self._work(durable) as db:
-            yield db
-
-    @contextlib.contextmanager
-    def _work(self, durable: bool) -> Iterator[sqlite3.Connection]:
-        with self._guarded():
-            if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
-                self._rescue()
-            if durable != self._durable:
-                self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-                self._durable = durable
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._lock:
             try:
+                if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
+                    self._rescue()
+                if durable != self._durable:
+                    self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                    self._durable = durable
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 with contextlib.suppress(sqlite3.Error):
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
                     self._recount(self._db)
+                if isinstance(error, sqlite3.Error | OSError):
+                    self._fail(error)
                 raise
 
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """What the database raises becomes a SpoolError; after damage it is opened anew."""
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            if re.search("malformed|not a database|closed database", str(error)) and not self._closed:
-                with contextlib.suppress(sqlite3.Error, OSError):
-                    self._db.close()
-                    self._db = self._open_sound()
-            full = "full" in str(error)
-            if full:  # the log may hold room that the database does not need any more
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            raise (SpoolFull if full else SpoolError)(f"{self.path}: {error}") from error
-
     def _rows(self, sql: str, *values: object) -> list[Any]:
-        with self._lock, self._guarded():
-            return self._db.execute(sql, values).fetchall()
+        with self._lock:
+            try:
+                return self._db.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """What the database raises becomes a SpoolError; after damage it is opened anew."""
+        if re.search("malformed|not a database|closed database", str(error)) and not self._closed:
+            with contextlib.suppress(sqlite3.Error, OSError):
+                self._db.close()
+                self._db = self._open_sound()
+        if full := "full" in str(error):  # the log may hold room that the database does not need any more
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        raise (SpoolFull if full else SpoolError)(f"{self.path}: {error}") from error
 
     # putting
 
@@ -1313,7 +1294,7 @@ class Outbox:
 
     def _commit(self, tickets: Sequence[_Ticket]) -> None:
         try:
-            with self._work(durable=True) as db:
+            with self.transaction() as db:
                 self._check_room(db, sum(len(i.payload) + len(i.picture or b"") for t in tickets for i in t.items))
                 done = [[self._add(db, item) for item in ticket.items] for ticket in tickets]
         except Exception as error:
@@ -1360,15 +1341,14 @@ class Outbox:
 
     def waiting(self, after: int = 0) -> Iterator[Waiting]:
         """What waits and is in no mail yet, oldest first, page by page, without payloads."""
-        while True:
-            page = self._rows(
-                "SELECT seq, id, lane, arrived, taken FROM items WHERE settled IS NULL AND state = 0 AND seq > ?"
-                " ORDER BY seq LIMIT 200", after,
-            )  # fmt: skip
+        sql = "SELECT seq, id, lane, arrived, taken FROM items WHERE settled IS NULL AND state = 0 AND seq > ? ORDER BY seq LIMIT ?"
+        page: list[Any] = []
+        while not page or len(page) == PAGE_ROWS:
+            page = self._rows(sql, after, PAGE_ROWS)
             for seq, name, lane, arrived, taken in page:
                 yield Waiting(seq, name, lane, arrived, frozenset(json.loads(taken or "[]")))
                 after = seq
-            if len(page) < 200:
+            if not page:
                 return
 
     def newest(self) -> int:
@@ -1378,21 +1358,18 @@ class Outbox:
     def begun(self, since: float) -> History:
         """When mails of each lane and kind last began, since then."""
         history = History()
-        rows = self._rows(
+        for kind, lane, when in self._rows(
             "SELECT mails.kind, items.lane, mails.begun FROM mails, json_each(mails.items) AS one"
             " JOIN items ON items.seq = one.value WHERE mails.begun > ? ORDER BY mails.begun", since,
-        )  # fmt: skip
-        for kind, lane, begun in rows:
-            history.kinds[kind] = history.lanes[lane] = begun
+        ):  # fmt: skip
+            history.kinds[kind] = history.lanes[lane] = when
         return history
 
     def budget(self, now: float, limit: int) -> tuple[deque[float], int]:
         """When the newest `limit` mails of the last day went, and how many are under way."""
-        rows = self._rows(
-            "SELECT settled FROM mails WHERE settled > ? AND settled <= ? AND taken != '[]' ORDER BY settled DESC LIMIT ?",
-            now - DAY_S, now, limit,
-        )  # fmt: skip
-        return deque(when for (when,) in reversed(rows)), self._rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
+        sql = "SELECT settled FROM mails WHERE settled > ? AND settled <= ? AND taken != '[]' ORDER BY settled DESC LIMIT ?"
+        times = deque(when for (when,) in reversed(self._rows(sql, now - DAY_S, now, limit)))
+        return times, self._rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
 
     def freeze(self, drafts: Sequence[Draft], now: float) -> list[Mail]:
         """Make each draft a mail, durably: from now on, whatever happens, it is the same mail.
@@ -1405,15 +1382,16 @@ class Outbox:
             for draft in drafts:
                 mark = "UPDATE items SET state = 1 WHERE seq = ? AND state = 0"
                 items = tuple(seq for seq in draft.items if db.execute(mark, (seq,)).rowcount)
-                if items:
-                    row = (draft.kind, json.dumps(items), json.dumps(draft.recipients), failed, why or "", now, now)
-                    number = db.execute(
-                        "INSERT INTO mails(kind, items, recipients, failed, why, begun, next) VALUES (?, ?, ?, ?, ?, ?, ?)", row
-                    ).lastrowid
-                    if failed:
-                        db.execute("UPDATE items SET told = ? WHERE state = 3 AND told = 0", (number,))
-                    mails.append(Mail(number or 0, draft.kind, items, draft.recipients, failed, why or ""))
-                    failed, why = 0, ""
+                if not items:
+                    continue
+                number = db.execute(
+                    "INSERT INTO mails(kind, items, recipients, failed, why, begun, next) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (draft.kind, json.dumps(items), json.dumps(draft.recipients), failed, why or "", now, now),
+                ).lastrowid
+                if failed:
+                    db.execute("UPDATE items SET told = ? WHERE state = 3 AND told = 0", (number,))
+                mails.append(Mail(number or 0, draft.kind, items, draft.recipients, failed, why or ""))
+                failed, why = 0, ""
         return mails
 
     def due(self, now: float, latest: float, busy: Collection[int], most: int) -> list[Mail]:
@@ -1423,18 +1401,17 @@ class Outbox:
             " WHERE state = 1 AND (next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(busy),
         )  # fmt: skip
         return [
-            Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), failed, why, tries, waited, bool(bare),
-                 tuple(json.loads(taken)), json.loads(refused))
-            for number, kind, items, to, failed, why, tries, waited, bare, taken, refused in rows if number not in busy
+            Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), *rest, bool(bare), tuple(json.loads(taken)), json.loads(refused))
+            for number, kind, items, to, *rest, bare, taken, refused in rows if number not in busy
         ][:most]  # fmt: skip
 
     # rendering and settling
 
     def load(self, mail: Mail) -> list[Item]:
         """The items of a mail that are still in it, each verified against its checksum. Raises Damaged."""
+        sql = "SELECT id, lane, arrived, payload, sum, picture_sum FROM items WHERE seq = ? AND state = 1"
         items = []
         for seq in mail.items:
-            sql = "SELECT id, lane, arrived, payload, sum, picture_sum FROM items WHERE seq = ? AND state = 1"
             for name, lane, arrived, payload, wanted, picture in self._rows(sql, seq):
                 if hashlib.sha256(payload or b"").digest() != wanted:
                     raise Damaged(seq)
@@ -1443,13 +1420,11 @@ class Outbox:
         return items
 
     def _picture(self, seq: int, wanted: bytes) -> bytes | None:
-        rows = self._rows("SELECT picture FROM items WHERE seq = ? AND state = 1", seq)
-        if not rows:  # dropped meanwhile
-            return None
-        picture = rows[0][0] or b""
-        if hashlib.sha256(picture).digest() != wanted:
-            raise Damaged(seq)
-        return bytes(picture)
+        for (picture,) in self._rows("SELECT picture FROM items WHERE seq = ? AND state = 1", seq):
+            if hashlib.sha256(picture or b"").digest() != wanted:
+                raise Damaged(seq)
+            return bytes(picture)
+        return None  # dropped meanwhile
 
     def untold(self) -> tuple[int, str]:
         """How many alerts failed without anybody having been told, and why the last one did."""
@@ -1460,26 +1435,25 @@ class Outbox:
         """Write down how an attempt ended. Needs no disk sync: a power cut at worst makes the attempt happen again."""
         row = (mail.state, mail.next, mail.tries, mail.waited, mail.bare, mail.error, None if mail.state == FROZEN else now)
         lists = map(json.dumps, (mail.recipients, mail.taken, mail.refused))
-        seqs = [(seq,) for seq in mail.items]
         with self.transaction(durable=False) as db:
             db.execute(
                 "UPDATE mails SET state = ?, next = ?, tries = ?, waited = ?, bare = ?, error = ?, settled = ?,"
                 " recipients = ?, taken = ?, refused = ? WHERE mail = ?", (*row, *lists, mail.number),
             )  # fmt: skip
-            if mail.state == SENT:
-                change = "state = 2, settled = ?, error = NULL, payload = NULL, picture = NULL"
-                values: tuple[object, ...] = (now,)
-            elif mail.state == FAILED:
+            if mail.state == FROZEN:
+                return
+            change = "state = 2, settled = ?, error = NULL, payload = NULL, picture = NULL"
+            values: tuple[object, ...] = (now,)
+            if mail.state == FAILED:  # who has it is added to those who had it in an earlier life
                 change = "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
                 change += " json_each(coalesce(items.taken, '[]')) UNION ALL SELECT value FROM json_each(?)))"
                 values = (mail.error, json.dumps(mail.taken))
-            else:
-                return
-            moved = db.executemany(f"UPDATE items SET {change} WHERE seq = ? AND state = 1", [(*values, *seq) for seq in seqs])
+            seqs = [(*values, seq) for seq in mail.items]
+            number = db.executemany(f"UPDATE items SET {change} WHERE seq = ? AND state = 1", seqs).rowcount
             if mail.failed and not mail.taken:  # nobody has read what it told of
                 db.execute("UPDATE items SET told = 0 WHERE settled IS NULL AND state = 3 AND told = ?", (mail.number,))
-            self._counts[WAITING] -= moved.rowcount
-            self._counts[mail.state] += moved.rowcount
+            self._counts[WAITING] -= number
+            self._counts[mail.state] += number
 
     def note(self, name: str, value: object) -> None:
         """Leave a remark for `queue`."""
@@ -1492,8 +1466,7 @@ class Outbox:
         """Failed alerts (or one) wait again and are planned anew, and what was put off is due; the number of them."""
         with self.transaction() as db:
             db.execute("UPDATE mails SET next = 0 WHERE state = 1")
-        change = "state = 0, error = NULL, told = 0 WHERE settled IS NULL AND state = 3 AND ? IN (id, 'all')"
-        return self._change(change, name)
+        return self._change("state = 0, error = NULL, told = 0 WHERE settled IS NULL AND state = 3 AND ? IN (id, 'all')", name)
 
     def drop(self, name: str = "all") -> int:
         """What waits, is held or failed (or one) is not sent and its payload is forgotten; the number of them."""
@@ -1516,24 +1489,38 @@ class Outbox:
 
     def prune(self, now: float) -> int:
         """Forget what was settled more than MEMORY_S ago, a little at a time; the number of items forgotten."""
-        old = "WHERE rowid IN (SELECT rowid FROM {0} WHERE settled IS NOT NULL AND settled < ? LIMIT 2000)"
+        old = "DELETE FROM {0} WHERE rowid IN (SELECT rowid FROM {0} WHERE settled IS NOT NULL AND settled < ? LIMIT 2000)"
         with self.transaction(durable=False) as db:
-            db.execute(f"DELETE FROM mails {old.format('mails')}", (now - MEMORY_S,))
-            gone = db.execute(f"DELETE FROM items {old.format('items')} RETURNING state", (now - MEMORY_S,)).fetchall()
+            db.execute(old.format("mails"), (now - MEMORY_S,))
+            gone = db.execute(old.format("items") + " RETURNING state", (now - MEMORY_S,)).fetchall()
             for (state,) in gone:
                 self._counts[state] -= 1
         return len(gone)
 
     def counts(self) -> dict[str, int]:
         """How many items wait (in a mail or not), were sent (and are remembered), failed."""
-        with self._lock:
-            return {"queued": self._counts[WAITING], "sent": self._counts[SENT], "failed": self._counts[FAILED]}
+        return {"queued": self._counts[WAITING], "sent": self._counts[SENT], "failed": self._counts[FAILED]}
 
     def _recount(self, db: sqlite3.Connection) -> None:
-        self._counts = dict.fromkeys(range(5), 0)
+        counts = dict.fromkeys(range(5), 0)
         for which in ("IS NULL", "IS NOT NULL"):
-            self._counts |= dict(db.execute(f"SELECT state, count(*) FROM items WHERE settled {which} GROUP BY state"))
-        self._counts[WAITING] += self._counts[FROZEN]
+            counts |= dict(db.execute(f"SELECT state, count(*) FROM items WHERE settled {which} GROUP BY state"))
+        counts[WAITING] += counts[FROZEN]
+        self._counts = counts
+
+
+def lock_file(path: Path) -> int:
+    """Lock `path` for this process until it ends; the kernel lets go even after kill -9. Raises SpoolBusy."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError:
+        os.close(handle)
+        raise SpoolBusy(f"{path}: another process owns this spool") from None
+    return handle
 
 
 def pragma(db: sqlite3.Connection, name: str) -> int:
@@ -1567,6 +1554,13 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
         into.execute("COMMIT")
 
 
+QUEUE = """
+SELECT i.seq, i.id, i.lane, i.arrived, i.state, coalesce(i.error, m.error), max(m.mail), m.recipients, m.refused, m.next, m.tries
+FROM items AS i LEFT JOIN (SELECT one.value AS seq, mails.* FROM mails, json_each(mails.items) AS one WHERE state IN (1, 3)) AS m
+  ON m.seq = i.seq AND i.state IN (1, 3)
+WHERE i.settled IS NULL GROUP BY i.seq ORDER BY i.seq"""
+
+
 def read_queue(path: Path) -> list[dict[str, Any]]:
     """Every item that waits, is held or failed, read without writing to the file. Raises SpoolError."""
     if not path.exists():
@@ -1575,33 +1569,28 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
     mode = "mode=ro" if Path(f"{path}-wal").exists() else "mode=ro&immutable=1"
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5)) as db:
-            items = db.execute(
-                "SELECT seq, id, lane, arrived, state, error FROM items WHERE settled IS NULL ORDER BY seq"
-            ).fetchall()
-            mails = db.execute(
-                "SELECT items, recipients, refused, next, tries, error FROM mails WHERE state IN (1, 3) ORDER BY mail"
-            ).fetchall()
             notes = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM notes")}
+            return [_queue_row(notes, *row) for row in db.execute(QUEUE)]
     except sqlite3.Error as error:
         raise SpoolError(f"{path}: {error}") from None
-    in_mails = {seq: mail[1:] for mail in mails for seq in json.loads(mail[0])}
-    return [_queue_row(item, in_mails.get(item[0], ("[]", "{}", 0.0, 0, None)), notes) for item in items]
 
 
-def _queue_row(item: Sequence[Any], mail: Sequence[Any], notes: Mapping[str, Any]) -> dict[str, Any]:
-    seq, name, lane, arrived, state, complaint = item
-    recipients, refused, due, tries, words = mail
+def _queue_row(
+    notes: Mapping[str, Any], seq: int, name: str, lane: str, arrived: float, state: int, error: str | None,
+    mail: int | None, recipients: str | None, refused: str | None, due: float | None, tries: int | None,
+) -> dict[str, Any]:  # fmt: skip
     hold = notes.get("hold") or {"upto": 0}
     held = state != FAILED and bool(hold.get("all") or (state == WAITING and seq <= hold["upto"]))
-    due = max(due, hold["until"]) if held else due
+    if held:
+        due, error = max(due or 0.0, hold["until"]), hold["why"]
     return {
         "id": name,
         "state": "failed" if state == FAILED else "held" if held else "waiting",
         "since": iso(arrived),
         "next": iso(due) if due and state != FAILED else None,
-        "tries": tries,
-        "error": hold["why"] if held else complaint or words,
-        "recipients": json.loads(recipients) or list(json.loads(refused)) or notes.get("lanes", {}).get(lane, []),
+        "tries": tries or 0,
+        "error": error,
+        "recipients": json.loads(recipients or "[]") or list(json.loads(refused or "{}")) or notes.get("lanes", {}).get(lane, []),
     }
 
 
