@@ -584,9 +584,10 @@ class SMTPConfig:
             raise ConfigError("SMTP_TIMEOUT: must be more than 0; 30 (seconds) is usual")
         if self.user and self.security == "none" and not is_loopback(self.host):
             raise ConfigError(f"SMTP_SECURITY: none would send the password in the clear to {self.host}; use starttls or ssl")
-        if self.user and not self.password():
+        password = self.password() if self.user else ""
+        if self.user and not password:
             raise ConfigError("SMTP_PASS: missing, though SMTP_USER is set; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
-        if not f"{self.user}{self.password() if self.user else ''}".isascii():
+        if not f"{self.user}{password}".isascii():
             raise ConfigError("SMTP_PASS: holds a character outside ASCII, which SMTP logins do not carry; choose another")
         self.tls()
 
@@ -1208,7 +1209,7 @@ class Outbox:
         except BaseException:
             db.close()
             raise
-        self._page_size, self._durable, self._identity = pragma(db, "page_size"), True, file_identity(self.path)
+        self._durable, self._identity = True, file_identity(self.path)
         return db
 
     def _rescue(self) -> None:
@@ -1294,8 +1295,8 @@ class Outbox:
 
     def _commit(self, tickets: Sequence[_Ticket]) -> None:
         try:
+            self._check_room(sum(len(i.payload) + len(i.picture or b"") for t in tickets for i in t.items))
             with self.transaction() as db:
-                self._check_room(db, sum(len(i.payload) + len(i.picture or b"") for t in tickets for i in t.items))
                 done = [[self._add(db, item) for item in ticket.items] for ticket in tickets]
         except Exception as error:
             alone = len(tickets) == 1 or (isinstance(error, SpoolError) and not isinstance(error, SpoolFull))
@@ -1307,14 +1308,25 @@ class Outbox:
             for ticket, receipts in zip(tickets, done, strict=True):
                 ticket.receipts = receipts
 
-    def _check_room(self, db: sqlite3.Connection, more: int) -> None:
-        if self._size_max is not None:
-            used = (pragma(db, "page_count") - pragma(db, "freelist_count")) * self._page_size
-            if used + more > self._size_max:
-                raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
-        disk = shutil.disk_usage(self.path.parent)
-        if disk.free < 2 * more + min(DISK_RESERVE_BYTES, disk.total // 20):
-            raise SpoolFull(f"{self.path}: the disk is full")
+    def _check_room(self, more: int) -> None:
+        """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them."""
+        pages, unused, page = (self._rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size"))
+        used = (pages - unused) * page
+        if self._size_max is not None and used + more > self._size_max:
+            raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
+        if not self._disk_holds(more, unused * page):
+            self._rows("PRAGMA wal_checkpoint(TRUNCATE)")
+            if not self._disk_holds(more, unused * page):
+                raise SpoolFull(f"{self.path}: the disk is full")
+
+    def _disk_holds(self, more: int, unused: int) -> bool:
+        """Everything is written twice, into the log and then into the database, which may have unused room."""
+        try:
+            disk, log_bytes = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
+        except FileNotFoundError:  # nothing was written yet, or the folder was removed, which is noticed elsewhere
+            return True
+        left = disk.free - more - min(DISK_RESERVE_BYTES, disk.total // 20)
+        return left >= max(0, more + log_bytes - unused)
 
     def add(self, db: sqlite3.Connection, item: NewItem) -> bool:
         """Add an item inside a transaction of the owner's. False: it was there before."""

@@ -200,6 +200,20 @@ def test_a_disk_that_is_nearly_full_is_not_filled(outbox: Outbox, monkeypatch: p
         outbox.put([item("a")])
 
 
+def test_what_stands_in_the_log_needs_its_room_again_and_is_cleared_before_anything_is_refused(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox.put([item("a", b"x" * 100_000)])
+    log = Path(f"{outbox.path}-wal")
+    assert log.stat().st_size > 100_000
+    usage = shutil.disk_usage("/")._replace(total=1_000_000, free=100_000)  # 50,000 of it are kept for bookkeeping
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert outbox.put([item("b", b"x" * 20_000)])[0].new
+    assert log.stat().st_size < 50_000
+    with pytest.raises(SpoolFull):
+        outbox.put([item("c", b"x" * 30_000)])
+
+
 def test_a_database_that_cannot_grow_says_full_and_goes_on_sending(outbox: Outbox) -> None:
     outbox.put([item("a", b"x" * 50_000)])
     outbox._db.execute(f"PRAGMA max_page_count={smtp.pragma(outbox._db, 'page_count') + 2}")
