@@ -88,6 +88,10 @@ def attached(message: Any, name: str) -> bytes:
     return bytes(found)
 
 
+def pictures(message: Any) -> list[bytes]:
+    return [bytes(part.get_payload(decode=True)) for part in message.walk() if part.get_content_maintype() == "image"]
+
+
 @pytest.fixture
 def mailbox() -> Iterator[Mailbox]:
     box = Mailbox()
@@ -109,9 +113,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         program.end(signal.SIGKILL)
 
 
-def relay(start: Callable[..., Program], mailbox: Mailbox, **variables: str) -> Program:
-    mail = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mailbox.port), "ALERT_RECIPIENT": OWNER}
-    return start("server.py", "--port", "0", **(mail | variables))
+def relay(start: Callable[..., Program], mail_server: Mailbox | Postfix, **variables: str) -> Program:
+    mail = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail_server.port), "ALERT_RECIPIENT": OWNER}
+    return start("server.py", **({"ALERT_PORT": "0"} | mail | variables))
 
 
 def device(start: Callable[..., Program], smtp_port: int, **variables: str) -> Program:
@@ -128,7 +132,6 @@ def device(start: Callable[..., Program], smtp_port: int, **variables: str) -> P
 class Motion:
     mailbox: Mailbox
     folder: Path
-    began: float
 
 
 def film(path: Path, seconds: int = 60) -> Path:
@@ -153,16 +156,17 @@ def motion() -> Iterator[Motion]:
         (folder / "motion.conf").write_text(
             f"{common}target_dir {folder}\n{lines}camera {folder}/film.conf\ncamera {folder}/none.conf\n"
         )
-        (folder / "film.conf").write_text(f"camera_id 1\ncamera_name front door\nnetcam_url file://{film(folder / 'f.mp4')}\n")
+        moving = film(folder / "film.mp4")
+        (folder / "film.conf").write_text(f"camera_id 1\ncamera_name front door\nnetcam_url file://{moving}\n")
         (folder / "none.conf").write_text(f"camera_id 2\ncamera_name cellar\nnetcam_url file://{folder}/none.mp4\n")
         smtp = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mailbox.port), "ALERT_RECIPIENT": OWNER}
         alerts = Program(folder, "server.py", "--port", "0", **smtp)
         with (folder / "motion.log").open("wb") as log:
             process = subprocess.Popen(
-                ["motion", "-n", "-c", str(folder / "motion.conf")],
-                cwd=folder, env=environment(ALERT_PORT=str(alerts.port)), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                ["motion", "-n", "-c", "motion.conf"], cwd=folder, env=environment(ALERT_PORT=str(alerts.port)),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        yield Motion(mailbox, folder, time.monotonic())
+        yield Motion(mailbox, folder)
         process.kill()  # it would take seconds to stop
         process.wait(PATIENCE_S)
         alerts.end()
@@ -172,7 +176,8 @@ def motion() -> Iterator[Motion]:
 @pytest.fixture(scope="module", autouse=True)
 def motion_is_ahead(request: pytest.FixtureRequest) -> None:
     """Start motion before the first test, if one of the tests that are run wants it."""
-    wanted = any("motion" in getattr(item, "fixturenames", ()) for item in request.session.items if item.path == request.path)
+    ours = (item for item in request.session.items if item.path == request.path)
+    wanted = any("motion" in getattr(item, "fixturenames", ()) for item in ours)
     if wanted and shutil.which("motion") and shutil.which("ffmpeg"):
         request.getfixturevalue("motion")
 
@@ -185,8 +190,7 @@ def test_motion_5_passes_quotes_along_and_they_are_taken_off(start: Any, mailbox
     assert '"front door"' in words
     port = str(relay(start, mailbox).port)
     subprocess.run(words, env=environment(ALERT_PORT=port), check=True, timeout=60, stdout=subprocess.DEVNULL)
-    pictures = [part for part in arrived(mailbox, "MOTION_DETECTED - front door").walk() if part.get_content_maintype() == "image"]
-    assert [part.get_payload(decode=True) for part in pictures] == [b"\xff\xd8\xff\xe0" + bytes(100)]
+    assert pictures(arrived(mailbox, "MOTION_DETECTED - front door")) == [b"\xff\xd8\xff\xe0" + bytes(100)]
 
 
 # ffmpeg
@@ -197,8 +201,7 @@ def test_ffmpeg_pipes_one_frame_into_an_alert(start: Any, mailbox: Mailbox, tmp_
     block = adapted(readme_block("ffmpeg "), **{"rtsp://192.168.1.20/stream": film(tmp_path / "film.mp4", 1)})
     said = shell(block, tmp_path, ALERT_PORT=str(relay(start, mailbox).port)).stdout
     assert said.startswith("queued"), said
-    pictures = [part for part in arrived(mailbox, "SNAPSHOT - gate").walk() if part.get_content_maintype() == "image"]
-    assert [part.get_payload(decode=True)[:3] for part in pictures] == [b"\xff\xd8\xff"]
+    assert [picture[:3] for picture in pictures(arrived(mailbox, "SNAPSHOT - gate"))] == [b"\xff\xd8\xff"]
 
 
 @needs("ffmpeg")
@@ -215,6 +218,12 @@ def write_program(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(0o755)
     return path
+
+
+def write_sendmail(folder: Path) -> Path:
+    """The README's two lines of shell, for the settings in `folder`."""
+    block = adapted(readme_block("#!/bin/sh\n# /usr/sbin/sendmail"), **{"/etc/dvr/mail.env": folder / "mail.env"})
+    return write_program(folder / "sendmail", block)
 
 
 def mail_env(mailbox: Mailbox) -> str:
@@ -243,8 +252,9 @@ def run_cron(folder: Path, crontab: str, sendmail: Path, done: Callable[[], Any]
     script = " && ".join([*mounts, "exec cron -f"])
     with (folder / "cron.log").open("wb") as log:
         process = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", script], env=environment(PATH=SBIN), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+            ["unshare", "-m", "sh", "-c", script], env=environment(PATH=SBIN),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )  # fmt: skip
         try:
             return until(f"cron's mail: {(folder / 'cron.log').read_text()}", done)
         finally:
@@ -266,11 +276,9 @@ class TestCron:
     def test_cron_mails_what_a_job_prints(self, mailbox: Mailbox) -> None:
         with open_folder() as folder:
             (folder / "mail.env").write_text(mail_env(mailbox))
-            sendmail = adapted(readme_block("#!/bin/sh\n# /usr/sbin/sendmail"), **{"/etc/dvr/mail.env": folder / "mail.env"})
-            crontab = adapted(
-                readme_block("# /etc/cron.d/backup"), **{"0 3 * * *": "@reboot", "/usr/local/bin/backup": "echo 'the disk is full ✓'"}
-            )
-            run_cron(folder, crontab, write_program(folder / "sendmail", sendmail), lambda: mailbox.mails)
+            sendmail = write_sendmail(folder)
+            job = {"0 3 * * *": "@reboot", "/usr/local/bin/backup": "echo 'the disk is full ✓'"}
+            run_cron(folder, adapted(readme_block("# /etc/cron.d/backup"), **job), sendmail, lambda: mailbox.mails)
         mail = arrived(mailbox, "Cron <root@")
         assert text_of(mail).strip() == "the disk is full ✓"
         assert mail.envelope.recipients == [OWNER] and mail.envelope.sender == "home@example.com"
@@ -324,15 +332,12 @@ def test_smartd_mails_its_warning_through_sendmail(mailbox: Mailbox, tmp_path: P
     (tmp_path / "disk.c").write_text(PRETEND_DISK)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", "disk.so", "disk.c", "-ldl"], cwd=tmp_path, check=True, timeout=60)
     (tmp_path / "mail.env").write_text(mail_env(mailbox))
-    sendmail = adapted(readme_block("#!/bin/sh\n# /usr/sbin/sendmail"), **{"/etc/dvr/mail.env": tmp_path / "mail.env"})
-    write_program(tmp_path / "sendmail", sendmail)
-    alert = adapted(readme_block("#!/bin/sh\n# /usr/local/sbin/smart-alert"), **{"/usr/sbin/sendmail": tmp_path / "sendmail"})
-    write_program(tmp_path / "smart-alert", alert)
+    alert = readme_block("#!/bin/sh\n# /usr/local/sbin/smart-alert")
+    write_program(tmp_path / "smart-alert", adapted(alert, **{"/usr/sbin/sendmail": write_sendmail(tmp_path)}))
     disk = {"DEVICESCAN -d removable -n standby": "/dev/null -d nvme,0x1 -M test", "/usr/local/sbin": tmp_path}
     (tmp_path / "smartd.conf").write_text(adapted(readme_block("# /etc/smartd.conf"), **disk))
-    done = shell(
-        "smartd -q onecheck -d -c smartd.conf -s '' -A ''", tmp_path, check=False, PATH=SBIN, LD_PRELOAD=str(tmp_path / "disk.so")
-    )
+    check = "smartd -q onecheck -d -c smartd.conf -s '' -A ''"
+    done = shell(check, tmp_path, check=False, PATH=SBIN, LD_PRELOAD=str(tmp_path / "disk.so"))
     assert "successful" in done.stdout, done.stdout
     mail = arrived(mailbox, "SMART error (EmailTest) detected on host")
     assert "PRETEND DISK" in text_of(mail) and mail.envelope.recipients == [OWNER]
@@ -354,15 +359,17 @@ def replies(mailbox: Mailbox, *subjects: str) -> list[Any]:
 
 
 @needs("swaks")
-def test_swaks_asks_controls_and_replaces_a_block_with_each_login(commanded: Program, mailbox: Mailbox, tmp_path: Path) -> None:
+def test_swaks_asks_controls_and_replaces_a_block_with_each_login(
+    commanded: Program, mailbox: Mailbox, tmp_path: Path
+) -> None:
     (tmp_path / "firmware.bin").write_bytes(random.Random(8).randbytes(5000))
     shell(adapted(readme_block("# swaks: ask"), **{"127.0.0.1:2525": f"127.0.0.1:{commanded.port}"}), tmp_path)
     status, control, update = replies(mailbox, "CMD STATUS", "CMD SET relay1=on", "CMD UPDATE firmware")
     assert json.loads(attached(status, "status.json"))["relay1"] == "off"
     assert "relay1: off -> on" in text_of(control)
     assert "5000" in text_of(update)
-    wrong = f"swaks --server 127.0.0.1:{commanded.port} --auth LOGIN --auth-user operator --auth-password wrong --to device@localhost"
-    assert "535" in shell(wrong, tmp_path, check=False).stdout
+    wrong = "--auth LOGIN --auth-user operator --auth-password wrong --to device@localhost"
+    assert "535" in shell(f"swaks --server 127.0.0.1:{commanded.port} {wrong}", tmp_path, check=False).stdout
 
 
 @needs("curl")
@@ -423,7 +430,8 @@ def test_postfix_takes_the_relays_mail_to_a_provider_with_tls_and_login(start: A
     box.start()
     with open_folder() as folder:
         here = f"[localhost]:{box.port}"
-        (folder / "sasl_passwd").write_text(readme_block("# /etc/postfix/sasl_passwd").replace("[smtp.gmail.com]:587", here))
+        logins_file = adapted(readme_block("# /etc/postfix/sasl_passwd"), **{"[smtp.gmail.com]:587": here})
+        (folder / "sasl_passwd").write_text(logins_file)
         (folder / "ca.pem").write_bytes(Path(certificates.ca).read_bytes())
         places: dict[str, Any] = {
             "/etc/postfix/sasl_passwd": folder / "sasl_passwd",
@@ -434,9 +442,7 @@ def test_postfix_takes_the_relays_mail_to_a_provider_with_tls_and_login(start: A
         postfix = Postfix(folder, settings.pop("relayhost"), smtp_host_lookup="native", **settings)
         try:
             postfix.start()
-            alerts = start(
-                "server.py", "--port", "0", SMTP_HOST="127.0.0.1", SMTP_PORT=str(postfix.port), SMTP_FROM="you@gmail.com", ALERT_RECIPIENT=OWNER
-            )
+            alerts = relay(start, postfix, SMTP_FROM="you@gmail.com")
             sent = [sys.executable, str(ROOT / "client.py"), "--port", str(alerts.port), "--id", "through-postfix"]
             subprocess.run(sent, check=True, env=environment(), timeout=60, stdout=subprocess.DEVNULL)
             mail = arrived(box, "MOTION_DETECTED - cam1")
@@ -453,8 +459,8 @@ def submit(port: int, subject: str, sender: str = "ops@example.com", to: str = "
     import smtplib
 
     with smtplib.SMTP("127.0.0.1", port, timeout=PATIENCE_S) as smtp:
-        content = f"From: {sender}\r\nTo: {to}\r\nSubject: {subject}\r\nMessage-ID: <{random.getrandbits(64)}@x>\r\n\r\n"
-        smtp.sendmail(sender, [to], content)
+        head = f"From: {sender}\r\nTo: {to}\r\nSubject: {subject}\r\n"
+        smtp.sendmail(sender, [to], f"{head}Message-ID: <{random.getrandbits(64)}@x>\r\n\r\n")
 
 
 def signed(folder: Path, command: str, secret: str) -> str:
@@ -477,7 +483,8 @@ def test_postfix_before_the_device_may_read_and_only_signed_commands_control(
     with open_folder() as folder:
         postfix = Postfix(folder, f"[127.0.0.1]:{mailbox.port}")
         try:
-            there = start("embedded_smtpd.py", **(values | local | {"DEVICE_PORT": "0", "SMTP_PORT": str(postfix.port)}))
+            ports = {"DEVICE_PORT": "0", "SMTP_PORT": str(postfix.port)}
+            there = start("embedded_smtpd.py", **(values | local | ports))
             transport = {"192.168.1.60": "127.0.0.1", ":2525}": f":{there.port}}}"}
             lines = adapted(readme_block("# /etc/postfix/main.cf, in front of the device"), **transport)
             with (postfix.conf / "main.cf").open("a") as main, (postfix.conf / "master.cf").open("a") as master:
@@ -535,7 +542,7 @@ def test_a_shell_command_ends_within_home_assistants_60_seconds(tmp_path: Path) 
     assert longest_s(2 * readme_timeout, default_retries) < 45  # when connecting takes as long as the answer would
 
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never says a word
-        places = {"192.168.1.10": "127.0.0.1", "/config/dvr-outbox": "outbox", str(words[words.index("--timeout") + 1]): "0.4"}
+        places = {"192.168.1.10": "127.0.0.1", "/config/dvr-outbox": "outbox", f"{readme_timeout:g}": "0.4"}
         scaled = [places.get(word, word) for word in words]
         began = time.monotonic()
         environ = environment(ALERT_PORT=str(silent.getsockname()[1]))
@@ -573,13 +580,12 @@ def haproxy(tmp_path: Path) -> Iterator[Callable[[int, int], int]]:
                   "192.168.1.12:5000": f"127.0.0.1:{second}", "maxconn 8000": "maxconn 100"}  # fmt: skip
         (tmp_path / "haproxy.cfg").write_text(adapted(readme_block("# /etc/haproxy/haproxy.cfg"), **places))
         with (tmp_path / "haproxy.log").open("wb") as log:
-            running.append(
-                subprocess.Popen(
-                    ["haproxy", "-db", "-f", "haproxy.cfg"], cwd=tmp_path, env=environment(PATH=SBIN),
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                )  # fmt: skip
-            )
-        assert until("HAProxy ends or answers a ping", lambda: running[-1].poll() or ping(port)) == PONG, log.name
+            process = subprocess.Popen(
+                ["haproxy", "-db", "-f", "haproxy.cfg"], cwd=tmp_path, env=environment(PATH=SBIN),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        running.append(process)
+        assert until("HAProxy ends or answers a ping", lambda: process.poll() or ping(port)) == PONG, log.name
         return port
 
     yield run
@@ -610,7 +616,7 @@ class Cameras:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, str(ROOT / "client.py"), "--camera", name, "--id", name, *flags],
-                cwd=folder, env=environment(PYTHONUNBUFFERED="1"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             )
             for name in ("north", "east", "south", "west")
         ]  # fmt: skip
@@ -671,10 +677,10 @@ def test_a_relay_is_killed_under_load_and_nothing_acknowledged_is_lost(
     with open_folder() as folder:
         queue = None if Postfix.missing() else Postfix(folder, f"[127.0.0.1]:{box.port}")
         mail = {
-            "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(queue.port if queue else box.port), "SMTP_FROM": "dvr@example.com",
-            "ALERT_RECIPIENT": OWNER, "ALERT_RETRY_FIRST": "0.2", "ALERT_RETRY_MAX": "0.5",
+            "SMTP_FROM": "dvr@example.com", "ALERT_RETRY_FIRST": "0.2", "ALERT_RETRY_MAX": "0.5",
         }  # fmt: skip
-        relays = [start("server.py", "--port", str(free_port()), "--spool", f"{n}.db", **mail) for n in (0, 1)]
+        fixed = [{"ALERT_PORT": str(free_port()), "ALERT_SPOOL": f"{n}.db"} for n in (0, 1)]
+        relays = [relay(start, queue or box, **mail, **own) for own in fixed]
         front = haproxy(relays[0].port, relays[1].port)
         cameras = Cameras(tmp_path, front, 60)
         try:
@@ -698,7 +704,7 @@ def test_a_relay_is_killed_under_load_and_nothing_acknowledged_is_lost(
             for one in relays:
                 sent = [sys.executable, str(ROOT / "client.py"), "--port", str(one.port), "--id", "twice"]
                 subprocess.run(sent, check=True, env=environment(), timeout=60, stdout=subprocess.DEVNULL)
-            until("both mails of one id", lambda: len([m for m in box.mails if b"X-Alert-Id: twice\r\n" in m.content]) == 2)
+            until("both mails of one id", lambda: sum(b"X-Alert-Id: twice\r\n" in m.content for m in box.mails) == 2)
             assert all(len(ids) == 1 for ids in message_ids(box).values())
         finally:
             for process in cameras.processes:
@@ -711,10 +717,8 @@ def test_a_relay_is_killed_under_load_and_nothing_acknowledged_is_lost(
 
 
 def test_motion_mails_the_picture_of_what_moved(motion: Motion) -> None:
-    mail = arrived(motion.mailbox, "MOTION_DETECTED - front door")
-    pictures = [part.get_payload(decode=True) for part in mail.walk() if part.get_content_maintype() == "image"]
-    assert [picture[:3] for picture in pictures] == [b"\xff\xd8\xff"]
-    assert pictures[0] in [path.read_bytes() for path in motion.folder.glob("*.jpg")]
+    (picture,) = pictures(arrived(motion.mailbox, "MOTION_DETECTED - front door"))
+    assert picture[:3] == b"\xff\xd8\xff" and picture in [path.read_bytes() for path in motion.folder.glob("*.jpg")]
     movie = re.search(r"/\S+\.mkv", text_of(arrived(motion.mailbox, "MOVIE_SAVED - front door")))
     assert movie and Path(movie[0]).parent == motion.folder
 
