@@ -231,7 +231,9 @@ def add_common_flags(parser: argparse.ArgumentParser, *, logs: bool = True) -> N
 
 # Controls, line and paragraph separators, and the characters that reorder or hide text. U+200C and U+200D stay:
 # Persian and emoji need them.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 def printable(text: object, limit: int = 300) -> str:
@@ -515,7 +517,8 @@ ADVICE = (
      " in SMTP_CAFILE."),
     ("tls|greeting", "", "wrong.version|not offered|record.layer|timed out",
      "The server does not speak TLS in this way on this port: 465 is SMTP_SECURITY=ssl, 587 is starttls."),
-    ("resolve", "", "", "The name in SMTP_HOST was not found: check its spelling, and whether this machine's DNS works."),
+    ("resolve", "", "",
+     "The name in SMTP_HOST was not found: check its spelling, and whether this machine's DNS works."),
     ("connect", "", "timed out", "Nobody answers. Providers often block port 25: use 587 or 465."),
     ("connect", r"localhost|127\.|::1", "refused",
      "Nothing listens there. For a test, start: python3 embedded_smtpd.py --debug"),
@@ -583,12 +586,14 @@ class SMTPConfig:
         if self.timeout_s <= 0:
             raise ConfigError("SMTP_TIMEOUT: must be more than 0; 30 (seconds) is usual")
         if self.user and self.security == "none" and not is_loopback(self.host):
-            raise ConfigError(f"SMTP_SECURITY: none would send the password in the clear to {self.host}; use starttls or ssl")
+            raise ConfigError(
+                f"SMTP_SECURITY: none sends the password in the clear to {self.host}; use starttls or ssl"
+            )
         password = self.password() if self.user else ""
         if self.user and not password:
-            raise ConfigError("SMTP_PASS: missing, though SMTP_USER is set; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
+            raise ConfigError("SMTP_PASS: missing for SMTP_USER; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
         if not f"{self.user}{password}".isascii():
-            raise ConfigError("SMTP_PASS: holds a character outside ASCII, which SMTP logins do not carry; choose another")
+            raise ConfigError("SMTP_PASS: holds a character outside ASCII, which no SMTP login carries; choose another")
         self.tls()
 
     def tls(self) -> ssl.SSLContext | None:
@@ -652,24 +657,20 @@ def _security(settings: Settings, host: str, number: int) -> str:
 
 def _password(settings: Settings, host: str) -> str:
     password = settings.secret("SMTP_PASS")
-    if not password and (path := settings.secret("SMTP_PASS_FILE").strip()):
-        try:
+    path, command = settings.secret("SMTP_PASS_FILE").strip(), settings.secret("SMTP_PASS_COMMAND").strip()
+    try:
+        if not password and path:
             password = Path(path).read_text("utf-8").partition("\n")[0].rstrip("\r")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"SMTP_PASS_FILE: {path} cannot be read: {getattr(error, 'strerror', error)}") from None
-    if not password and (command := settings.secret("SMTP_PASS_COMMAND").strip()):
-        password = _command_output(command)
+        elif not password and command:
+            done = subprocess.run(command, shell=True, capture_output=True, timeout=30, check=True)
+            password = done.stdout.decode("utf-8").partition("\n")[0].rstrip("\r")
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
+        name = f"SMTP_PASS_FILE: {path}" if path else "SMTP_PASS_COMMAND"
+        what = getattr(error, "strerror", None) or type(error).__name__  # the error itself may show what was read
+        raise ConfigError(f"{name}: gives no password ({what})") from None
     if re.search(r"(^|\.)(gmail|googlemail|google)\.com$", host, re.I):
         password = re.sub(r"\s", "", password)  # Google shows app passwords in four groups
     return password
-
-
-def _command_output(command: str) -> str:
-    try:
-        done = subprocess.run(command, shell=True, capture_output=True, timeout=30, check=True)
-        return done.stdout.decode("utf-8").partition("\n")[0].rstrip("\r")
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        raise ConfigError(f"SMTP_PASS_COMMAND: failed ({type(error).__name__}); it must print the password") from None
 
 
 def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CERT and TLS_KEY") -> ssl.SSLContext:
@@ -936,7 +937,8 @@ class SMTPTransport:
         After a refusal the rest is only asked if it is under way already.
         """
         names = envelope.recipients
-        replies = smtp.ask([f"MAIL FROM:<{envelope.sender}>{parameters}", *(f"RCPT TO:<{name}>" for name in names), "DATA"])
+        recipients = [f"RCPT TO:<{name}>" for name in names]
+        replies = smtp.ask([f"MAIL FROM:<{envelope.sender}>{parameters}", *recipients, "DATA"])
         together = smtp.has_extn("pipelining")
         mail = judge("mail", *next(replies))
         if mail.verdict is not Verdict.SENT and not together:
@@ -1141,7 +1143,7 @@ class Outbox:
     """The durable queue. Every method is safe to call from any thread, and raises SpoolError when the disk fails."""
 
     def __init__(self, path: str | Path, *, schema: str = "", size_max: int | None = None) -> None:
-        """Open or make the file, 0600, and lock it; `schema` makes tables of its owner. Raises SpoolBusy and SpoolError."""
+        """Open or make the file, 0600, and lock it; `schema` makes tables of its owner. Raises SpoolError."""
         self.path = Path(path)
         self._schema, self._size_max = SCHEMA + schema, size_max
         self._lock = threading.RLock()
@@ -1182,8 +1184,8 @@ class Outbox:
         db = self._open()
         salvage(aside, db)
         self._recount(db)
-        found = "what could be read of it: %d alerts that wait, %d that failed"
-        log.error(f"the spool %s was damaged and moved to %s; {found}", self.path, aside, *map(self._counts.get, (WAITING, FAILED)))
+        found = f"{self._counts[WAITING]} alerts that wait and {self._counts[FAILED]} that failed were saved"
+        log.error("the spool %s was damaged and moved to %s; %s", self.path, aside, found)
         return db
 
     def _move_aside(self, why: str) -> Path:
@@ -1310,13 +1312,15 @@ class Outbox:
 
     def _check_room(self, more: int) -> None:
         """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them."""
-        pages, unused, page = (self._rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size"))
-        used = (pages - unused) * page
+        pages, free, page = (
+            self._rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        used, unused = (pages - free) * page, free * page
         if self._size_max is not None and used + more > self._size_max:
             raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
-        if not self._disk_holds(more, unused * page):
+        if not self._disk_holds(more, unused):
             self._rows("PRAGMA wal_checkpoint(TRUNCATE)")
-            if not self._disk_holds(more, unused * page):
+            if not self._disk_holds(more, unused):
                 raise SpoolFull(f"{self.path}: the disk is full")
 
     def _disk_holds(self, more: int, unused: int) -> bool:
@@ -1353,14 +1357,13 @@ class Outbox:
 
     def waiting(self, after: int = 0) -> Iterator[Waiting]:
         """What waits and is in no mail yet, oldest first, page by page, without payloads."""
-        sql = "SELECT seq, id, lane, arrived, taken FROM items WHERE settled IS NULL AND state = 0 AND seq > ? ORDER BY seq LIMIT ?"
-        page: list[Any] = []
-        while not page or len(page) == PAGE_ROWS:
-            page = self._rows(sql, after, PAGE_ROWS)
+        sql = "SELECT seq, id, lane, arrived, taken FROM items WHERE settled IS NULL AND state = 0 AND seq > ?"
+        while True:
+            page = self._rows(f"{sql} ORDER BY seq LIMIT {PAGE_ROWS}", after)
             for seq, name, lane, arrived, taken in page:
                 yield Waiting(seq, name, lane, arrived, frozenset(json.loads(taken or "[]")))
                 after = seq
-            if not page:
+            if len(page) < PAGE_ROWS:
                 return
 
     def newest(self) -> int:
@@ -1379,9 +1382,9 @@ class Outbox:
 
     def budget(self, now: float, limit: int) -> tuple[deque[float], int]:
         """When the newest `limit` mails of the last day went, and how many are under way."""
-        sql = "SELECT settled FROM mails WHERE settled > ? AND settled <= ? AND taken != '[]' ORDER BY settled DESC LIMIT ?"
-        times = deque(when for (when,) in reversed(self._rows(sql, now - DAY_S, now, limit)))
-        return times, self._rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
+        sql = "SELECT settled FROM mails WHERE settled > ? AND settled <= ? AND taken != '[]'"
+        rows = self._rows(f"{sql} ORDER BY settled DESC LIMIT ?", now - DAY_S, now, limit)
+        return deque(when for (when,) in reversed(rows)), self._rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
 
     def freeze(self, drafts: Sequence[Draft], now: float) -> list[Mail]:
         """Make each draft a mail, durably: from now on, whatever happens, it is the same mail.
@@ -1408,13 +1411,14 @@ class Outbox:
 
     def due(self, now: float, latest: float, busy: Collection[int], most: int) -> list[Mail]:
         """Frozen mails to try again now. One that is due later than `latest` is due now: the clock was set back."""
+        sql = "SELECT mail, kind, items, recipients, failed, why, tries, waited, bare, taken, refused FROM mails"
         rows = self._rows(
-            "SELECT mail, kind, items, recipients, failed, why, tries, waited, bare, taken, refused FROM mails"
-            " WHERE state = 1 AND (next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(busy),
-        )  # fmt: skip
+            f"{sql} WHERE state = 1 AND (next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(busy)
+        )
         return [
-            Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), *rest, bool(bare), tuple(json.loads(taken)), json.loads(refused))
-            for number, kind, items, to, *rest, bare, taken, refused in rows if number not in busy
+            Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), failed, why, tries, waited, bool(bare),
+                 tuple(json.loads(taken)), json.loads(refused))
+            for number, kind, items, to, failed, why, tries, waited, bare, taken, refused in rows if number not in busy
         ][:most]  # fmt: skip
 
     # rendering and settling
@@ -1445,7 +1449,8 @@ class Outbox:
 
     def settle(self, mail: Mail, now: float) -> None:
         """Write down how an attempt ended. Needs no disk sync: a power cut at worst makes the attempt happen again."""
-        row = (mail.state, mail.next, mail.tries, mail.waited, mail.bare, mail.error, None if mail.state == FROZEN else now)
+        over = None if mail.state == FROZEN else now
+        row = (mail.state, mail.next, mail.tries, mail.waited, mail.bare, mail.error, over)
         lists = map(json.dumps, (mail.recipients, mail.taken, mail.refused))
         with self.transaction(durable=False) as db:
             db.execute(
@@ -1457,7 +1462,9 @@ class Outbox:
             change = "state = 2, settled = ?, error = NULL, payload = NULL, picture = NULL"
             values: tuple[object, ...] = (now,)
             if mail.state == FAILED:  # who has it is added to those who had it in an earlier life
-                change = "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
+                change = (
+                    "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
+                )
                 change += " json_each(coalesce(items.taken, '[]')) UNION ALL SELECT value FROM json_each(?)))"
                 values = (mail.error, json.dumps(mail.taken))
             seqs = [(*values, seq) for seq in mail.items]
@@ -1478,7 +1485,8 @@ class Outbox:
         """Failed alerts (or one) wait again and are planned anew, and what was put off is due; the number of them."""
         with self.transaction() as db:
             db.execute("UPDATE mails SET next = 0 WHERE state = 1")
-        return self._change("state = 0, error = NULL, told = 0 WHERE settled IS NULL AND state = 3 AND ? IN (id, 'all')", name)
+        change = "state = 0, error = NULL, told = 0 WHERE settled IS NULL AND state = 3 AND ? IN (id, 'all')"
+        return self._change(change, name)
 
     def drop(self, name: str = "all") -> int:
         """What waits, is held or failed (or one) is not sent and its payload is forgotten; the number of them."""
@@ -1501,7 +1509,7 @@ class Outbox:
 
     def prune(self, now: float) -> int:
         """Forget what was settled more than MEMORY_S ago, a little at a time; the number of items forgotten."""
-        old = "DELETE FROM {0} WHERE rowid IN (SELECT rowid FROM {0} WHERE settled IS NOT NULL AND settled < ? LIMIT 2000)"
+        old = "DELETE FROM {0} WHERE rowid IN (SELECT rowid FROM {0} WHERE settled < ? LIMIT 2000)"
         with self.transaction(durable=False) as db:
             db.execute(old.format("mails"), (now - MEMORY_S,))
             gone = db.execute(old.format("items") + " RETURNING state", (now - MEMORY_S,)).fetchall()
@@ -1566,13 +1574,6 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
         into.execute("COMMIT")
 
 
-QUEUE = """
-SELECT i.seq, i.id, i.lane, i.arrived, i.state, coalesce(i.error, m.error), max(m.mail), m.recipients, m.refused, m.next, m.tries
-FROM items AS i LEFT JOIN (SELECT one.value AS seq, mails.* FROM mails, json_each(mails.items) AS one WHERE state IN (1, 3)) AS m
-  ON m.seq = i.seq AND i.state IN (1, 3)
-WHERE i.settled IS NULL GROUP BY i.seq ORDER BY i.seq"""
-
-
 def read_queue(path: Path) -> list[dict[str, Any]]:
     """Every item that waits, is held or failed, read without writing to the file. Raises SpoolError."""
     if not path.exists():
@@ -1581,28 +1582,35 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
     mode = "mode=ro" if Path(f"{path}-wal").exists() else "mode=ro&immutable=1"
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5)) as db:
+            db.row_factory = sqlite3.Row
+            items = db.execute(
+                "SELECT seq, id, lane, arrived, state, error FROM items WHERE settled IS NULL"
+            ).fetchall()
+            mails = db.execute(
+                "SELECT items, recipients, refused, next, tries, error FROM mails WHERE state IN (1, 3) ORDER BY mail"
+            ).fetchall()
             notes = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM notes")}
-            return [_queue_row(notes, *row) for row in db.execute(QUEUE)]
     except sqlite3.Error as error:
         raise SpoolError(f"{path}: {error}") from None
+    last = {seq: mail for mail in mails for seq in json.loads(mail["items"])}
+    items.sort(key=lambda item: item["seq"])
+    return [_queue_row(item, None if item["state"] == WAITING else last.get(item["seq"]), notes) for item in items]
 
 
-def _queue_row(
-    notes: Mapping[str, Any], seq: int, name: str, lane: str, arrived: float, state: int, error: str | None,
-    mail: int | None, recipients: str | None, refused: str | None, due: float | None, tries: int | None,
-) -> dict[str, Any]:  # fmt: skip
+def _queue_row(item: sqlite3.Row, mail: sqlite3.Row | None, notes: Mapping[str, Any]) -> dict[str, Any]:
     hold = notes.get("hold") or {"upto": 0}
-    held = state != FAILED and bool(hold.get("all") or (state == WAITING and seq <= hold["upto"]))
-    if held:
-        due, error = max(due or 0.0, hold["until"]), hold["why"]
+    failed = item["state"] == FAILED
+    held = not failed and bool(hold.get("all") or (mail is None and item["seq"] <= hold["upto"]))
+    due = max(mail["next"] if mail else 0.0, hold["until"] if held else 0.0)
+    recipients = mail and (json.loads(mail["recipients"]) or list(json.loads(mail["refused"])))
     return {
-        "id": name,
-        "state": "failed" if state == FAILED else "held" if held else "waiting",
-        "since": iso(arrived),
-        "next": iso(due) if due and state != FAILED else None,
-        "tries": tries or 0,
-        "error": error,
-        "recipients": json.loads(recipients or "[]") or list(json.loads(refused or "{}")) or notes.get("lanes", {}).get(lane, []),
+        "id": item["id"],
+        "state": "failed" if failed else "held" if held else "waiting",
+        "since": iso(item["arrived"]),
+        "next": iso(due) if due and not failed else None,
+        "tries": mail["tries"] if mail else 0,
+        "error": hold["why"] if held else item["error"] or (mail and mail["error"]),
+        "recipients": recipients or notes.get("lanes", {}).get(item["lane"], []),
     }
 
 
@@ -1656,8 +1664,9 @@ def conclude(mail: Mail, outcomes: Mapping[str, Outcome], now: float, delay: flo
     left = tuple(name for name in mail.recipients if name in small or name in later)
     error = "; ".join([f"{n}: {said}" for n, said in refused.items()] + [f"{n}: {o}" for n, o in later.items()])
     return replace(
-        mail, recipients=left, taken=taken, refused=refused, tries=mail.tries + 1, waited=waited, bare=mail.bare or bool(small),
-        state=FROZEN if left else FAILED if refused else SENT, next=now if small else now + delay, error=error or None,
+        mail, recipients=left, taken=taken, refused=refused, tries=mail.tries + 1, waited=waited,
+        bare=mail.bare or bool(small), state=FROZEN if left else FAILED if refused else SENT,
+        next=now if small else now + delay, error=error or None,
     )  # fmt: skip
 
 
@@ -1682,8 +1691,9 @@ class Courier:
         clock: Callable[[], float] = time.time,
         advise: Callable[[Outcome], str] = lambda outcome: "",
     ) -> None:
-        self._outbox, self._owner, self._transport, self._clock, self._advise = outbox, owner, transport, clock, advise
-        self._senders, self._first, self._most, self._max_age = senders, retry_first, max(retry_max, retry_first), max_age
+        self._outbox, self._owner, self._transport = outbox, owner, transport
+        self._clock, self._advise, self._senders = clock, advise, senders
+        self._first, self._most, self._max_age = retry_first, max(retry_max, retry_first), max_age
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._ringing = threading.Lock()  # guards the next three
@@ -1869,7 +1879,10 @@ class Courier:
     def _freeze(self) -> None:
         """Freeze what is due; batches grow while they go out quickly, and shrink when they do not."""
         took, self._batch_began = time.monotonic() - self._batch_began, time.monotonic()
-        self._batch = min(BATCH_MAILS, self._batch * 2) if took < 0.25 else max(1, self._batch // 2) if took > 1 else self._batch
+        if took < 0.25:
+            self._batch = min(BATCH_MAILS, self._batch * 2)
+        elif took > 1:
+            self._batch = max(1, self._batch // 2)
         now = self._clock()
         frozen = self._outbox.freeze(self._drafts, now) if self._drafts else []
         for draft in self._drafts if self._owner.window else ():
@@ -1981,7 +1994,8 @@ class Courier:
         if hold is None:
             return self._hold_marks.clear()
         self._hold_marks.append((time.monotonic(), self._outbox.newest()))
-        while self._hold_marks and time.monotonic() - self._hold_marks[0][0] > self._max_age:  # by a clock that does not jump
+        born = time.monotonic() - self._max_age  # by a clock that does not jump
+        while self._hold_marks and self._hold_marks[0][0] < born:
             why = f"given up after {self._max_age / 3600:.0f} h; last: {hold}"
             if number := self._outbox.expire(self._hold_marks.popleft()[1], why):
                 log.error("%d alerts have failed: %s", number, why)
@@ -2041,7 +2055,7 @@ class SendError(Exception):
         self.outcomes = dict(outcomes)
 
 
-def send_email(
+def send_email(  # noqa: PLR0917  people call it with what they need, by place
     subject: str,
     body: str,
     to_addrs: str | Sequence[str],
@@ -2146,7 +2160,9 @@ def command_check(args: argparse.Namespace) -> int:
     config = _configured(args)
     recipient = address(args.to) if args.to else ""
     if config.debug:
-        print(f"SMTP_HOST is not set: mail goes to the debug receiver on {DEBUG_HOST}:{config.port}, without TLS and login")
+        print(
+            f"SMTP_HOST is not set: mail goes to the debug receiver on {DEBUG_HOST}:{config.port}, without TLS or login"
+        )
     transport = SMTPTransport(config, lambda step, words: print(f"ok    {step:<10} {printable(words)}", flush=True))
     try:
         outcome = transport.verify(recipient)
@@ -2178,7 +2194,8 @@ def command_queue(args: argparse.Namespace) -> int:
             due = f"next try {row['next']}" if row["next"] else "no more tries"
             print(f"         tries {row['tries']}, {due}  {printable(row['error'] or '')}".rstrip())
     states = [row["state"] for row in rows]
-    print(", ".join(f"{states.count(state)} {state}" for state in ("waiting", "held", "failed")) if rows else "nothing waits")
+    sums = ", ".join(f"{states.count(state)} {state}" for state in ("waiting", "held", "failed"))
+    print(sums if rows else "nothing waits")
     return EX_OK
 
 
@@ -2213,7 +2230,9 @@ def _request(path: Path, what: str, name: str) -> int:
 
 def command_sendmail(argv: Sequence[str]) -> int:
     """`sendmail`: a whole mail on standard input, as cron, smartd and mdadm hand it over."""
-    parser = argparse.ArgumentParser(prog="sendmail", description="Send the mail on standard input.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="sendmail", description="Send the mail on standard input.", allow_abbrev=False
+    )
     parser.add_argument("-t", action="store_true", help="recipients from To, Cc and Bcc")
     parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the mail")
     parser.add_argument("-f", metavar="FROM", help="envelope sender")
@@ -2231,52 +2250,55 @@ def command_sendmail(argv: Sequence[str]) -> int:
         raw = re.split(rb"(?m)^\.\r?$", raw, maxsplit=1)[0]
     default: tuple[str, ...] = ("alerts@localhost",) if config.debug else ()
     owner = settings.read("ALERT_RECIPIENT", addresses, default)
-    send_now(sendmail_envelope(raw, args.recipients, args.t, args.f, config.sender, owner), config)
-    return EX_OK
-
-
-_FIELD = rb"([!-9;-~]+)[ \t]*:((?:[^\r]*\r\n)(?:[ \t][^\r]*\r\n)*)"
-
-
-def sendmail_envelope(
-    raw: bytes, recipients: Sequence[str], from_headers: bool, sender: str | None, default: str, owner: Sequence[str]
-) -> Envelope:
-    """The envelope for a mail as a local program writes it: missing headers added, Bcc taken out, names completed.
-
-    A recipient without @ is `owner`; a sender without one is `default`. Raises ValueError and ConfigError.
-    """
-    raw = re.sub(rb"\r\n|\r|\n", b"\r\n", raw.replace(b"\0", b""))
-    raw += b"" if raw.endswith(b"\r\n") else b"\r\n"
-    head = re.match(b"(?:%s)*" % _FIELD, raw)
-    assert head
-    body = raw[head.end() :].removeprefix(b"\r\n")
-    fields = [(name.decode("ascii"), value.strip(b" \t\r\n")) for name, value in re.findall(_FIELD, head[0])]
-
-    def values(*names: str) -> list[str]:
-        return [re.sub("\r\n", "", value.decode("utf-8", "replace")) for name, value in fields if name.lower() in names]
-
-    names = [part.strip() for name in recipients for part in name.split(",") if part.strip()]
-    if from_headers:
-        names += [plain for _, plain in email.utils.getaddresses(values("to", "cc", "bcc")) if plain]
+    fields, body = split_fields(raw)
+    names = [part.strip() for name in args.recipients for part in name.split(",") if part.strip()]
+    if args.t:
+        found = [value for name, value in fields if name.lower() in ("to", "cc", "bcc")]
+        names += [plain for _, plain in email.utils.getaddresses(found) if plain]
     if not owner and any("@" not in name for name in names):
         raise ConfigError("ALERT_RECIPIENT: missing; it gets the mail for names without @, like root")
     to = tuple(dict.fromkeys(plain for name in names for plain in ([address(name)] if "@" in name else owner)))
     if not to:
         raise ValueError("no recipient: name one, or use -t with a To header")
-    writer, plain = email.utils.parseaddr("".join(values("from")[:1]))
+    null = args.f is not None and args.f.strip("<> ") == ""
+    sender = "" if null else address(args.f if args.f and "@" in args.f else config.sender)
+    shown = "undisclosed-recipients:;" if args.t else header_addresses(to)
+    send_now(Envelope(sender, to, completed(fields, body, shown, config.sender)), config)
+    return EX_OK
+
+
+_FIELD = rb"([!-9;-~]+)[ \t]*:([^\r]*(?:\r\n[ \t][^\r]*)*)\r\n"  # RFC 5322 2.2
+
+
+def split_fields(raw: bytes) -> tuple[list[tuple[str, str]], bytes]:
+    """The header fields of a mail as a local program writes it, unfolded nowhere, and its body; lines end in CRLF."""
+    raw = re.sub(rb"\r\n|\r|\n", b"\r\n", raw.replace(b"\0", b""))
+    raw += b"" if raw.endswith(b"\r\n") else b"\r\n"
+    head = re.match(b"(?:%s)*" % _FIELD, raw)
+    assert head  # it matches nothing, too
+    fields = [
+        (name.decode(), value.strip().decode("utf-8", "surrogateescape")) for name, value in re.findall(_FIELD, head[0])
+    ]
+    return fields, raw[head.end() :].removeprefix(b"\r\n")
+
+
+def completed(fields: Sequence[tuple[str, str]], body: bytes, to: str, sender: str) -> list[bytes]:
+    """A mail with what it lacks: a sender with a domain, To, Date, Message-ID, a charset; Bcc is taken out."""
+    writer, plain = email.utils.parseaddr(next((value for name, value in fields if name.lower() == "from"), ""))
+    wanted = {"To": to, "Date": email.utils.formatdate(localtime=True), "MIME-Version": "1.0"}
+    wanted["Message-ID"] = email.utils.make_msgid(domain=hostname())
+    unwanted = {"bcc"}
     if "@" not in plain:
-        fields = [field for field in fields if field[0].lower() != "from"]
-        known = email.utils.formataddr((writer or plain, address(default))) if writer or plain else default
-        fields.insert(0, ("From", header_address(known).encode()))
-    added = {"Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname())}
-    added["To"] = "undisclosed-recipients:;" if from_headers else header_addresses(to)
+        known = email.utils.formataddr((writer or plain, address(sender))) if writer or plain else sender
+        wanted["From"] = header_address(known)
+        unwanted.add("from")
     if not body.isascii():
-        added |= {"MIME-Version": "1.0", "Content-Type": "text/plain; charset=utf-8", "Content-Transfer-Encoding": "8bit"}
+        wanted |= {"Content-Type": "text/plain; charset=utf-8", "Content-Transfer-Encoding": "8bit"}
+    fields = [field for field in fields if field[0].lower() not in unwanted]
     there = {name.lower() for name, _ in fields}
-    fields += [(name, value.encode()) for name, value in added.items() if name.lower() not in there]
-    lines = [b"%s: %s\r\n" % (name.encode(), value) for name, value in fields if name.lower() != "bcc"]
-    null = sender is not None and sender.strip("<> ") == ""
-    return Envelope("" if null else address(sender if sender and "@" in sender else default), to, [*lines, b"\r\n", body])
+    fields += [(name, value) for name, value in wanted.items() if name.lower() not in there]
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    return [lines.encode("utf-8", "surrogateescape"), b"\r\n", body]
 
 
 def _parser() -> argparse.ArgumentParser:

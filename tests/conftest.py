@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 @dataclass(frozen=True)
 class Certificates:
-    """Paths of certificate and key by name: good, wrong (another host's name), expired, selfsigned; and the signer's."""
+    """Paths of certificate and key by name: good, wrong (another name), expired, selfsigned; and the signer's."""
 
     folder: Path
 
@@ -90,7 +90,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
         openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={subject}")
 
     def sign(name: str, names: str, *issuer: str) -> None:
-        (folder / "extensions").write_text(f"subjectAltName={names}\nbasicConstraints={'CA:TRUE' if name == 'ca' else 'CA:FALSE'}\n")
+        (folder / "extensions").write_text(
+            f"subjectAltName={names}\nbasicConstraints={'CA:TRUE' if name == 'ca' else 'CA:FALSE'}\n"
+        )
         openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", "-extfile", "extensions", *issuer)
 
     by_ca = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial")
@@ -127,7 +129,9 @@ class Mailbox(Controller):
         self.refuse: dict[str, str] = {}  # recipient -> reply
         self.sock = socket.create_server(("127.0.0.1", 0))
         self.options = {"tls_context": None if implicit else tls, **options}
-        super().__init__(self, hostname="127.0.0.1", port=self.sock.getsockname()[1], ssl_context=tls if implicit else None)
+        super().__init__(
+            self, hostname="127.0.0.1", port=self.sock.getsockname()[1], ssl_context=tls if implicit else None
+        )
 
     def factory(self) -> SMTP:
         with warnings.catch_warnings():  # it warns of a login without TLS, which some tests want
@@ -225,7 +229,7 @@ class Scripted:
         finally:
             sock.close()
 
-    def _session(self, sock: socket.socket) -> None:
+    def _session(self, sock: socket.socket) -> None:  # noqa: C901  one verb a branch
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.implicit and self.tls:
             sock = self._wrap(sock)

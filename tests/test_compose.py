@@ -74,7 +74,8 @@ def test_subjects_and_names_of_any_script_arrive(value: str) -> None:
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 def test_nothing_gets_out_of_a_header(value: str) -> None:
     message = parsed(
-        subject=value, sender=f"{value} <relay@example.com>", to=[f"{value} <ann@example.com>"], headers={"X-Alert": value},
+        subject=value, sender=f"{value} <relay@example.com>", to=[f"{value} <ann@example.com>"],
+        headers={"X-Alert": value},
         attachments=[Attachment(value, "image/png", PNG, cid="p")], html="<b>x</b>", text=value,
     )  # fmt: skip
     assert sorted(message.keys()) == sorted(
@@ -89,9 +90,13 @@ def test_an_address_header_holds_one_line(value: str) -> None:
     parsed(to=[value], cc=[value], sender=value)
 
 
-@pytest.mark.parametrize("name", [name for key, name in NAMES.items() if key not in ("long", "combining", "quotes", "encoded word")])
+@pytest.mark.parametrize(
+    "name", [name for key, name in NAMES.items() if key not in ("long", "combining", "quotes", "encoded word")]
+)
 def test_names_in_address_headers_arrive(name: str) -> None:
-    message = parsed(sender=f"{name[:60]} <relay@example.com>", to=[f"{name[:60]} <ann@example.com>", "bob@example.com"])
+    message = parsed(
+        sender=f"{name[:60]} <relay@example.com>", to=[f"{name[:60]} <ann@example.com>", "bob@example.com"]
+    )
     (sender,) = message["From"].addresses
     # the package leaves blanks between encoded words in names, against RFC 2047 6.2
     assert sender.display_name.replace(" ", "") == name[:60].replace(" ", "")
@@ -105,8 +110,10 @@ def test_a_hundred_recipients_keep_their_lines_short() -> None:
 
 
 TEXTS = {
-    "plain": "one\ntwo\n", "crlf": "one\r\ntwo\r\n", "cr": "one\rtwo", "no end": "one", "empty": "", "dots": ".\n..\n.x\n\n.\n",
-    "boundary": "--=_0123\nContent-Type: text/html\n\nhello\n--=_0123--", "nul": "a\0b", "script": "می\u200cشود 车库 👍\n",
+    "plain": "one\ntwo\n", "crlf": "one\r\ntwo\r\n", "cr": "one\rtwo", "no end": "one", "empty": "",
+    "dots": ".\n..\n.x\n\n.\n",
+    "boundary": "--=_0123\nContent-Type: text/html\n\nhello\n--=_0123--",
+    "nul": "a\0b", "script": "می\u200cشود 车库 👍\n",
     "long": "x" * 5000, "from": "From here\nFrom there\n", "separators": "a\u2028b\x85c",
 }  # fmt: skip
 
@@ -141,7 +148,9 @@ def test_the_structure() -> None:
 def test_a_picture_arrives_byte_for_byte_and_once(length: int, encoded: bool) -> None:
     picture = random.Random(length).randbytes(length)
     given = {"base64": base64.b64encode(picture)} if encoded else {"data": picture}
-    message = parsed(html="<img src='cid:p@x'>", attachments=[Attachment("garage.jpg", "image/jpeg", cid="p@x", **given)])
+    message = parsed(
+        html="<img src='cid:p@x'>", attachments=[Attachment("garage.jpg", "image/jpeg", cid="p@x", **given)]
+    )
     found = [part for part in message.walk() if part.get_content_type() == "image/jpeg"]
     assert len(found) == 1
     assert found[0].get_content() == picture
@@ -158,7 +167,8 @@ def test_base64_lines_are_those_of_the_standard_library(length: int) -> None:
 @pytest.mark.parametrize(
     ("name", "arrives"),
     [
-        ("a.jpg", "a.jpg"), ("با دوربین.jpg", "با دوربین.jpg"), ("车库.png", "车库.png"), ('a"b;c=d.jpg', "a_b;c=d.jpg"),
+        ("a.jpg", "a.jpg"), ("با دوربین.jpg", "با دوربین.jpg"), ("车库.png", "车库.png"),
+        ('a"b;c=d.jpg', "a_b;c=d.jpg"),
         ("../../etc/passwd", ".._.._etc_passwd"), ("C:\\x\\y.jpg", "C:_x_y.jpg"), ("a b.jpg", "a b.jpg"), ("", "file"),
         ("x" * 500 + ".jpg", "x" * 60 + ".jpg"), ("摄" * 500 + ".jpg", "摄" * 60 + ".jpg"), ("👍" * 100, "👍" * 70),
     ],
@@ -172,8 +182,10 @@ def test_file_names(name: str, arrives: str) -> None:
 def test_the_same_mail_as_the_email_package_makes() -> None:
     subject, text, rich = "DVR ALERT: باز شد - 车库", "سلام\nدنیا\n", "<p>سلام</p>\n"
     ours = parsed(
-        subject=subject, sender="Relay <relay@example.com>", to=["ann@example.com"], cc=["bob@example.com"], text=text, html=rich,
-        attachments=[Attachment("车库.png", "image/png", PNG, cid="p@x"), Attachment("events.csv", "text/csv", b"a,b\r\n")],
+        subject=subject, sender="Relay <relay@example.com>", to=["ann@example.com"], cc=["bob@example.com"],
+        text=text, html=rich,
+        attachments=[Attachment("车库.png", "image/png", PNG, cid="p@x"), Attachment("events.csv",
+        "text/csv", b"a,b\r\n")],
         date=1_700_000_000.0, message_id="<1@x>", headers={"Auto-Submitted": "auto-generated"},
     )  # fmt: skip
     theirs = email.message.EmailMessage(policy=email.policy.SMTP)
@@ -188,7 +200,8 @@ def test_the_same_mail_as_the_email_package_makes() -> None:
     assert isinstance(again, email.message.EmailMessage)
 
     def leaves(message: email.message.EmailMessage) -> list[object]:
-        return [(part.get_content_type(), part.get_filename(), part["Content-ID"], bytes(part.get_payload(decode=True) or b"")
+        return [(part.get_content_type(), part.get_filename(), part["Content-ID"],
+                 bytes(part.get_payload(decode=True) or b"")
                  .replace(b"\r\n", b"\n")) for part in message.walk() if not part.is_multipart()]  # fmt: skip
 
     assert leaves(ours) == leaves(again)

@@ -30,7 +30,9 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path, m
     assert [settings.read(name, str, "") for name in "ABC"] == ["file", "environment", "flag"]
 
 
-def test_without_a_file_there_is_none_but_a_named_one_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_file_there_is_none_but_a_named_one_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert Settings.load().read("NOTHING_SET", str, "default") == "default"
     with pytest.raises(ConfigError, match=r"other\.env"):
@@ -41,8 +43,10 @@ def test_without_a_file_there_is_none_but_a_named_one_must_be_there(tmp_path: Pa
     ("line", "value"),
     [
         ("K=v", "v"), ("  K = v  ", "v"), ("export K=v", "v"), ("export\tK=v", "v"), ("K=", ""), ("K=a=b", "a=b"),
-        ("K='a b'", "a b"), ('K="a b"', "a b"), ('K=" a b "', " a b "), ('K="it\'s"', "it's"), ("K='say \"x\"'", 'say "x"'),
-        ("K=a # comment", "a"), ("K=a#b", "a#b"), ("K='a # b' # comment", "a # b"), ("K=# comment", ""), ("K='#x'", "#x"),
+        ("K='a b'", "a b"), ('K="a b"', "a b"), ('K=" a b "', " a b "), ('K="it\'s"', "it's"),
+        ("K='say \"x\"'", 'say "x"'),
+        ("K=a # comment", "a"), ("K=a#b", "a#b"), ("K='a # b' # comment", "a # b"), ("K=# comment", ""), ("K='#x'",
+        "#x"),
         ("\ufeffK=v", "v"), ("K=v\r", "v"), ("K='unfinished", "'unfinished"), ("K=پارک", "پارک"), ("K=''", ""),
     ],
 )  # fmt: skip
@@ -70,7 +74,8 @@ def test_a_wrong_value_names_its_variable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1h", 3600), ("5d", 432000), ("0", 0), (" 1.5 H ", 5400)]
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("5m", 300), ("1h", 3600), ("5d", 432000), ("0", 0), (" 1.5 H ", 5400)],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert smtp.duration(text) == seconds
@@ -95,7 +100,7 @@ def test_sizes(text: str, count: int) -> None:
     ],
 )
 def test_what_is_wrong_says_what_is_right(convert: Callable[[str], Any], text: str) -> None:
-    with pytest.raises(ValueError, match="write|give|one of") as caught:
+    with pytest.raises(ValueError, match=r"write|give|one of") as caught:
         convert(text)
     assert len(str(caught.value)) < 500
 
@@ -114,7 +119,8 @@ def test_addresses(text: str, plain: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "ann", "@x", "ann@", "a@b\r\nRCPT TO:<x@y>", "a@b, c@d", "a@b SIZE=1", "a b@c", "<a@b> SIZE=1@c\0", "a@b\0", "ä@b.c",
+    ["", "ann", "@x", "ann@", "a@b\r\nRCPT TO:<x@y>", "a@b, c@d", "a@b SIZE=1", "a b@c", "<a@b> SIZE=1@c\0", "a@b\0",
+    "ä@b.c",
      "a@b>", "x" * 65 + "@b.c", "a@" + "ü" * 300],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(text: str) -> None:
@@ -133,7 +139,13 @@ def test_lists_of_addresses() -> None:
 
 def test_nothing_configured_is_the_debug_receiver() -> None:
     config = configured()
-    assert (config.host, config.port, config.security, config.user, config.debug) == ("localhost", 1025, "none", "", True)
+    assert (config.host, config.port, config.security, config.user, config.debug) == (
+        "localhost",
+        1025,
+        "none",
+        "",
+        True,
+    )
     assert smtp.address(config.sender)
 
 
@@ -147,10 +159,13 @@ def test_a_host_alone_is_submission_with_starttls() -> None:
     [
         ({"SMTP_HOST": "x.org", "SMTP_PORT": "465"}, "ssl"), ({"SMTP_HOST": "x.org", "SMTP_PORT": "25"}, "starttls"),
         ({"SMTP_HOST": "localhost"}, "none"), ({"SMTP_HOST": "127.0.0.5"}, "none"), ({"SMTP_HOST": "::1"}, "none"),
-        ({"SMTP_HOST": "[::1]"}, "none"), ({"SMTP_HOST": "::ffff:127.0.0.1"}, "none"), ({"SMTP_HOST": "LOCALHOST."}, "none"),
+        ({"SMTP_HOST": "[::1]"}, "none"), ({"SMTP_HOST": "::ffff:127.0.0.1"}, "none"),
+        ({"SMTP_HOST": "LOCALHOST."}, "none"),
         ({"SMTP_HOST": "localhost", "SMTP_PORT": "465"}, "ssl"), ({"SMTP_HOST": "localhost.evil.org"}, "starttls"),
-        ({"SMTP_HOST": "x.org", "SMTP_SECURITY": "SSL"}, "ssl"), ({"SMTP_HOST": "127.0.0.1", "SMTP_SECURITY": "starttls"}, "starttls"),
-        ({"SMTP_HOST": "x.org", "SMTP_USE_TLS": "false"}, "none"), ({"SMTP_HOST": "x.org", "SMTP_USE_TLS": "true"}, "starttls"),
+        ({"SMTP_HOST": "x.org", "SMTP_SECURITY": "SSL"}, "ssl"), ({"SMTP_HOST": "127.0.0.1",
+        "SMTP_SECURITY": "starttls"}, "starttls"),
+        ({"SMTP_HOST": "x.org", "SMTP_USE_TLS": "false"}, "none"), ({"SMTP_HOST": "x.org",
+        "SMTP_USE_TLS": "true"}, "starttls"),
         ({"SMTP_HOST": "x.org", "SMTP_USE_TLS": "false", "SMTP_SECURITY": "ssl"}, "ssl"),
     ],
 )  # fmt: skip
@@ -164,12 +179,17 @@ LOGIN = {"SMTP_HOST": "mail.example.com", "SMTP_USER": "ann@example.com", "SMTP_
 @pytest.mark.parametrize(
     ("values", "names"),
     [
-        ({"SMTP_USER": "ann"}, "SMTP_HOST"), ({"SMTP_HOST": "a b"}, "SMTP_HOST"), ({"SMTP_HOST": "a\r\nb"}, "SMTP_HOST"),
+        ({"SMTP_USER": "ann"}, "SMTP_HOST"), ({"SMTP_HOST": "a b"}, "SMTP_HOST"),
+        ({"SMTP_HOST": "a\r\nb"}, "SMTP_HOST"),
         ({"SMTP_HOST": "x", "SMTP_PORT": "0"}, "SMTP_PORT"), ({"SMTP_HOST": "x", "SMTP_PORT": "smtp"}, "SMTP_PORT"),
-        ({"SMTP_HOST": "x", "SMTP_SECURITY": "tls"}, "SMTP_SECURITY"), ({"SMTP_HOST": "x", "SMTP_USE_TLS": "maybe"}, "SMTP_USE_TLS"),
-        ({"SMTP_HOST": "x", "SMTP_AUTH": "plain"}, "SMTP_AUTH"), ({"SMTP_HOST": "x", "SMTP_FROM": "nobody"}, "SMTP_FROM"),
-        ({"SMTP_HOST": "x", "SMTP_TIMEOUT": "0"}, "SMTP_TIMEOUT"), ({"SMTP_HOST": "x", "SMTP_TIMEOUT": "soon"}, "SMTP_TIMEOUT"),
-        ({"SMTP_HOST": "x.org", "SMTP_CAFILE": "/nowhere.pem"}, "SMTP_CAFILE"), ({"SMTP_HOST": "x", "SMTP_USER": "ann"}, "SMTP_PASS"),
+        ({"SMTP_HOST": "x", "SMTP_SECURITY": "tls"}, "SMTP_SECURITY"), ({"SMTP_HOST": "x",
+        "SMTP_USE_TLS": "maybe"}, "SMTP_USE_TLS"),
+        ({"SMTP_HOST": "x", "SMTP_AUTH": "plain"}, "SMTP_AUTH"), ({"SMTP_HOST": "x",
+        "SMTP_FROM": "nobody"}, "SMTP_FROM"),
+        ({"SMTP_HOST": "x", "SMTP_TIMEOUT": "0"}, "SMTP_TIMEOUT"), ({"SMTP_HOST": "x",
+        "SMTP_TIMEOUT": "soon"}, "SMTP_TIMEOUT"),
+        ({"SMTP_HOST": "x.org", "SMTP_CAFILE": "/nowhere.pem"}, "SMTP_CAFILE"), ({"SMTP_HOST": "x",
+        "SMTP_USER": "ann"}, "SMTP_PASS"),
         ({**LOGIN, "SMTP_SECURITY": "none"}, "SMTP_SECURITY"), ({**LOGIN, "SMTP_USE_TLS": "no"}, "SMTP_SECURITY"),
         ({**LOGIN, "SMTP_PASS": "geheimwört"}, "SMTP_PASS"),
         ({"SMTP_HOST": "x", "SMTP_USER": "a", "SMTP_PASS_FILE": "/nowhere"}, "SMTP_PASS_FILE"),
@@ -190,8 +210,10 @@ def test_a_password_in_the_clear_is_allowed_to_this_machine_only() -> None:
 @pytest.mark.parametrize(
     ("host", "password", "used"),
     [
-        ("smtp.gmail.com", "abcd efgh ijkl mnop", "abcdefghijklmnop"), ("SMTP.GoogleMail.com", "ab\u00a0cd ef", "abcdef"),
-        ("mail.example.com", " two words ", " two words "), ("notgmail.com", "a b", "a b"), ("mail.example.com", "#'\"=", "#'\"="),
+        ("smtp.gmail.com", "abcd efgh ijkl mnop", "abcdefghijklmnop"), ("SMTP.GoogleMail.com", "ab\u00a0cd ef",
+        "abcdef"),
+        ("mail.example.com", " two words ", " two words "), ("notgmail.com", "a b", "a b"), ("mail.example.com",
+        "#'\"=", "#'\"="),
     ],
 )  # fmt: skip
 def test_only_gmails_passwords_lose_their_blanks(host: str, password: str, used: str) -> None:
@@ -235,7 +257,7 @@ def test_a_server_context_that_cannot_be_made_names_the_variables(certificates: 
     (tmp_path / "text").write_text("no certificate")
     for arguments in (("/nowhere", ""), (certificates.pair("good")[0], certificates.pair("wrong")[1]),
                       (*certificates.pair("good"), str(tmp_path / "text"))):  # fmt: skip
-        with pytest.raises(ConfigError, match="^X_CERT"):
+        with pytest.raises(ConfigError, match=r"^X_CERT"):
             smtp.server_tls(*arguments, names="X_CERT")
 
 

@@ -16,7 +16,19 @@ from conftest import Clock, wait_for
 
 import smtp_module as smtp
 from smtp_module import (
-    Courier, Draft, Envelope, History, Item, Mail, NewItem, Outbox, Outcome, Plan, Unavailable, Verdict, Waiting,
+    Courier,
+    Draft,
+    Envelope,
+    History,
+    Item,
+    Mail,
+    NewItem,
+    Outbox,
+    Outcome,
+    Plan,
+    Unavailable,
+    Verdict,
+    Waiting,
 )  # fmt: skip
 
 SENT, LATER, REFUSED = Verdict.SENT, Verdict.TRY_LATER, Verdict.REFUSED
@@ -54,7 +66,8 @@ class Owner:
             return Plan([], self.hold_until, "quiet hours")
         groups = [rows] if self.together and rows else [[row] for row in rows]
         return Plan([
-            Draft(tuple(row.seq for row in group), tuple(name for name in self.to if name not in group[0].taken), "alert",
+            Draft(tuple(row.seq for row in group),
+                  tuple(name for name in self.to if name not in group[0].taken), "alert",
                   tuple(row.lane for row in group)) for group in groups
         ])  # fmt: skip
 
@@ -544,7 +557,9 @@ def test_one_sender_that_cannot_connect_does_not_hold_up_one_that_is_at_work(
     assert caplog.records == []
 
 
-def test_what_waits_longer_than_its_life_fails_even_then(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_longer_than_its_life_fails_even_then(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     b = bench(max_age=600.0)
     b.post.away = AWAY
     b.put("old")
@@ -647,7 +662,9 @@ def test_drop_of_an_alert_in_flight_stays_dropped(bench: Callable[..., Bench]) -
     assert b.outbox.counts() == {"queued": 0, "sent": 0, "failed": 0}
 
 
-def test_a_request_that_is_none_is_said_and_removed(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_that_is_none_is_said_and_removed(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
     b = bench()
     for text in ("", "{", "[]", '["retry"]', '["retry", 5]', "5"):
         Path(f"{b.spool}.request-1").write_text(text)
@@ -698,7 +715,7 @@ def test_an_event_on_an_idle_relay_goes_at_once(bench: Callable[..., Bench]) -> 
                 time.sleep(0.003)
                 began = time.monotonic()
                 b.put(f"{senders}-{number}")
-                wait_for(lambda n=number: len(b.post.got) > n)
+                wait_for(lambda post=b.post, n=number: len(post.got) > n)
                 times.append(time.monotonic() - began)
         assert sorted(times)[len(times) // 2] < 0.05
         b.outbox.close()
@@ -721,7 +738,9 @@ def test_two_senders_send_each_mail_once(bench: Callable[..., Bench]) -> None:
     assert threads == {"sender-1", "sender-2"}
 
 
-def test_a_connection_is_closed_when_there_is_no_more_work(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_is_closed_when_there_is_no_more_work(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(smtp, "LINGER_S", 0.05)
     b = bench(clock=time.time)
     with running(b):
@@ -777,7 +796,7 @@ def test_stop_waits_for_the_mail_that_is_under_way(bench: Callable[..., Bench]) 
 def test_stop_leaves_what_takes_too_long_for_the_next_start(bench: Callable[..., Bench]) -> None:
     b = bench(clock=time.time)
     under_way, go = threading.Event(), threading.Event()
-    b.post.before = lambda ids: under_way.set() or go.wait(5) and None
+    b.post.before = lambda ids: under_way.set() or (go.wait(5) and None)
     b.courier.start()
     b.put("a")
     under_way.wait(5)

@@ -122,7 +122,9 @@ def test_the_same_twice_in_one_batch_is_a_duplicate(outbox: Outbox) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [item("a", b"two"), item("a", b"one", b"picture"), item("a", b"", b"one")], ids=["payload", "picture", "moved"]
+    "other",
+    [item("a", b"two"), item("a", b"one", b"picture"), item("a", b"", b"one")],
+    ids=["payload", "picture", "moved"],
 )
 def test_the_same_id_with_other_content_gets_a_suffix_and_is_known_again(outbox: Outbox, other: NewItem) -> None:
     outbox.put([item("a", b"one")])
@@ -320,7 +322,9 @@ def test_salvage_keeps_failures_partial_deliveries_and_the_owners_tables(spool: 
         with outbox.transaction() as db:
             db.execute("INSERT INTO mine VALUES ('kept', 'yes')")
     data = bytearray(spool.read_bytes())
-    page = next(n for n in range(1, len(data) // 4096) if b"kept" not in data[n * 4096 :][:4096] and data[n * 4096] == 10)
+    page = next(
+        n for n in range(1, len(data) // 4096) if b"kept" not in data[n * 4096 :][:4096] and data[n * 4096] == 10
+    )
     data[page * 4096 : page * 4096 + 8] = os.urandom(8)  # an index
     spool.write_bytes(data)
     with contextlib.closing(Outbox(spool, schema=schema)) as outbox:
@@ -349,7 +353,9 @@ def test_damage_while_running_is_repaired(spool: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("what", ["file", "all", "folder", "replaced"])
-def test_a_spool_that_vanishes_while_in_use_is_written_anew_before_anything_is_acknowledged(spool: Path, what: str) -> None:
+def test_a_spool_that_vanishes_while_in_use_is_written_anew_before_anything_is_acknowledged(
+    spool: Path, what: str
+) -> None:
     with contextlib.closing(Outbox(spool)) as outbox:
         outbox.put([item("before")])
         if what == "folder":

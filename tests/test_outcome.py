@@ -55,7 +55,9 @@ def test_a_yes(code: int) -> None:
         ("greeting", 554, "5.7.1 no", LATER, True, False),
     ],
 )
-def test_special_codes(step: str, code: int, words: str, verdict: Verdict, ours: bool, too_big: bool) -> None:
+def test_special_codes(  # noqa: PLR0917
+    step: str, code: int, words: str, verdict: Verdict, ours: bool, too_big: bool
+) -> None:
     found = judge(step, code, words)
     assert (found.verdict, found.ours, found.too_big) == (verdict, ours, too_big)
 
@@ -77,7 +79,12 @@ def test_a_reply_is_one_harmless_line() -> None:
         ("dot", TimeoutError(), "dot", "timed out"),
         ("tls", ssl.SSLError(1, "made by hand"), "tls", "made by hand"),
         ("tls", ssl.SSLZeroReturnError(), "tls", ""),
-        ("login", smtplib.SMTPNotSupportedError("SMTP AUTH extension not supported by server."), "login", "not supported"),
+        (
+            "login",
+            smtplib.SMTPNotSupportedError("SMTP AUTH extension not supported by server."),
+            "login",
+            "not supported",
+        ),
         ("login", UnicodeEncodeError("ascii", "ü", 0, 1, "x"), "login", "ascii"),
         ("ehlo", smtplib.SMTPHeloError(502, b"what?"), "ehlo", "what?"),
         ("dot", smtplib.SMTPResponseException(-1, "garbage"), "dot", "garbage"),
@@ -139,7 +146,13 @@ def test_nobody_left() -> None:
     [
         ("login", "smtp.gmail.com", 535, "5.7.8 Username and Password not accepted", "app password"),
         ("login", "smtp.gmail.com", 534, "5.7.9 Application-specific password required", "app password"),
-        ("login", "smtp.office365.com", 535, "5.7.139 Authentication unsuccessful, basic authentication is disabled", "xoauth2"),
+        (
+            "login",
+            "smtp.office365.com",
+            535,
+            "5.7.139 Authentication unsuccessful, basic authentication is disabled",
+            "xoauth2",
+        ),
         ("login", "smtp-mail.outlook.com", 535, "5.7.3 Authentication unsuccessful", "SMTP_USER"),
         ("login", "mail.example.com", 535, "5.7.8 bad", "SMTP_USER"),
         ("login", "mail.example.com", 534, "5.7.9 stronger", "app password"),
@@ -151,8 +164,20 @@ def test_nobody_left() -> None:
         ("rcpt", "mail.example.com", 552, "5.2.2 mailbox full", "full"),
         ("mail", "mail.example.com", 550, "5.7.1 sender not allowed", "SMTP_FROM"),
         ("rcpt", "mail.example.com", 550, "5.1.1 no such user", "address"),
-        ("tls", "mail.example.com", 0, "certificate: Hostname mismatch, certificate is not valid for 'x'", "another name"),
-        ("tls", "192.0.2.1", 0, "certificate: IP address mismatch, certificate is not valid for '192.0.2.1'.", "another name"),
+        (
+            "tls",
+            "mail.example.com",
+            0,
+            "certificate: Hostname mismatch, certificate is not valid for 'x'",
+            "another name",
+        ),
+        (
+            "tls",
+            "192.0.2.1",
+            0,
+            "certificate: IP address mismatch, certificate is not valid for '192.0.2.1'.",
+            "another name",
+        ),
         ("tls", "mail.example.com", 0, "certificate: certificate has expired", "expired"),
         ("tls", "mail.example.com", 0, "certificate: unable to get local issuer certificate", "SMTP_CAFILE"),
         ("tls", "mail.example.com", 0, "certificate: self-signed certificate", "SMTP_CAFILE"),

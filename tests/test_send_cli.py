@@ -37,7 +37,9 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Call main() as the shell would: exit code, standard output, standard error."""
 
-    def call(*argv: str, stdin: bytes = b"", named: str = "smtp_module.py", **environment: object) -> tuple[int, str, str]:
+    def call(
+        *argv: str, stdin: bytes = b"", named: str = "smtp_module.py", **environment: object
+    ) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [named])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         for name, value in environment.items():
@@ -56,7 +58,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def at(server: Any, **more: object) -> dict[str, object]:
-    return {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": server.port, "SMTP_FROM": "relay@example.com", "SMTP_TIMEOUT": 5, **more}
+    return {
+        "SMTP_HOST": "127.0.0.1",
+        "SMTP_PORT": server.port,
+        "SMTP_FROM": "relay@example.com",
+        "SMTP_TIMEOUT": 5,
+        **more,
+    }
 
 
 def message(server: Any, number: int = -1) -> Any:
@@ -102,8 +110,10 @@ def test_send(run: Run, scripted: Callable[..., Scripted], tmp_path: Path) -> No
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "b.html").write_text("<b>سلام</b>")
     code, out, err = run(
-        "send", "--to", "ann@example.com,carl@example.com", "--to", "bob@example.com", "--cc", "dora@example.com", "--subject", "باز شد",
-        "--body", "-", "--html", "b.html", "--attach", "a.png", "--from", "Me <me@example.com>", stdin="متن".encode(), **at(server),
+        "send", "--to", "ann@example.com,carl@example.com", "--to", "bob@example.com", "--cc", "dora@example.com",
+        "--subject", "باز شد",
+        "--body", "-", "--html", "b.html", "--attach", "a.png", "--from", "Me <me@example.com>", stdin="متن".encode(),
+        **at(server),
     )  # fmt: skip
     assert (code, out, err) == (0, "", "")
     mail = message(server)
@@ -119,7 +129,8 @@ def test_send(run: Run, scripted: Callable[..., Scripted], tmp_path: Path) -> No
     ("answers", "code"),
     [
         ({"RCPT": b"550 5.1.1 unknown\r\n"}, 69), ({".": b"554 5.7.1 spam\r\n"}, 69), ({"RCPT": b"450 later\r\n"}, 75),
-        ({"greeting": b"421 busy\r\n"}, 75), ({"MAIL": b"530 5.7.0 login first\r\n"}, 77), ({"AUTH": b"535 5.7.8 no\r\n"}, 77),
+        ({"greeting": b"421 busy\r\n"}, 75), ({"MAIL": b"530 5.7.0 login first\r\n"}, 77),
+        ({"AUTH": b"535 5.7.8 no\r\n"}, 77),
         ({"AUTH": b"454 4.7.0 later\r\n"}, 75), ({"RCPT": [b"250 ok\r\n", b"550 no\r\n"]}, 69), ({}, 0),
         ({"RCPT": [b"450 later\r\n", b"550 no\r\n"]}, 75),
     ],
@@ -127,7 +138,14 @@ def test_send(run: Run, scripted: Callable[..., Scripted], tmp_path: Path) -> No
 def test_exit_codes(run: Run, scripted: Callable[..., Scripted], answers: dict[str, Any], code: int) -> None:
     server = scripted(answers=answers, extensions=("AUTH PLAIN",))
     found, _, err = run(
-        "send", "--to", "a@x.org", "--to", "b@x.org", "--subject", "s", **at(server, SMTP_USER="ann", SMTP_PASS="secret-word")
+        "send",
+        "--to",
+        "a@x.org",
+        "--to",
+        "b@x.org",
+        "--subject",
+        "s",
+        **at(server, SMTP_USER="ann", SMTP_PASS="secret-word"),
     )
     assert found == code
     assert bool(err) == bool(code) and err.count("\n") <= 1 and "secret-word" not in err
@@ -155,7 +173,9 @@ def test_an_unreachable_server_is_75_and_says_what_to_do(run: Run) -> None:
         ([], {}, 2, "COMMAND"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_call(run: Run, argv: list[str], environment: dict[str, str], code: int, words: str) -> None:
+def test_what_is_wrong_with_a_call(
+    run: Run, argv: list[str], environment: dict[str, str], code: int, words: str
+) -> None:
     found, _, err = run(*argv, **environment)
     assert found == code and words in err and "Traceback" not in err
 
@@ -182,7 +202,9 @@ def test_check_goes_step_by_step(run: Run, scripted: Callable[..., Scripted]) ->
 
 
 def test_check_says_what_failed_and_what_to_do(run: Run, scripted: Callable[..., Scripted]) -> None:
-    server = scripted(answers={"AUTH": b"535 5.7.139 basic authentication is disabled\r\n"}, extensions=("AUTH LOGIN PLAIN",))
+    server = scripted(
+        answers={"AUTH": b"535 5.7.139 basic authentication is disabled\r\n"}, extensions=("AUTH LOGIN PLAIN",)
+    )
     code, out, _ = run("check", **at(server, SMTP_USER="ann", SMTP_PASS="secret"))
     assert code == 77
     assert re.search(r"^FAIL  login +535 5\.7\.139", out, re.M) and "SMTP_AUTH=xoauth2" in out
@@ -214,11 +236,13 @@ def test_the_queue_shows_what_waits_is_held_and_failed(run: Run, bench: Bench) -
     code, out, _ = run("queue", "--json", ALERT_SPOOL=bench.spool)
     rows = {row["id"]: row for row in json.loads(out)}
     assert code == 0 and set(rows) == {"failed-1", "held-1"}
-    assert all(
-        set(row) == {"id", "state", "since", "next", "tries", "error", "recipients"} for row in rows.values()
-    )
+    assert all(set(row) == {"id", "state", "since", "next", "tries", "error", "recipients"} for row in rows.values())
     assert (rows["failed-1"]["state"], rows["failed-1"]["tries"], rows["failed-1"]["next"]) == ("failed", 1, None)
-    assert (rows["held-1"]["state"], rows["held-1"]["tries"], rows["held-1"]["recipients"]) == ("held", 0, ["ann@x.org"])
+    assert (rows["held-1"]["state"], rows["held-1"]["tries"], rows["held-1"]["recipients"]) == (
+        "held",
+        0,
+        ["ann@x.org"],
+    )
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows["held-1"]["since"])
     code, out, _ = run("queue", "--spool", str(bench.spool))
     assert code == 0 and out.endswith("0 waiting, 1 held, 1 failed\n") and "no more tries" in out
@@ -286,8 +310,14 @@ def test_a_mail_of_cron(run: Run, scripted: Callable[..., Scripted]) -> None:
     )  # fmt: skip
     assert (code, err) == (0, "")
     mail = message(server)
-    assert (server.mails[0].sender, server.mails[0].recipients) == ("relay@example.com", ["ann@example.com", "bob@example.com"])
-    assert mail["From"].addresses[0].addr_spec == "relay@example.com" and mail["From"].addresses[0].display_name == "Cron Daemon"
+    assert (server.mails[0].sender, server.mails[0].recipients) == (
+        "relay@example.com",
+        ["ann@example.com", "bob@example.com"],
+    )
+    assert (
+        mail["From"].addresses[0].addr_spec == "relay@example.com"
+        and mail["From"].addresses[0].display_name == "Cron Daemon"
+    )
     assert (mail["Subject"], mail["To"]) == ("Cron <root@nas> /usr/bin/backup", "root")
     assert mail["Date"] and mail["Message-ID"] and mail.get_content() == "backup failed: ü\r\n"
     assert " BODY=8BITMIME" in server.commands[1]
@@ -295,13 +325,17 @@ def test_a_mail_of_cron(run: Run, scripted: Callable[..., Scripted]) -> None:
 
 def test_recipients_in_one_argument_with_commas(run: Run, scripted: Callable[..., Scripted]) -> None:
     server = scripted()
-    assert run("sendmail", "ann@example.com,root", stdin=CRONS_MAIL, **at(server, ALERT_RECIPIENT="bob@example.com"))[0] == 0
+    assert (
+        run("sendmail", "ann@example.com,root", stdin=CRONS_MAIL, **at(server, ALERT_RECIPIENT="bob@example.com"))[0]
+        == 0
+    )
     assert server.mails[0].recipients == ["ann@example.com", "bob@example.com"]
 
 
 def test_recipients_from_the_headers_and_bcc_is_taken_out(run: Run, scripted: Callable[..., Scripted]) -> None:
     server = scripted()
-    stdin = b"To: Ann <ann@example.com>,\n bob@example.com\nCc: carl@example.com\nBCC: dora@example.com\nSubject: x\n\ntext\n"
+    stdin = b"To: Ann <ann@example.com>,\n bob@example.com\nCc: carl@example.com\n"
+    stdin += b"BCC: dora@example.com\nSubject: x\n\ntext\n"
     assert run("sendmail", "-t", "-f", "me@example.com", stdin=stdin, **at(server))[0] == 0
     assert server.mails[0].recipients == [f"{name}@example.com" for name in ("ann", "bob", "carl", "dora")]
     assert server.mails[0].sender == "me@example.com"
@@ -335,7 +369,8 @@ def test_without_i_a_dot_ends_the_mail(run: Run, scripted: Callable[..., Scripte
     ("stdin", "text"),
     [
         (b"", ""), (b"just a line\n", "just a line\r\n"), (b"\nno headers\n", "no headers\r\n"), (b"Subject: x", ""),
-        (b"Subject: x\nnot a header\n", "not a header\r\n"), (b"Subject: x\n\na\rb\n", "a\r\nb\r\n"), (b"Subject: x\n\nno end", "no end\r\n"),
+        (b"Subject: x\nnot a header\n", "not a header\r\n"), (b"Subject: x\n\na\rb\n", "a\r\nb\r\n"),
+        (b"Subject: x\n\nno end", "no end\r\n"),
         (b"Subject: x\n\n\xc3\xbc\n", "ü\r\n"), (b"Subject: x\n\na\0b\n", "ab\r\n"),
     ],
 )  # fmt: skip
@@ -366,7 +401,10 @@ def test_called_by_the_name_sendmail(scripted: Callable[..., Scripted], tmp_path
     server = scripted()
     link = tmp_path / "sendmail"
     link.symlink_to(ROOT / "smtp_module.py")
-    environment = {**os.environ, **{name: str(value) for name, value in at(server, ALERT_RECIPIENT="ann@example.com").items()}}
+    environment = {
+        **os.environ,
+        **{name: str(value) for name, value in at(server, ALERT_RECIPIENT="ann@example.com").items()},
+    }
     command = [sys.executable, str(link), "-t"]
     done = subprocess.run(command, input=CRONS_MAIL, env=environment, capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -383,5 +421,7 @@ def test_nothing_is_read_at_import(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import smtp_module"
     environment = {**os.environ, "SMTP_PORT": "wrong"}
     with contextlib.chdir(tmp_path):
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=30)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=30
+        )
     assert (done.returncode, done.stderr) == (0, b"")

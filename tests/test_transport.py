@@ -23,7 +23,9 @@ TO = ("ann@example.com",)
 
 
 def config(port: int, **settings: Any) -> SMTPConfig:
-    return SMTPConfig(**{"host": "127.0.0.1", "port": port, "sender": "relay@example.com", "timeout_s": 5.0, **settings})
+    return SMTPConfig(
+        **{"host": "127.0.0.1", "port": port, "sender": "relay@example.com", "timeout_s": 5.0, **settings}
+    )
 
 
 def deliver(port: int, *recipients: str, data: list[bytes] | None = None, **settings: Any) -> dict[str, Outcome]:
@@ -140,7 +142,9 @@ def authenticator(server: Any, session: Any, envelope: Any, mechanism: str, data
 
 @pytest.mark.parametrize(("excluded", "used"), [((), "PLAIN"), (("PLAIN",), "LOGIN")])
 def test_login(mailbox: Callable[..., Any], excluded: tuple[str, ...], used: str) -> None:
-    box = mailbox(authenticator=authenticator, auth_required=True, auth_require_tls=False, auth_exclude_mechanism=excluded)
+    box = mailbox(
+        authenticator=authenticator, auth_required=True, auth_require_tls=False, auth_exclude_mechanism=excluded
+    )
     lines: list[str] = []
     found = deliver(box.port, user="ann", password=lambda: "pass word", trace=lines.append)
     assert one(found).verdict is SENT
@@ -159,8 +163,10 @@ def test_cram_md5(scripted: Callable[..., Scripted]) -> None:
 
 def test_xoauth2_sends_user_and_token(scripted: Callable[..., Scripted]) -> None:
     server = scripted(extensions=("AUTH LOGIN XOAUTH2",), answers={"AUTH": b"235 welcome\r\n"})
-    assert one(deliver(server.port, user="ann@example.com", password=lambda: "ya29.token", auth="xoauth2")).verdict is SENT
-    verb, mechanism, response = next(line for line in server.commands if line.startswith("AUTH")).split()
+    assert (
+        one(deliver(server.port, user="ann@example.com", password=lambda: "ya29.token", auth="xoauth2")).verdict is SENT
+    )
+    _, mechanism, response = next(line for line in server.commands if line.startswith("AUTH")).split()
     assert mechanism == "XOAUTH2"
     assert base64.b64decode(response) == b"user=ann@example.com\1auth=Bearer ya29.token\1\1"
 
@@ -243,7 +249,7 @@ def test_when_nobody_is_taken_nothing_is_sent_and_the_connection_serves_on(
         ("MAIL", "mail", True), ("RCPT", "rcpt", False), ("DATA", "data", False), (".", "dot", False),
     ],
 )  # fmt: skip
-def test_the_verdict_for_a_no_at_every_place(
+def test_the_verdict_for_a_no_at_every_place(  # noqa: PLR0917
     scripted: Callable[..., Scripted], place: str, step: str, ours: bool, code: str, pipelining: bool
 ) -> None:
     names = ("PIPELINING",) * pipelining
@@ -260,7 +266,8 @@ def test_the_verdict_for_a_no_at_every_place(
 @pytest.mark.parametrize("place", ["greeting", "EHLO", "MAIL", "RCPT", "DATA", "."])
 @pytest.mark.parametrize("pipelining", [True, False])
 @pytest.mark.parametrize(
-    "answer", [CLOSE, b"hello\r\n", b"\x15\x03\x01\x00\x02\x02\x28\r\n", b"2\r\n", b"\0" * 50 + b"\r\n", b"999 what\r\n"]
+    "answer",
+    [CLOSE, b"hello\r\n", b"\x15\x03\x01\x00\x02\x02\x28\r\n", b"2\r\n", b"\0" * 50 + b"\r\n", b"999 what\r\n"],
 )
 def test_what_is_no_answer_is_a_later(
     scripted: Callable[..., Scripted], place: str, answer: bytes, pipelining: bool
@@ -429,8 +436,17 @@ def test_the_trace_shows_the_dialogue_and_masks_the_secrets(scripted: Callable[.
     server = scripted(extensions=("AUTH LOGIN",), answers={"AUTH": b"334 UGFzc3dvcmQ6\r\n"})
     server.answers["C2VJCMV0"] = b"235 ok\r\n"
     lines: list[str] = []
-    deliver(server.port, user="ann", password=lambda: "secret", trace=lines.append, data=[PNG[:8].hex().encode() + b"\r\n"])
+    deliver(
+        server.port, user="ann", password=lambda: "secret", trace=lines.append, data=[PNG[:8].hex().encode() + b"\r\n"]
+    )
     text = "\n".join(lines)
     assert "c2VjcmV0" not in text and "YW5u" not in text
-    for shown in ("C: EHLO", "C: AUTH LOGIN ****", "S: 235 ok", "C: MAIL FROM:<relay@example.com>", "S: 250 taken", "C: QUIT"):
+    for shown in (
+        "C: EHLO",
+        "C: AUTH LOGIN ****",
+        "S: 235 ok",
+        "C: MAIL FROM:<relay@example.com>",
+        "S: 250 taken",
+        "C: QUIT",
+    ):
         assert shown.lower() in text.lower(), text
