@@ -27,13 +27,13 @@ import collections
 import contextlib
 import email.header
 import email.message
-import email.policy
 import enum
 import errno
 import functools
 import hashlib
 import hmac
 import html
+import io
 import ipaddress
 import itertools
 import json
@@ -58,47 +58,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
-import smtp_module
-from smtp_module import (
-    EX_CONFIG,
-    EX_OK,
-    EX_TEMPFAIL,
-    EX_UNAVAILABLE,
-    UNPRINTABLE,
-    Attachment,
-    ConfigError,
-    Courier,
-    Draft,
-    Envelope,
-    History,
-    Item,
-    NewItem,
-    Outbox,
-    Outcome,
-    Plan,
-    Settings,
-    SMTPConfig,
-    SMTPTransport,
-    SpoolBusy,
-    SpoolError,
-    SpoolFull,
-    Unavailable,
-    Verdict,
-    Waiting,
-    add_common_flags,
-    addresses,
-    advice,
-    compose,
-    duration,
-    hostname,
-    is_loopback,
-    iso,
-    port,
-    printable,
-    server_tls,
-    size,
-    start_logging,
-)
+import smtp_module as smtp
+from smtp_module import UNPRINTABLE, Attachment, ConfigError, Outbox, Settings, addresses, compose, iso, printable
 
 log = logging.getLogger("device")
 
@@ -115,8 +76,8 @@ RECIPIENTS = 1000  # RFC 5321 asks for 100
 ERRORS = 20  # the session ends with this one; Postfix has 20 too
 HEADER_BYTES = 65536  # more is a bomb
 HEADER_LINES = 1000
-SUBJECT_BYTES = 4096
-PARAMETER_BYTES = 2048  # of one structured header
+SUBJECT_LENGTH = 4096
+PARAMETER_LENGTH = 2048  # of one structured header
 PARTS = 100  # of one mail
 DEPTH = 10  # of parts within parts
 SHOWN_LINE = 10_000  # characters of a line that --debug shows
@@ -125,6 +86,7 @@ CLOCK_IS_SET = 1_704_067_200  # 2024-01-01: a clock before it was never set, and
 MEMORY_SECONDS = 7 * 86400.0  # how long a mail is known again
 DAY_SECONDS = 86400  # how long a button is valid
 LOG_LINES = 20
+REFUSED_LINES = 10  # of the journal: a flood of refused commands must not fill the disk nor hide the others
 REPLIES_PER_HOUR = 100  # to one address
 KEPT_MAILS = 1000
 RELAY_SECONDS = 30.0  # longest wait for the relay
@@ -157,7 +119,7 @@ class Server:
         """Whether others wait for their turn."""
         return bool(self.listeners) and bool(select.select(self.listeners, [], [], 0)[0])
 
-    def serve(self, attend: Callable[[Link], None], idle: Callable[[], None]) -> None:
+    def serve(self, attend: Callable[[Link], None], idle: Callable[[], object]) -> None:
         """Attend to one peer after the other; `idle` is called about every second.
 
         No trouble of one peer ends it, nor does running out of file descriptors.
@@ -343,44 +305,38 @@ def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes], tls
 # is what Outlook and a phone both show; bars are table cells; names stand in <bdi> so that none reorders a line.
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What the device says to a command: `result` in one line for the journal, the rest for the sender."""
 
     result: str
     text: str = ""  # default: the result
-    html: str = ""
     files: tuple[Attachment, ...] = ()
-    status: Mapping[str, Any] | None = None  # show the whole status, with its buttons
+    status: Mapping[str, Any] | None = None  # show the smtp.whole status, with its buttons
 
 
-@dataclass(frozen=True)
-class Button:
-    label: str
-    link: str
-
-
-UNITS = {"threshold": "%", "temperature": "°C", "voltage": "V", "disk_free": "%", "uptime": "s", "report_every": "s"}
-BARS = {"threshold": (0, 100), "temperature": (0, 60), "voltage": (10, 14), "disk_free": (0, 100)}
-NO_GAPS = 'cellpadding="0" cellspacing="0"'
 FONT = "font-family:-apple-system,'Segoe UI',Roboto,Arial,sans-serif"
-CELL = f'style="padding:9px 10px;border-bottom:1px solid #e3e7ec;{FONT};font-size:15px;line-height:20px;color:#1d2733'
-
-
-def page(title: str, *blocks: str) -> str:
-    """A whole HTML mail that is one column, at most 600 pixels wide."""
-    rows = "".join(f'<tr><td style="padding:0 16px 18px">{block}</td></tr>' for block in blocks if block)
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"></head>'
-        '<body style="margin:0;padding:0;background:#f1f4f7"><table role="presentation" width="100%" cellpadding="0" '
-        'cellspacing="0" style="background:#f1f4f7"><tr><td align="center" style="padding:16px 6px">'
-        '<table role="presentation" width="100%" cellpadding="0" cellspacing="0" '
-        'style="max-width:600px;background:#ffffff;border:1px solid #dde3e9"><tr>'
-        f'<td style="padding:16px;{FONT};font-size:20px;line-height:26px;font-weight:bold;color:#ffffff;'
-        f'background:#1f3a52">{title}</td></tr><tr><td style="height:16px;line-height:16px">&nbsp;</td></tr>'
-        f"{rows}</table></td></tr></table></body></html>"
-    )
+FRAME = 'role="presentation" cellpadding="0" cellspacing="0"'
+PAGE = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"></head>
+<body style="margin:0;padding:0;background:#f1f4f7">
+<table {FRAME} width="100%" style="background:#f1f4f7"><tr><td align="center" style="padding:16px 6px">
+<table {FRAME} width="100%" style="max-width:600px;background:#ffffff;border:1px solid #dde3e9">
+<tr><td style="padding:16px;{FONT};font-size:20px;line-height:26px;font-weight:bold;color:#ffffff;background:#1f3a52">
+{{title}}</td></tr><tr><td style="padding:16px 16px 18px">{{blocks}}</td></tr>
+</table></td></tr></table></body></html>"""
+BLOCK = '<div style="padding-bottom:18px">{}</div>'
+TEXT = f'<div style="{FONT};font-size:16px;line-height:24px;color:#1d2733">{{}}</div>'
+PICTURE = '<img src="cid:snapshot" alt="snapshot" width="100%" style="display:block;max-width:568px">'
+TABLE = f"""<div style="{FONT};font-size:13px;line-height:18px;font-weight:bold;letter-spacing:.5px;color:#5a6b7b;
+padding:0 10px 4px">{{}}</div><table width="100%" cellpadding="0" cellspacing="0">{{}}</table>"""
+CELL = f"""<td valign="middle" style="padding:9px 10px;border-bottom:1px solid #e3e7ec;{FONT};font-size:15px;
+line-height:20px;color:{{}}">{{}}</td>"""
+BAR = f'<table {FRAME} width="100%" style="margin-top:4px"><tr>{{}}</tr></table>'
+LEVEL = '<td width="{}%" bgcolor="{}" style="height:10px;line-height:10px;font-size:1px">&nbsp;</td>'
+SWITCH = '<span style="background:{};color:{};padding:2px 10px;font-weight:bold">{}</span>'
+BUTTON = f"""<table {FRAME} style="display:inline-table;margin:0 8px 8px 0"><tr>
+<td bgcolor="#e8eff5" style="padding:9px 14px;border:1px solid #b9cbd9"><a href="{{}}" style="{FONT};font-size:15px;
+color:#1f3a52;text-decoration:none;font-weight:bold">{{}}</a></td></tr></table>"""
 
 
 def bidi(text: object) -> str:
@@ -388,105 +344,71 @@ def bidi(text: object) -> str:
     return f'<bdi dir="auto">{html.escape(str(text))}</bdi>'
 
 
+def page(title: str, *blocks: str) -> str:
+    """A smtp.whole HTML mail that is one column, at most 600 pixels wide."""
+    return PAGE.format(title=title, blocks="".join(BLOCK.format(block) for block in blocks if block))
+
+
 def table(heading: str, rows: Iterable[Sequence[str]]) -> str:
     """A headed table of cells that are HTML already; the first column is the name."""
     lines = [
-        "<tr>"
-        + "".join(f'<td valign="middle" {CELL};{_column(at)}">{cell}</td>' for at, cell in enumerate(row))
-        + "</tr>"
-        for row in rows
+        "<tr>" + CELL.format("#5a6b7b;width:34%", name) + "".join(CELL.format("#1d2733", cell) for cell in cells)
+        for name, *cells in rows
     ]
-    if not lines:
-        return ""
-    return (
-        f'<div style="{FONT};font-size:13px;line-height:18px;font-weight:bold;letter-spacing:.5px;color:#5a6b7b;'
-        f'padding:0 10px 4px">{heading.upper()}</div>'
-        f'<table width="100%" cellpadding="0" cellspacing="0" style="border-collapse:collapse">{"".join(lines)}</table>'
-    )
-
-
-def _column(at: int) -> str:
-    return "color:#5a6b7b;width:34%" if at == 0 else ""
+    return TABLE.format(heading.upper(), "</tr>".join([*lines, ""])) if lines else ""
 
 
 def bar(value: float, low: float, high: float) -> str:
     """A level from `low` to `high` as two table cells."""
     filled = round(100 * min(1.0, max(0.0, (value - low) / (high - low))))
     cells = ((filled, "#2f7fb8"), (100 - filled, "#dfe6ec"))
-    drawn = "".join(
-        f'<td width="{width}%" bgcolor="{colour}" style="height:10px;line-height:10px;font-size:1px">&nbsp;</td>'
-        for width, colour in cells
-        if width
-    )
-    return f'<table role="presentation" width="100%" {NO_GAPS} style="margin-top:4px"><tr>{drawn}</tr></table>'
+    return BAR.format("".join(LEVEL.format(width, colour) for width, colour in cells if width))
 
 
-def switch(value: str) -> str:
-    colour, ground = ("#ffffff", "#1e7d4f") if value == "on" else ("#44525f", "#dfe6ec")
-    return f'<span style="background:{ground};color:{colour};padding:2px 10px;font-weight:bold">{value.upper()}</span>'
-
-
-def shown_value(name: str, value: object) -> str:
+def shown_value(name: str, value: Any) -> str:
     """The value of a parameter as a person reads it, HTML."""
     if value in ("on", "off"):
-        return switch(str(value))
-    words = bidi(
-        f"{timedelta(seconds=int(str(value)))}" if name == "uptime" else f"{value} {UNITS.get(name, '')}".strip()
-    )
-    return words + (bar(float(str(value)), *BARS[name]) if name in BARS else "")
+        return SWITCH.format(*(("#1e7d4f", "#ffffff") if value == "on" else ("#dfe6ec", "#44525f")), value.upper())
+    kind = PARAMETERS.get(name, Parameter())
+    words = timedelta(seconds=value) if name == "uptime" else f"{value} {kind.unit}".strip()
+    return bidi(words) + (bar(value, *kind.bar) if kind.bar else "")
+
+
+def plain(status: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a status that is one value a name."""
+    return {name: value for name, value in status.items() if not isinstance(value, dict)}
 
 
 def status_text(status: Mapping[str, Any]) -> str:
     """The status as plain text, a line a parameter."""
-    lines = [f"{name} = {value}" for name, value in status.items() if not isinstance(value, dict | list)]
-    lines += [""] + [
-        f"{camera}: {seen['state']}, motion {seen['motion']} %" for camera, seen in status["cameras"].items()
-    ]
-    lines += [""] + [
-        f"block {name}: {kept['size']} bytes, SHA-256 {kept['sha256']}" for name, kept in status["blocks"].items()
-    ]
-    return "\n".join(lines).rstrip() + "\n"
+    lines = [f"{name} = {value}" for name, value in plain(status).items()]
+    cameras = [f"{name}: {seen['state']}, motion {seen['motion']} %" for name, seen in status["cameras"].items()]
+    blocks = [f"block {name}: {b['size']} bytes, SHA-256 {b['sha256']}" for name, b in status["blocks"].items()]
+    return "\n".join([*lines, "", *cameras, "", *blocks])
 
 
-def status_html(status: Mapping[str, Any], buttons: Sequence[Button]) -> str:
-    """The status as an HTML mail."""
-    plain = {name: value for name, value in status.items() if not isinstance(value, dict | list)}
+def status_html(status: Mapping[str, Any], buttons: Sequence[tuple[str, str]]) -> str:
+    """The status as an HTML mail. A button, a label and a link, opens the mail program with everything filled in."""
     cameras = [
         (bidi(name), f"{bidi(seen['state'])} · motion {seen['motion']} %{bar(seen['motion'], 0, 100)}")
         for name, seen in status["cameras"].items()
     ]
     blocks = [
-        (bidi(name), f"{kept['size']:,} bytes", f'<span style="font-size:12px">{kept["sha256"][:16]}…</span>')
-        for name, kept in status["blocks"].items()
+        (bidi(name), f"{kept['size']:,} bytes", f"{kept['sha256'][:16]}…") for name, kept in status["blocks"].items()
     ]
     return page(
         f"{bidi(status['name'])} · {'armed' if status['armed'] == 'on' else 'disarmed'}",
-        button_bar(buttons),
-        table("Parameters", ((bidi(name), shown_value(name, value)) for name, value in plain.items())),
+        "".join(BUTTON.format(html.escape(link), label) for label, link in buttons),
+        table("Parameters", ((bidi(name), shown_value(name, value)) for name, value in plain(status).items())),
         table("Cameras", cameras),
         table("Data blocks", blocks),
     )
 
 
-def button_bar(buttons: Sequence[Button]) -> str:
-    """Links that write a command mail; pressing one opens the mail program with everything filled in."""
-    return "".join(
-        f'<table role="presentation" {NO_GAPS} style="display:inline-table;margin:0 8px 8px 0"><tr>'
-        f'<td bgcolor="#e8eff5" style="padding:9px 14px;border:1px solid #b9cbd9"><a href="{html.escape(button.link)}" '
-        f'style="{FONT};font-size:15px;color:#1f3a52;text-decoration:none;font-weight:bold">{button.label}</a></td></tr></table>'
-        for button in buttons
-    )
-
-
 def text_html(title: str, text: str, snapshot: bool) -> str:
     """A short answer as an HTML mail, with the picture that is attached as `snapshot`."""
-    lines = "<br>".join(bidi(line) for line in text.rstrip().split("\n"))
-    picture = (
-        '<img src="cid:snapshot" alt="snapshot" width="100%" style="display:block;max-width:568px">' if snapshot else ""
-    )
-    return page(
-        bidi(title), f'<div style="{FONT};font-size:16px;line-height:24px;color:#1d2733">{lines}</div>', picture
-    )
+    lines = TEXT.format("<br>".join(map(bidi, text.rstrip().split("\n"))))
+    return page(bidi(title), lines, PICTURE if snapshot else "")
 
 
 DIGITS = {  # 3 x 5 dots, a row a character pair of octal bits
@@ -500,26 +422,23 @@ def test_card(camera: int, now: float) -> bytes:
     """The picture of a simulated camera as a PNG: colour bars, its number and the time in UTC, a block that moves."""
     bars = b"".join(bytes(colour) * (PICTURE_WIDTH // 8) for colour in itertools.product((200, 30), repeat=3))
     rows = [bytearray(bars) for _ in range(PICTURE_HEIGHT)]
-    paint(rows, int(now * 8) % (PICTURE_WIDTH - 40), 190, (40, 30), 255)
-    paint(rows, 10, 10, (PICTURE_WIDTH - 20, 110), 0)
-    for words, top in ((f"{camera} {time.strftime('%Y-%m-%d', time.gmtime(now))}", 20),
-                       (time.strftime("%H:%M:%S", time.gmtime(now)), 70)):  # fmt: skip
-        for index, row, column in itertools.product(range(len(words)), range(5), range(3)):
-            if int(DIGITS[words[index]][row]) >> (2 - column) & 1:
-                paint(rows, 20 + (index * 4 + column) * DOT, top + row * DOT, (DOT, DOT), 255)
+
+    def paint(left: int, top: int, width: int, height: int, grey: int) -> None:
+        for row in rows[top : top + height]:
+            row[3 * left : 3 * (left + width)] = bytes((grey,)) * (3 * width)
+
+    utc = time.gmtime(now)
+    paint(int(now * 8) % (PICTURE_WIDTH - 40), 190, 40, 30, 255)
+    paint(10, 10, PICTURE_WIDTH - 20, 110, 0)
+    for top, words in ((20, f"{camera} %Y-%m-%d"), (70, "%H:%M:%S")):
+        for (index, letter), row, column in itertools.product(enumerate(time.strftime(words, utc)), range(5), range(3)):
+            if int(DIGITS[letter][row]) >> (2 - column) & 1:
+                paint(20 + (index * 4 + column) * DOT, top + row * DOT, DOT, DOT, 255)
     header = struct.pack(">IIBBBBB", PICTURE_WIDTH, PICTURE_HEIGHT, 8, 2, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
-
-
-def paint(rows: list[bytearray], left: int, top: int, size: tuple[int, int], grey: int) -> None:
-    width, height = size
-    for row in rows[top : top + height]:
-        row[3 * left : 3 * (left + width)] = bytes((grey,)) * (3 * width)
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 # ─────────────────────────────────────── SMTP/ESMTP protocol ────────────────────────────────────────
@@ -614,7 +533,7 @@ class Rules:
 
 
 class Mail(NamedTuple):
-    """A mail that has arrived whole."""
+    """A mail that has arrived smtp.whole."""
 
     sender: str  # "" is the null sender
     recipients: list[str]
@@ -989,7 +908,7 @@ def _address(path: re.Match[bytes]) -> str:
 
 
 def strict_base64(text: bytes) -> bytes:
-    """Base64 in one line, without junk, every group whole. Raises binascii.Error."""
+    """Base64 in one line, without junk, every group smtp.whole. Raises binascii.Error."""
     if len(text) % 4:
         raise binascii.Error("length is not a multiple of four")
     return base64.b64decode(text, validate=True)
@@ -1008,99 +927,94 @@ def shown(text: bytes, secret: bool = False) -> str:
 # The headers, bounded before anything is looked at, and the command in the Subject.
 
 
-class Unreadable(Exception):
-    """A mail that cannot be parsed; the argument is the reply."""
+class Refused(Exception):
+    """A mail that cannot be read, or a command that the policy forbids; the argument is the reply."""
 
 
-@dataclass(frozen=True)
-class Letter:
-    """A mail whose headers have been read. Values are as they came, unfolded."""
+class Letter(NamedTuple):
+    """A mail whose headers have been read."""
 
-    headers: Mapping[str, Sequence[bytes]]
+    headers: email.message.Message
     content: bytes
-    body_at: int
-    subject: str = ""
-
-    def first(self, name: str) -> bytes:
-        return next(iter(self.headers.get(name, ())), b"")
+    subject: str
 
     @property
     def message_id(self) -> str:
         """The Message-ID when it looks like one, else "": it goes into headers of ours."""
-        found = re.fullmatch(rb"\s*(<[!-;=?-~]{1,250}>)\s*", self.first("message-id"))
-        return found[1].decode("ascii") if found else ""
+        found = MESSAGE_ID.fullmatch(self.headers.get("message-id", ""))
+        return found[0] if found else ""
 
     @property
     def sender(self) -> str:
         """The From address in lower case, "" unless there is exactly one (RFC 5322 section 3.6.2 allows more)."""
-        text = self.first("from")[:PARAMETER_BYTES].decode("ascii", "replace")
+        text = self.headers.get("from", "")[:PARAMETER_LENGTH]
         found = ONE_ADDRESS.fullmatch(re.sub(r'"(?:[^"\\]|\\.)*+"', "", text))
         return (found[1] or found[2]).lower() if found else ""
 
     @property
     def automatic(self) -> bool:
         """Whether a program wrote it or a list sent it, so that it is not answered (RFC 3834 section 2)."""
-        word = self.first("auto-submitted").split(b";")[0].strip().lower()
-        bulk = self.first("precedence").strip().lower() in {b"bulk", b"list", b"junk"}
-        null = self.first("return-path").strip() == b"<>"
-        return (word not in {b"", b"no"}) or bulk or null or any(name.startswith("list-") for name in self.headers)
+        get = self.headers.get
+        return (
+            get("auto-submitted", "no").partition(";")[0].strip().lower() not in {"", "no"}
+            or get("precedence", "").lower() in {"bulk", "list", "junk"}
+            or get("return-path") == "<>"
+            or any(name.lower().startswith("list-") for name in self.headers)
+        )
 
 
-ONE_ADDRESS = re.compile(
-    r"\s*(?:[^<>,;:@()]*+<\s*([^\s<>,;:@()]++@[^\s<>,;:@()]++)\s*>|([^\s<>,;:@()]++@[^\s<>,;:@()]++))\s*(?:\([^()]*+\))?\s*"
-)
+MESSAGE_ID = re.compile(r"<[!-;=?-~]{1,250}>")
+_ADDRESS = r"([!-'*+\--9=?A-~]++@[!-'*+\--9=?A-~]++)"
+ONE_ADDRESS = re.compile(rf"\s*(?:[^<>,;:@()]*+<\s*{_ADDRESS}\s*>|{_ADDRESS})\s*(?:\([^()]*+\))?\s*")
 SINGLE = ("from", "message-id", "content-type", "content-transfer-encoding")  # two of these are a trick
+FOLD = re.compile(r"\r\n(?=[ \t])")
+HEADER = re.compile(r"([!-9;-~]+)[ \t]*:(.*)", re.DOTALL)
 
 
 def read_letter(content: bytes, lenient: bool = False) -> Letter:
-    """Read the headers. Raises Unreadable for what a person and a program would read differently, and for bombs."""
-    headers, body_at = read_headers(content, 0, len(content))
+    """Read the headers. Raises Refused for what a person and a program would read differently, and for bombs."""
+    headers, _ = read_headers(content, 0, len(content))
     if not lenient:
-        if len(headers.get("subject", ())) > 1:
-            raise Unreadable(TWO_SUBJECTS)
-        if any(len(headers.get(name, ())) > 1 for name in SINGLE):
-            raise Unreadable(CANNOT_PARSE)
-    subject = decode_words(next(iter(headers.get("subject", ())), b""))
-    if UNPRINTABLE.search(subject.replace("\t", " ")):
-        if not lenient:
-            raise Unreadable(CANNOT_PARSE)
-        subject = UNPRINTABLE.sub(" ", subject)
-    return Letter(headers, content, body_at, " ".join(subject.split()))
+        if len(headers.get_all("subject", [])) > 1:
+            raise Refused(TWO_SUBJECTS)
+        if any(len(headers.get_all(name, [])) > 1 for name in SINGLE):
+            raise Refused(CANNOT_PARSE)
+    subject = decode_words(headers.get("subject", ""))
+    if UNPRINTABLE.search(subject.replace("\t", " ")) and not lenient:
+        raise Refused(CANNOT_PARSE)
+    return Letter(headers, content, " ".join(UNPRINTABLE.sub(" ", subject).split()))
 
 
-def read_headers(content: bytes, start: int, end: int) -> tuple[dict[str, list[bytes]], int]:
-    """The headers of a mail or of a part, and where its body begins. Raises Unreadable when they are too many."""
+def read_headers(content: bytes, start: int, end: int) -> tuple[email.message.Message, int]:
+    """The headers of a mail or of a part, unfolded, and where its body begins. Raises Refused for too many."""
+    headers = email.message.Message()
     if content.startswith(b"\r\n", start, end):
-        return {}, start + 2
+        return headers, start + 2
     stop = content.find(b"\r\n\r\n", start, min(end, start + HEADER_BYTES))
     if stop < 0 and end - start > HEADER_BYTES:
-        raise Unreadable(CANNOT_PARSE)
-    lines = FOLD.sub(b" ", content[start : stop if stop >= 0 else end]).split(b"\r\n")
+        raise Refused(CANNOT_PARSE)
+    text = content[start : stop if stop >= 0 else end].decode("utf-8", "replace")
+    lines = FOLD.sub(" ", text).split("\r\n")
     if len(lines) > HEADER_LINES:
-        raise Unreadable(CANNOT_PARSE)
-    headers: dict[str, list[bytes]] = {}
+        raise Refused(CANNOT_PARSE)
     for line in lines:
-        name, colon, value = line.partition(b":")
-        if colon:
-            headers.setdefault(name.rstrip().decode("ascii", "replace").lower(), []).append(value.strip())
+        if found := HEADER.fullmatch(line):
+            headers[found[1]] = found[2].strip()
     return headers, stop + 4 if stop >= 0 else end
 
 
-FOLD = re.compile(rb"\r\n(?=[ \t])")
-
-
-def decode_words(value: bytes) -> str:
-    """Header text with its encoded words (RFC 2047) decoded; raw 8-bit is read as UTF-8. Raises Unreadable."""
-    text = value[:SUBJECT_BYTES].decode("utf-8", "replace")
+def decode_words(value: str) -> str:
+    """Header text with its encoded words (RFC 2047) decoded. Raises Refused."""
+    text = value[:SUBJECT_LENGTH]
     if "=?" not in text:
         return text
     try:
-        parts = email.header.decode_header(text)
+        found = email.header.decode_header(text)
         return "".join(
-            part if isinstance(part, str) else part.decode(charset or "ascii", "replace") for part, charset in parts
+            part if isinstance(part, str) else part.decode(charset or "ascii", "replace") for part, charset in found
         )
     except Exception as error:  # unknown charsets, broken Base64, and what else a stranger can think of
-        raise Unreadable(CANNOT_PARSE) from error
+        raise Refused(CANNOT_PARSE) from error
 
 
 class Command(NamedTuple):
@@ -1122,12 +1036,11 @@ def read_command(subject: str) -> Command | None:
 
 
 # ──────────────────────────────────────── Attachment parsing ────────────────────────────────────────
-# MIME (RFC 2045, 2046) read by offsets into the content: no copies, bounded depth and number of parts. The email
-# package takes time that grows with the square of a header, and recursion that a stranger can exhaust.
+# MIME (RFC 2045, 2046) read by offsets into the content: no copies, bounded depth and number of parts; the email
+# package reads the headers of a part, once they are known to be short. Whole mails would cost it too much.
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A leaf of a mail."""
 
     kind: str  # type/subtype
@@ -1138,51 +1051,61 @@ class Part:
     raw: bytes
 
     def data(self) -> bytes:
-        """The decoded bytes. Raises Unreadable for anything that is not exactly in its encoding."""
+        """The decoded bytes. Raises Refused for anything that is not exactly in its encoding."""
         if self.encoding == "base64":
             try:
                 return strict_base64(self.raw.translate(None, b"\r\n \t"))
             except binascii.Error:
-                raise Unreadable(CANNOT_PARSE) from None
+                raise Refused(CANNOT_PARSE) from None
         if self.encoding == "quoted-printable":
             return binascii.a2b_qp(self.raw)
         if self.encoding in {"", "7bit", "8bit", "binary"}:
             return self.raw
-        raise Unreadable(CANNOT_PARSE)
+        raise Refused(CANNOT_PARSE)
 
     def text(self) -> str:
         try:
-            return self.data().decode(self.charset or "utf-8", "replace")
+            return self.data().decode(self.charset, "replace")
         except LookupError:
             return self.data().decode("utf-8", "replace")
 
 
 def parts(content: bytes) -> list[Part]:
-    """The leaves of a mail in order. Raises Unreadable."""
+    """The leaves of a mail in order. Raises Refused."""
     found: list[Part] = []
     todo = [(0, len(content), 0)]
     while todo:
         start, end, depth = todo.pop()
         headers, body = read_headers(content, start, end)
-        kind, options = parameters(next(iter(headers.get("content-type", ())), b"text/plain"))
-        if len(found) + len(todo) >= PARTS or depth > DEPTH:
-            raise Unreadable(CANNOT_PARSE)
-        if kind.startswith("multipart/"):
-            boundary = options.get("boundary", "").encode("utf-8", "surrogateescape")
-            if not 0 < len(boundary) <= 70:
-                raise Unreadable(CANNOT_PARSE)
-            todo += [(at, to, depth + 1) for at, to in reversed(sections(content, body, end, boundary))]
-            continue
-        disposition, more = parameters(next(iter(headers.get("content-disposition", ())), b""))
-        name = clean_name(more.get("filename") or options.get("name", ""))
-        encoding = next(iter(headers.get("content-transfer-encoding", ())), b"").decode("ascii", "replace").lower()
-        charset = options.get("charset", "")
-        found.append(Part(kind, name, disposition == "attachment", charset, encoding, content[body:end]))
+        long = any(len(headers.get(name, "")) > PARAMETER_LENGTH for name in ("content-type", "content-disposition"))
+        if long or len(found) + len(todo) >= PARTS or depth > DEPTH:
+            raise Refused(CANNOT_PARSE)
+        try:
+            if headers.get_content_maintype() == "multipart":
+                inner = sections(content, body, end, headers.get_boundary("").encode())
+                todo += [(at, to, depth + 1) for at, to in reversed(inner)]
+            else:
+                found.append(leaf(headers, content[body:end]))
+        except (TypeError, ValueError, LookupError) as error:  # the email package, of parameters that make no sense
+            raise Refused(CANNOT_PARSE) from error
     return found
 
 
+def leaf(headers: email.message.Message, raw: bytes) -> Part:
+    return Part(
+        headers.get_content_type(),
+        clean_name(headers.get_filename("")),
+        headers.get_content_disposition() == "attachment",
+        headers.get_content_charset("utf-8"),
+        headers.get("content-transfer-encoding", "").lower(),
+        raw,
+    )
+
+
 def sections(content: bytes, start: int, end: int, boundary: bytes) -> list[tuple[int, int]]:
-    """Where the parts of a multipart begin and end; a missing last delimiter is forgiven."""
+    """Where the parts of a multipart begin and end; a missing last delimiter is forgiven. Raises Refused."""
+    if not 0 < len(boundary) <= 70:
+        raise Refused(CANNOT_PARSE)
     pattern = re.compile(rb"--" + re.escape(boundary) + rb"(--)?[ \t]*(?:\r\n|$)")
     spans: list[tuple[int, int]] = []
     begun = -1
@@ -1197,33 +1120,15 @@ def sections(content: bytes, start: int, end: int, boundary: bytes) -> list[tupl
     return spans + ([(begun, end)] if begun >= 0 else [])
 
 
-PARAMETER = re.compile(r""";\s*([!-)+-:<>-~]{1,40}?)(\*\d{0,3}\*?)?\s*=\s*("(?:[^"\\]|\\.)*+"|[^;\s]*+)""")
-
-
-def parameters(value: bytes) -> tuple[str, dict[str, str]]:
-    """The value of a structured header and its parameters, continuations joined (RFC 2231)."""
-    text = value[:PARAMETER_BYTES].decode("utf-8", "surrogateescape")
-    main = text.partition(";")[0].strip().lower()
-    options: dict[str, str] = {}
-    for found in PARAMETER.finditer(text):
-        name, mark, word = found[1].lower(), found[2] or "", found[3]
-        word = re.sub(r"\\(.)", r"\1", word[1:-1]) if word.startswith('"') else word
-        if mark.endswith("*"):
-            word = urllib.parse.unquote(word.partition("''")[2] if mark in {"*", "*0*"} else word)
-        options[name] = options.get(name, "") + word if re.fullmatch(r"\*[1-9]\d*\*?", mark) else word
-    return main, options
-
-
 def clean_name(name: str) -> str:
     """A file name as a harmless label: the last path component, safe characters, at most 100."""
-    with contextlib.suppress(Unreadable):
-        name = decode_words(name.encode("utf-8", "surrogateescape"))
-    name = re.sub(r"[^\w. -]", "_", re.split(r"[/\\]", name)[-1]).strip(". -")
-    return name[:100]
+    with contextlib.suppress(Refused):
+        name = decode_words(name)
+    return re.sub(r"[^\w. -]", "_", re.split(r"[/\\]", name)[-1]).strip(". -")[:100]
 
 
 def the_attachment(content: bytes) -> bytes | None:
-    """The data of the one attachment; None when there is none, or several. Raises Unreadable."""
+    """The data of the one attachment; None when there is none, or several. Raises Refused."""
     found = parts(content)
     chosen = [part for part in found if part.is_attachment]
     chosen = chosen or [part for part in found if part.filename or not part.kind.startswith("text/")]
@@ -1239,10 +1144,6 @@ class Access(enum.IntEnum):
     NONE = 0
     READ = 1
     CONTROL = 2
-
-
-class Refused(Exception):
-    """The policy says no; the argument is the reply."""
 
 
 @dataclass(frozen=True)
@@ -1261,9 +1162,8 @@ class Policy:
         except ValueError:
             return Access.NONE
         ip = getattr(ip, "ipv4_mapped", None) or ip
-        fits = [(net.prefixlen, -access, access) for nets, access in
-                ((self.readonly, Access.READ), (self.allow, Access.CONTROL)) for net in nets
-                if net.version == ip.version and ip in net]  # fmt: skip
+        named = [(net, Access.READ) for net in self.readonly] + [(net, Access.CONTROL) for net in self.allow]
+        fits = [(net.prefixlen, -access, access) for net, access in named if ip in net]
         return max(fits)[2] if fits else Access.NONE
 
     def operator(self, sender: str) -> str | None:
@@ -1275,29 +1175,22 @@ class Policy:
     def sign(self, words: str, operator: str, expiry: int, nonce: bytes, attachment: bytes | None = None) -> str:
         """The token for a command: `attachment` is the data that goes with it."""
         digest = "" if attachment is None else hashlib.sha256(attachment).hexdigest()
-        signed = "\n".join((words, operator.lower(), str(expiry), nonce.hex(), digest)).encode(
-            "utf-8", "surrogateescape"
-        )
-        mac = hmac.digest(self.secret, signed, "sha256")[:10]
+        signed = "\n".join((words, operator.lower(), str(expiry), nonce.hex(), digest))
+        mac = hmac.digest(self.secret, signed.encode("utf-8", "surrogateescape"), "sha256")[:10]
         return base64.b32encode(struct.pack(">I", expiry) + nonce + mac).decode("ascii").lower()
 
-    def verify(self, command: Command, sender: str, now: float, attachment: bytes | None) -> Signature | None:
-        """The signature of a command when it is genuine and of this time, else None; used or not."""
-        if not self.secret or len(command.token) != TOKEN_LETTERS or now < CLOCK_IS_SET:
+    def verify(self, command: Command, sender: str, now: float, attachment: bytes | None) -> tuple[bytes, int] | None:
+        """Nonce and expiry of a command's signature when it is genuine and of this time, else None; used or not."""
+        if not self.secret or not sender or len(command.token) != TOKEN_LETTERS or now < CLOCK_IS_SET:
             return None
         try:
             token = base64.b32decode(command.token.upper())
         except (binascii.Error, ValueError):
             return None
         expiry, nonce = int.from_bytes(token[:4], "big"), token[4:10]
-        right = self.sign(command.words, sender, expiry, nonce, attachment).encode("ascii")
-        genuine = hmac.compare_digest(right, command.token.encode("utf-8", "replace"))
-        return Signature(nonce, expiry) if genuine and sender and now <= expiry else None
-
-
-class Signature(NamedTuple):
-    nonce: bytes
-    expiry: int
+        right = self.sign(command.words, sender, expiry, nonce, attachment)
+        genuine = hmac.compare_digest(right.encode(), command.token.encode())
+        return (nonce, expiry) if genuine and now <= expiry else None
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -1322,68 +1215,71 @@ CREATE TABLE IF NOT EXISTS blocks(
   name TEXT PRIMARY KEY, data BLOB NOT NULL, sha256 TEXT NOT NULL, stored REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS signatures(nonce BLOB PRIMARY KEY, expiry INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS journal(seq INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, network TEXT NOT NULL,
-  command TEXT NOT NULL, result TEXT NOT NULL, mail BLOB, answered TEXT);
+  command TEXT NOT NULL, result TEXT NOT NULL, refused INTEGER NOT NULL, mail BLOB, answered TEXT);
+CREATE INDEX IF NOT EXISTS journal_refused ON journal(refused, seq);
 CREATE INDEX IF NOT EXISTS journal_mail ON journal(mail) WHERE mail IS NOT NULL;
 CREATE INDEX IF NOT EXISTS journal_answered ON journal(answered, at) WHERE answered IS NOT NULL;
 """
-
-
-def on_off(text: str) -> str:
-    if text.lower() not in {"on", "off"}:
-        raise ValueError("is on or off")
-    return text.lower()
-
-
-def number(low: int, high: int) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"is a whole number from {low} to {high}")
-        return str(int(text))
-
-    return convert
+PRUNE = """DELETE FROM journal WHERE refused = :refused AND at < :before AND seq <
+  (SELECT seq FROM journal WHERE refused = :refused ORDER BY seq DESC LIMIT 1 OFFSET :keep - 1)"""
 
 
 def label(text: str) -> str:
     if not 1 <= len(text) <= 64 or UNPRINTABLE.search(text):
-        raise ValueError("is 1 to 64 printable characters")
+        raise ValueError("give 1 to 64 printable characters")
     return text
 
 
 class Parameter(NamedTuple):
-    default: str
-    convert: Callable[[str], str]  # raises ValueError that goes on after the name
+    default: str = ""
+    convert: Callable[[str], object] | None = None  # raises ValueError that says what is right; None: read-only
+    unit: str = ""
+    bar: tuple[float, float] | None = None  # the ends of the scale on which it is drawn
 
 
-SETTABLE = {
+SWITCHES = ("armed", "recording", "relay1", "relay2", "relay3", "relay4")
+PARAMETERS = {
     "name": Parameter("device", label),
-    **{name: Parameter("off", on_off) for name in ("armed", "recording", "relay1", "relay2", "relay3", "relay4")},
-    "threshold": Parameter("50", number(0, 100)),
-    "report_every": Parameter("0", number(0, 366 * 86400)),
+    **dict.fromkeys(SWITCHES, Parameter("off", smtp.one_of("on", "off"))),
+    "threshold": Parameter("50", smtp.whole(0, 100), "%", (0, 100)),
+    "report_every": Parameter("0", smtp.whole(0, 366 * 86400), "s"),
+    "temperature": Parameter(unit="°C", bar=(0, 60)),
+    "voltage": Parameter(unit="V", bar=(10, 14)),
+    "disk_free": Parameter(unit="%", bar=(0, 100)),
+    "uptime": Parameter(unit="s"),
 }
 CAMERAS = ("cam1", "cam2", "cam3", "cam4")
+SHORT_FORMS: dict[str, Callable[[str], str]] = {  # of SET: the rest of the Subject to `name=value`
+    "SET": lambda rest: rest,
+    "ARM": lambda rest: f"armed=on {rest}",
+    "DISARM": lambda rest: f"armed=off {rest}",
+    "RECORD": lambda rest: f"recording={rest}",
+    "RELAY": lambda rest: "relay" + rest.replace(" ", "=", 1),
+}
 
 
 def simulated(now: float, booted: float) -> dict[str, float | int]:
     """The read-only parameters: smooth functions of the time."""
     day = 2 * math.pi * now / 86400
     return {
-        "temperature": round(24 + 5 * math.sin(day) + 1.5 * math.sin(now / 240), 1),  # °C
-        "voltage": round(12.2 + 0.3 * math.sin(now / 900), 2),  # V
-        "disk_free": round(60 - 30 * (now / 604800 % 1), 1),  # per cent: recordings go round once a week
-        "uptime": max(0, int(now - booted)),  # s
+        "temperature": round(24 + 5 * math.sin(day) + 1.5 * math.sin(now / 240), 1),
+        "voltage": round(12.2 + 0.3 * math.sin(now / 900), 2),
+        "disk_free": round(60 - 30 * (now / 604800 % 1), 1),  # recordings go round once a week
+        "uptime": max(0, int(now - booted)),
     }
 
 
 class Request(NamedTuple):
     """A command on its way through the device."""
 
+    db: sqlite3.Connection  # inside the transaction
+    now: float
     command: Command
     letter: Letter
     peer: str
     access: Access
     operator: str  # "" where nobody is named
     attached: bytes | None
-    now: float
 
 
 class Device:
@@ -1398,23 +1294,16 @@ class Device:
         sender: str = "",
         report_to: Sequence[str] = (),
         maildir: Maildir | None = None,
-        ring: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
     ):
-        self.outbox = outbox
-        self.policy = policy
-        self.mailboxes = mailboxes
-        self.address = mailboxes[0]
-        self.sender = sender or self.address
-        self.report_to = report_to
-        self.maildir = maildir
-        self.ring = ring
-        self.clock = clock
-        self.random_bytes = random_bytes
+        self.outbox, self.policy, self.mailboxes = outbox, policy, mailboxes
+        self.sender, self.report_to, self.maildir = sender or mailboxes[0], report_to, maildir
+        self.clock, self.random_bytes = clock, random_bytes
+        self.ring: Callable[[], None] = lambda: None
         self.booted = clock()
         with outbox.transaction() as db:
-            self.report_every = float(self.parameters(db, self.booted)["report_every"])
+            self.report_every = self.parameters(db, self.booted)["report_every"]
             last = db.execute("SELECT value FROM parameters WHERE name = 'reported'").fetchone()
         self.reported = float(last[0]) if last else self.booted
 
@@ -1422,56 +1311,75 @@ class Device:
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
         """Deal with a mail: the reply says for certain what was done. Raises SpoolError when nothing was."""
-        content = mail.content()
+        command = None
+        who = mail.sender
         try:
-            letter = read_letter(content)
-            command = read_command(letter.subject)
+            letter = read_letter(mail.content())
+            who = letter.sender or who
             operator = self.policy.operator(letter.sender)
+            command = read_command(letter.subject)
             if command is None or operator is None:
-                log.info("discarded a mail of <%s> from %s: %s", mail.sender, peer, letter.subject)
+                log.info("discarded a mail of <%s> from %s: %s", who, peer, letter.subject)
             else:
                 self.obey(mail, letter, command, operator, peer)
-        except (Unreadable, Refused) as error:
-            reply: bytes = error.args[0]
-            log.warning("refused a mail of <%s> from %s: %s", mail.sender, peer, reply.decode("ascii").strip())
+        except Refused as refusal:
+            reply: bytes = refusal.args[0]
+            words = reply.decode("ascii").strip()
+            log.warning("refused %s of <%s> from %s: %s", command.words if command else "a mail", who, peer, words)
+            if command:
+                with contextlib.suppress(smtp.SpoolError), self.outbox.transaction(durable=False) as db:
+                    self.journal(db, self.clock(), who, peer, command.words, result=f"refused: {words}", refused=True)
             return reply
         if self.maildir:
-            self.maildir.add(mail)
+            try:
+                self.maildir.add(mail)
+            except OSError as error:  # what was done stands: the peer must not send the command again
+                log.error("a mail of <%s> is not in the Maildir: %s", who, error)
         return ACCEPTED
 
     def obey(self, mail: Mail, letter: Letter, command: Command, operator: str, peer: str) -> None:
-        """Carry a command out, once, with its reply. Raises Refused and Unreadable; then nothing was done."""
+        """Carry a command out, once, with its reply. Raises Refused; then nothing was done."""
         now, access, who = self.clock(), self.policy.access(peer), letter.sender or mail.sender
         key = hashlib.sha256(letter.content).digest() if letter.message_id else None
         attached = the_attachment(letter.content) if command.verb == "UPDATE" else None
-        request = Request(command, letter, peer, access, operator, attached, now)
         with self.outbox.transaction() as db:
             if db.execute("SELECT 1 FROM journal WHERE mail = ? AND at > ?", (key, now - MEMORY_SECONDS)).fetchone():
                 log.info("%s of %s came again: not carried out twice", command.words, who)
                 return
             signature = self.policy.verify(command, letter.sender, now, attached)
             self.check(command, access, signature is not None and self.use(db, signature, now))
-            answer = self.carry_out(db, request)
-            to = self.reply_address(db, mail, letter, operator, now)
-            row = (now, who, peer, command.words, answer.result, key, to.lower() or None)
-            columns = "at, who, network, command, result, mail, answered"
-            seq = db.execute(f"INSERT INTO journal({columns}) VALUES (?,?,?,?,?,?,?)", row).lastrowid or 0
-            db.execute("DELETE FROM journal WHERE at < ? AND seq <= ?", (now - MEMORY_SECONDS, seq - LOG_LINES))
+            request = Request(db, now, command, letter, peer, access, operator, attached)
+            answer = self.carry_out(request)
+            to = self.reply_address(request, mail)
+            told = to.lower() or None
+            seq = self.journal(db, now, who, peer, command.words, result=answer.result, mail=key, answered=told)
             if to:
-                self.outbox.add(db, NewItem(f"reply-{seq}", to, self.reply(db, request, answer, to)))
-            self.report_every = float(self.parameters(db, now)["report_every"])
+                self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, self.reply(request, answer, to)))
+            self.report_every = self.parameters(db, now)["report_every"]
         if command.verb == "REBOOT":
             self.booted = now
         log.info("%s of %s from %s: %s", command.words, who, peer, answer.result)
         self.ring()
 
-    def carry_out(self, db: sqlite3.Connection, request: Request) -> Answer:
+    def journal(
+        self, db: sqlite3.Connection, at: float, who: str, network: str, command: str,
+        *, result: str, refused: bool = False, mail: bytes | None = None, answered: str | None = None,
+    ) -> int:  # fmt: skip
+        """Note a command; its number. A flood of refused ones pushes out refused ones alone."""
+        row = (at, who, network, command, result, refused, mail, answered)
+        columns = "at, who, network, command, result, refused, mail, answered"
+        seq = db.execute(f"INSERT INTO journal({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid or 0
+        keep, before = (REFUSED_LINES, math.inf) if refused else (LOG_LINES, at - MEMORY_SECONDS)
+        db.execute(PRUNE, {"refused": refused, "before": before, "keep": keep})
+        return seq
+
+    def carry_out(self, request: Request) -> Answer:
         """The answer to a command that is allowed; a wrong argument gets one that says what is right."""
         rule = COMMANDS[request.command.verb]
         try:
-            return rule.act(self, db, request)
+            return rule.act(self, request)
         except ValueError as error:
-            return Answer(f"refused: {error}", f"{error}\nRight is: CMD {rule.usage}\nNothing was changed.")
+            return Answer(f"not done: {error}", f"{error}\nRight is: CMD {rule.usage}\nNothing was changed.")
 
     def check(self, command: Command, access: Access, signed: bool) -> None:
         """Raise Refused when the policy does not allow the command."""
@@ -1482,24 +1390,22 @@ class Device:
         if access < Access.CONTROL:
             raise Refused(READ_ONLY)
 
-    def use(self, db: sqlite3.Connection, signature: Signature, now: float) -> bool:
+    def use(self, db: sqlite3.Connection, signature: tuple[bytes, int], now: float) -> bool:
         """Use a signature up. False when it was used before."""
         db.execute("DELETE FROM signatures WHERE expiry < ?", (now,))
         return db.execute("INSERT OR IGNORE INTO signatures VALUES (?, ?)", signature).rowcount == 1
 
     # The commands: each changes the database inside the transaction, or raises ValueError that says what is right
 
-    def parameters(self, db: sqlite3.Connection, now: float) -> dict[str, str | float | int]:
+    def parameters(self, db: sqlite3.Connection, now: float) -> dict[str, Any]:
         """Every parameter by its name."""
         stored = dict(db.execute("SELECT name, value FROM parameters"))
-        values = {name: stored.get(name, kind.default) for name, kind in SETTABLE.items()}
-        typed: dict[str, str | float | int] = dict(values)
-        typed |= {name: int(values[name]) for name in ("threshold", "report_every")}
-        return typed | simulated(now, self.booted)
+        kept = {name: kind.convert(stored.get(name, kind.default)) for name, kind in PARAMETERS.items() if kind.convert}
+        return kept | simulated(now, self.booted)
 
     def status(self, db: sqlite3.Connection, now: float) -> dict[str, Any]:
         """Everything there is to know, as in status.json."""
-        values: dict[str, Any] = self.parameters(db, now)
+        values = self.parameters(db, now)
         cameras = {}
         for at, camera in enumerate(CAMERAS):
             motion = round(50 + 50 * math.sin(now / (37 + 11 * at) + at))
@@ -1510,7 +1416,7 @@ class Device:
         blocks = {name: {"size": length, "sha256": digest, "stored": iso(at)} for name, length, digest, at in rows}
         return {**values, "time": iso(now), "cameras": cameras, "blocks": blocks}
 
-    def do_help(self, db: sqlite3.Connection, request: Request) -> Answer:
+    def do_help(self, request: Request) -> Answer:
         lines = [f"CMD {command.usage:<26} {command.purpose}" for command in COMMANDS.values()]
         rights = "all commands" if self.may_control(request) else "the commands that only read"
         if self.policy.secret:
@@ -1521,181 +1427,134 @@ class Device:
         seen = f"You are {who} ({named}); your mail came from {network}. You may use {rights}."
         return Answer("told the commands", "\n".join([*lines, "", seen]))
 
-    def do_status(self, db: sqlite3.Connection, request: Request) -> Answer:
-        return Answer("told the status", status=self.status(db, request.now))
+    def do_status(self, request: Request) -> Answer:
+        return Answer("told the status", status=self.status(request.db, request.now))
 
-    def do_get(self, db: sqlite3.Connection, request: Request) -> Answer:
-        values, name = self.parameters(db, request.now), request.command.argument.lower()
+    def do_get(self, request: Request) -> Answer:
+        values, name = self.parameters(request.db, request.now), request.command.argument.lower()
         if name not in values:
             raise ValueError(f"there is no parameter {name!r}; there are {', '.join(values)}")
         return Answer(f"{name} = {values[name]}")
 
-    def do_log(self, db: sqlite3.Connection, request: Request) -> Answer:
-        rows = db.execute(
-            "SELECT at, who, network, command, result FROM journal ORDER BY seq DESC LIMIT ?", (LOG_LINES,)
-        )
+    def do_log(self, request: Request) -> Answer:
+        newest = "SELECT at, who, network, command, result FROM journal ORDER BY seq DESC LIMIT ?"
+        rows = request.db.execute(newest, (LOG_LINES,))
         lines = [f"{iso(at)}  {who} from {network}  {command}  {result}" for at, who, network, command, result in rows]
         return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
 
-    def do_set(self, db: sqlite3.Connection, request: Request) -> Answer:
-        name, equals, value = request.command.argument.partition("=")
+    def do_set(self, request: Request) -> Answer:
+        name, equals, value = SHORT_FORMS[request.command.verb](request.command.argument).partition("=")
+        name, value = name.strip().lower(), value.strip()
+        values = self.parameters(request.db, request.now)
         if not equals:
             raise ValueError("a name and a value are wanted")
-        return self.set(db, name.strip().lower(), value.strip(), request.now)
-
-    def set(self, db: sqlite3.Connection, name: str, value: str, now: float) -> Answer:
-        """Set a parameter. Raises ValueError."""
-        values = self.parameters(db, now)
-        if name not in SETTABLE:
-            known = f"{name} can only be read" if name in values else f"there is no parameter {name!r}"
-            raise ValueError(f"{known}; these can be set: {', '.join(SETTABLE)}")
+        convert = PARAMETERS[name].convert if name in PARAMETERS else None
+        if convert is None:
+            known = f"{name} can only be read" if name in PARAMETERS else f"there is no parameter {name!r}"
+            raise ValueError(f"{known}; these can be set: {', '.join(n for n in PARAMETERS if PARAMETERS[n].convert)}")
         try:
-            new = SETTABLE[name].convert(value)
+            new = convert(value)
         except ValueError as error:
-            raise ValueError(f"{name} {error}, not {value!r}") from None
-        db.execute("INSERT OR REPLACE INTO parameters VALUES (?, ?)", (name, new))
+            raise ValueError(f"{name}: {error}") from None
+        request.db.execute("INSERT OR REPLACE INTO parameters VALUES (?, ?)", (name, str(new)))
         return Answer(f"{name}: {values[name]} -> {new}")
 
-    def do_arm(self, db: sqlite3.Connection, request: Request) -> Answer:
-        if request.command.argument:
-            raise ValueError("no argument is wanted")
-        return self.set(db, "armed", "on" if request.command.verb == "ARM" else "off", request.now)
-
-    def do_record(self, db: sqlite3.Connection, request: Request) -> Answer:
-        return self.set(db, "recording", request.command.argument, request.now)
-
-    def do_relay(self, db: sqlite3.Connection, request: Request) -> Answer:
-        which, _, value = request.command.argument.partition(" ")
-        if which not in {"1", "2", "3", "4"}:
-            raise ValueError("the relays are 1 to 4")
-        return self.set(db, f"relay{which}", value, request.now)
-
-    def do_snapshot(self, db: sqlite3.Connection, request: Request) -> Answer:
+    def do_snapshot(self, request: Request) -> Answer:
         camera = request.command.argument.lower()
         if camera not in CAMERAS:
             raise ValueError(f"there is no camera {camera!r}; there are {', '.join(CAMERAS)}")
-        picture = Attachment(
-            f"{camera}.png", "image/png", test_card(CAMERAS.index(camera) + 1, request.now), cid="snapshot"
-        )
-        return Answer(f"a picture of {camera}, {iso(request.now)}", files=(picture,))
+        picture = test_card(CAMERAS.index(camera) + 1, request.now)
+        file = Attachment(f"{camera}.png", "image/png", picture, cid="snapshot")
+        return Answer(f"a picture of {camera}, {iso(request.now)}", files=(file,))
 
-    def do_update(self, db: sqlite3.Connection, request: Request) -> Answer:
+    def do_update(self, request: Request) -> Answer:
         name, data = block_name(request.command.argument), request.attached
         if data is None:
             raise ValueError("the data comes as the mail's attachment, exactly one")
         digest = hashlib.sha256(data).hexdigest()
-        db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", (name, data, digest, request.now))
+        request.db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", (name, data, digest, request.now))
         return Answer(f"{name}: {len(data)} bytes, SHA-256 {digest}")
 
-    def do_read(self, db: sqlite3.Connection, request: Request) -> Answer:
+    def do_read(self, request: Request) -> Answer:
         name = block_name(request.command.argument)
-        row = db.execute("SELECT data, sha256 FROM blocks WHERE name = ?", (name,)).fetchone()
+        row = request.db.execute("SELECT data, sha256 FROM blocks WHERE name = ?", (name,)).fetchone()
         if row is None:
-            names = [name for (name,) in db.execute("SELECT name FROM blocks ORDER BY name LIMIT 50")]
+            names = [name for (name,) in request.db.execute("SELECT name FROM blocks ORDER BY name LIMIT 50")]
             raise ValueError(f"there is no block {name!r}; there are {', '.join(names) or 'none yet'}")
         return Answer(f"{name}: {len(row[0])} bytes, SHA-256 {row[1]}", files=(Attachment(name, data=row[0]),))
 
-    def do_reboot(self, db: sqlite3.Connection, request: Request) -> Answer:
+    def do_reboot(self, request: Request) -> Answer:
         return Answer("restarting now")
 
     # Replies and reports
 
-    def reply_address(self, db: sqlite3.Connection, mail: Mail, letter: Letter, operator: str, now: float) -> str:
+    def reply_address(self, request: Request, mail: Mail) -> str:
         """Who gets the reply, "" for nobody: RFC 3834, and a cap, so that no two machines talk for ever."""
-        to = operator or mail.sender
-        if not mail.sender or letter.automatic or not re.fullmatch(r"[^@\s]+@[^@\s]+", to):
+        to = request.operator or mail.sender
+        if not mail.sender or request.letter.automatic or not re.fullmatch(r"[^@\s]+@[^@\s]+", to):
             return ""
         if to.lower() in map(str.lower, self.mailboxes) or to.lower().startswith(("mailer-daemon@", "postmaster@")):
             return ""
         recent = "SELECT count(*) FROM journal WHERE answered = ? AND at > ? AND at <= ?"
-        (told,) = db.execute(recent, (to.lower(), now - 3600, now)).fetchone()
+        (told,) = request.db.execute(recent, (to.lower(), request.now - 3600, request.now)).fetchone()
         return to if told < REPLIES_PER_HOUR else ""
 
     def may_control(self, request: Request) -> bool:
         return not self.policy.secret and request.access is Access.CONTROL
 
-    def buttons(self, status: Mapping[str, Any], to: str, control: bool, now: float) -> list[Button]:
+    def buttons(self, status: Mapping[str, Any], to: str, control: bool, now: float) -> list[tuple[str, str]]:
         """Links that write the common commands; with a secret signed, for the operator `to` alone."""
         signed = bool(self.policy.secret) and to in self.policy.operators and now >= CLOCK_IS_SET
-        changes = ["ARM", "DISARM"] + [
-            f"RELAY {n} {'OFF' if status[f'relay{n}'] == 'on' else 'ON'}" for n in range(1, 5)
-        ]
-        wanted = ["STATUS", *(changes if control or signed else []), *(f"SNAPSHOT {camera}" for camera in CAMERAS)]
+        relays = (f"RELAY {n} {'OFF' if status[f'relay{n}'] == 'on' else 'ON'}" for n in range(1, 5))
+        changes = ("ARM", "DISARM", *relays) if control or signed else ()
         made = []
-        for words in wanted:
+        for words in ("STATUS", *changes, *map("SNAPSHOT {}".format, CAMERAS)):
             token = self.policy.sign(words, to, int(now) + DAY_SECONDS, self.random_bytes(6)) if signed else ""
-            subject = f"CMD {words} ~{token}" if token else f"CMD {words}"
-            link = f"mailto:{urllib.parse.quote(self.address, safe='@')}?subject={urllib.parse.quote(subject)}"
-            made.append(Button(words.capitalize(), link))
+            subject = urllib.parse.quote(f"CMD {words} ~{token}" if token else f"CMD {words}")
+            address = urllib.parse.quote(self.mailboxes[0], safe="@")
+            made.append((words.capitalize(), f"mailto:{address}?subject={subject}"))
         return made
 
-    def reply(self, db: sqlite3.Connection, request: Request, answer: Answer, to: str) -> bytes:
-        """The whole reply mail."""
-        subject = request.letter.subject.rpartition(" ~")[0] if request.command.token else request.letter.subject
-        ours, references = request.letter.message_id, request.letter.first("references").decode("ascii", "replace")
-        thread = [*re.findall(r"<[!-;=?-~]{1,250}>", references)[-10:], *([ours] if ours else [])]
+    def reply(self, request: Request, answer: Answer, to: str) -> bytes:
+        """The smtp.whole reply mail."""
+        letter, ours = request.letter, request.letter.message_id
+        subject = letter.subject.rpartition(" ~")[0] if request.command.token else letter.subject
+        thread = [*MESSAGE_ID.findall(letter.headers.get("references", ""))[-10:], *([ours] if ours else [])]
         headers = {"In-Reply-To": ours, "References": " ".join(thread), "Auto-Submitted": "auto-replied"}
-        status = answer.status or self.status(db, request.now)
-        return self.mail(
-            to,
-            f"Re: {subject}",
-            answer,
-            status,
-            control=self.may_control(request),
-            now=request.now,
-            headers={name: value for name, value in headers.items() if value},
-        )
+        control = self.may_control(request)
+        return self.write(request.db, request.now, to, f"Re: {subject}", answer, control=control, headers=headers)
 
-    def mail(
-        self,
-        to: str,
-        subject: str,
-        answer: Answer,
-        status: Mapping[str, Any],
-        *,
-        control: bool,
-        now: float,
-        headers: Mapping[str, str],
-    ) -> bytes:
-        if answer.status:
+    def write(
+        self, db: sqlite3.Connection, now: float, to: str, subject: str, answer: Answer,
+        *, control: bool, headers: Mapping[str, str],
+    ) -> bytes:  # fmt: skip
+        """A smtp.whole mail of the device; `control`: with buttons that change something."""
+        text, files, status = answer.text or answer.result, answer.files, answer.status
+        if status:
             text, page = status_text(status), status_html(status, self.buttons(status, to, control, now))
             data = json.dumps(status, ensure_ascii=False, indent=1).encode()
-            files: tuple[Attachment, ...] = (Attachment("status.json", "application/json", data),)
+            files = (Attachment("status.json", "application/json", data),)
         else:
-            text, files = answer.text or answer.result, answer.files
-            page = text_html(str(status["name"]), text, any(file.cid for file in files))
+            page = text_html(self.parameters(db, now)["name"], text, any(file.cid for file in files))
         return compose(
-            subject=subject,
-            sender=self.sender,
-            to=[to],
-            text=text.rstrip() + "\n",
-            html=page,
-            attachments=files,
-            date=now,
-            headers=headers,
-        )
+            subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=page, attachments=files,
+            date=now, headers={name: value for name, value in headers.items() if value},
+        )  # fmt: skip
 
     def idle(self) -> None:
         """The periodic report, when it is due. Called about every second."""
         now = self.clock()
         if not self.report_every or not self.report_to or abs(now - self.reported) < self.report_every:
             return
+        self.reported = now
         with self.outbox.transaction() as db:
             db.execute("INSERT OR REPLACE INTO parameters VALUES ('reported', ?)", (str(now),))
-            status = self.status(db, now)
+            answer = Answer("", status=self.status(db, now))
+            subject, headers = f"{self.parameters(db, now)['name']}: report", {"Auto-Submitted": "auto-generated"}
             for to in self.report_to:
-                name = f"{status['name']}: report"
-                data = self.mail(
-                    to,
-                    name,
-                    Answer("", status=status),
-                    status,
-                    control=not self.policy.secret,
-                    now=now,
-                    headers={"Auto-Submitted": "auto-generated"},
-                )
-                self.outbox.add(db, NewItem(f"report-{int(now * 1000)}-{to}", to, data))
-        self.reported = now
+                control = not self.policy.secret
+                data = self.write(db, now, to, subject, answer, control=control, headers=headers)
+                self.outbox.add(db, smtp.NewItem(f"report-{int(now * 1000)}-{to}", to, data))
         self.ring()
 
 
@@ -1708,26 +1567,29 @@ def block_name(text: str) -> str:
 class Rule(NamedTuple):
     """One command: what it does, what it needs, how it is written, what it is for."""
 
-    act: Callable[[Device, sqlite3.Connection, Request], Answer]
+    act: Callable[[Device, Request], Answer]
     needs: Access
     usage: str
     purpose: str
 
 
 COMMANDS = {
-    "HELP": Rule(Device.do_help, Access.READ, "HELP", "this list, and how the device sees you"),
-    "STATUS": Rule(Device.do_status, Access.READ, "STATUS", "all parameters, cameras and data blocks"),
-    "GET": Rule(Device.do_get, Access.READ, "GET name", "one parameter"),
-    "LOG": Rule(Device.do_log, Access.READ, "LOG", f"the last {LOG_LINES} commands"),
-    "SET": Rule(Device.do_set, Access.CONTROL, "SET name=value", "set a parameter"),
-    "ARM": Rule(Device.do_arm, Access.CONTROL, "ARM", "SET armed=on"),
-    "DISARM": Rule(Device.do_arm, Access.CONTROL, "DISARM", "SET armed=off"),
-    "RECORD": Rule(Device.do_record, Access.CONTROL, "RECORD ON|OFF", "SET recording=…"),
-    "RELAY": Rule(Device.do_relay, Access.CONTROL, "RELAY n ON|OFF", "SET relay1=… to relay4"),
-    "SNAPSHOT": Rule(Device.do_snapshot, Access.READ, "SNAPSHOT camera", "a picture of cam1 to cam4"),
-    "UPDATE": Rule(Device.do_update, Access.CONTROL, "UPDATE block", "the attachment becomes the data block"),
-    "READ": Rule(Device.do_read, Access.READ, "READ block", "the data block as an attachment"),
-    "REBOOT": Rule(Device.do_reboot, Access.CONTROL, "REBOOT", "restart"),
+    rule.usage.partition(" ")[0]: rule
+    for rule in (
+        Rule(Device.do_help, Access.READ, "HELP", "this list, and how the device sees you"),
+        Rule(Device.do_status, Access.READ, "STATUS", "all parameters, cameras and data blocks"),
+        Rule(Device.do_get, Access.READ, "GET name", "one parameter"),
+        Rule(Device.do_log, Access.READ, "LOG", f"the last {LOG_LINES} commands"),
+        Rule(Device.do_set, Access.CONTROL, "SET name=value", "set a parameter"),
+        Rule(Device.do_set, Access.CONTROL, "ARM", "SET armed=on"),
+        Rule(Device.do_set, Access.CONTROL, "DISARM", "SET armed=off"),
+        Rule(Device.do_set, Access.CONTROL, "RECORD ON|OFF", "SET recording=…"),
+        Rule(Device.do_set, Access.CONTROL, "RELAY n ON|OFF", "SET relay1=… to relay4"),
+        Rule(Device.do_snapshot, Access.READ, "SNAPSHOT camera", "a picture of cam1 to cam4"),
+        Rule(Device.do_update, Access.CONTROL, "UPDATE block", "the attachment becomes the data block"),
+        Rule(Device.do_read, Access.READ, "READ block", "the data block as an attachment"),
+        Rule(Device.do_reboot, Access.CONTROL, "REBOOT", "restart"),
+    )
 }
 
 
@@ -1736,14 +1598,14 @@ class Replies:
 
     window, limit = 0.0, 0
 
-    def plan(self, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
-        return Plan([Draft((item.seq,), (item.lane,)) for item in itertools.islice(waiting, most)])
+    def plan(self, waiting: Iterable[smtp.Waiting], sent: smtp.History, now: float, most: int) -> smtp.Plan:
+        return smtp.Plan([smtp.Draft((item.seq,), (item.lane,)) for item in itertools.islice(waiting, most)])
 
     def recipients(self, lane: str) -> tuple[str, ...]:
         return (lane,)
 
-    def render(self, mail: smtp_module.Mail, items: Sequence[Item]) -> Envelope:
-        return Envelope("", mail.recipients, [item.payload for item in items])
+    def render(self, mail: smtp.Mail, items: Sequence[smtp.Item]) -> smtp.Envelope:
+        return smtp.Envelope("", mail.recipients, [item.payload for item in items])
 
 
 # ────────────────────────────────────────── Debug receiver ──────────────────────────────────────────
@@ -1755,50 +1617,45 @@ class Maildir:
     def __init__(self, path: Path, keep: int = 0):
         for name in ("tmp", "new", "cur"):
             (path / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.tmp, self.new = f"{path}/tmp/", f"{path}/new/"  # joined as text: pathlib costs more than the system calls
+        self.path, self.keep = path, keep
         self.names = collections.deque(sorted(os.listdir(path / "new")) if keep else ())
-        self.keep = keep
-        self.count = itertools.count(1)
-        self.pattern = f"%d.M%06dP{os.getpid()}Q%d.{socket.gethostname().replace('/', '_')}"
+        self.numbers = itertools.count(1)
 
-    def add(self, mail: Mail) -> str:
-        """Store the mail under its envelope; it is in `new` whole or not at all. Returns its name."""
+    def add(self, mail: Mail) -> None:
+        """Store the mail under its envelope; it is in `new` smtp.whole or not at all."""
         now = time.time()
-        name = self.pattern % (now, now % 1 * 1e6, next(self.count))
+        name = f"{int(now)}.M{int(now % 1 * 1e6):06}P{os.getpid()}Q{next(self.numbers)}.{smtp.hostname()}"
         envelope = [f"Return-Path: <{mail.sender}>", *(f"Delivered-To: {who}" for who in mail.recipients), ""]
-        handle = os.open(self.tmp + name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(handle, "wb", buffering=0) as file:
+        with open(f"{self.path}/tmp/{name}", "xb", opener=functools.partial(os.open, mode=0o600)) as file:
             file.write("\r\n".join(envelope).encode() + mail.content())
-        os.rename(self.tmp + name, self.new + name)
-        if self.keep:
-            self.names.append(name)
-            while len(self.names) > self.keep:
+        os.rename(f"{self.path}/tmp/{name}", f"{self.path}/new/{name}")
+        self.names.append(name)
+        while len(self.names) > self.keep:
+            oldest = self.names.popleft()
+            if self.keep:
                 with contextlib.suppress(FileNotFoundError):  # somebody read it and moved it to cur
-                    os.unlink(self.new + self.names.popleft())
-        return name
+                    os.unlink(f"{self.path}/new/{oldest}")
 
 
 class DebugReceiver:
     """Takes every mail and shows it."""
 
     def __init__(self, out: TextIO, maildir: Maildir | None = None, quiet: bool = False):
-        self.out = out
-        self.maildir = maildir
-        self.quiet = quiet
+        self.out, self.maildir, self.quiet = out, maildir, quiet
         self.mails = self.bytes = self.said = 0
         self.said_at = 0.0
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
         """Show the mail; one with two Subjects is refused, as the device would."""
-        if two_subjects(mail):
+        head = mail.data[: mail.data.find(b"\r\n\r\n") + 1 or None]
+        if len(SUBJECT.findall(head)) > 1:
             return TWO_SUBJECTS
         if self.maildir:
             self.maildir.add(mail)
         self.mails += 1
         self.bytes += len(mail.data)
         if not self.quiet:
-            self.out.write(shown_mail(mail, self.mails))
-            self.out.flush()
+            print(shown_mail(mail, self.mails), file=self.out, flush=True)
         return ACCEPTED
 
     def idle(self, last: bool = False) -> None:
@@ -1807,12 +1664,6 @@ class DebugReceiver:
         if self.quiet and self.mails > self.said and (last or now - self.said_at >= TICK_SECONDS):
             self.said, self.said_at = self.mails, now
             print(f"{self.mails} mails, {self.bytes} bytes", file=self.out, flush=True)
-
-
-def two_subjects(mail: Mail) -> bool:
-    """Whether a person would read one Subject and a program another; cheap for the many mails where not."""
-    end = mail.data.find(b"\r\n\r\n")
-    return len(SUBJECT.findall(mail.content() if mail.mend else mail.data, 0, end if end >= 0 else len(mail.data))) > 1
 
 
 SUBJECT = re.compile(rb"^subject[ \t]*:", re.IGNORECASE | re.MULTILINE)
@@ -1825,16 +1676,15 @@ def shown_mail(mail: Mail, number: int) -> str:
     lines = [f"---------- {title} ----------"]
     try:
         headers, _ = read_headers(content, 0, len(content))
-        lines += [f"{name.title()}: {decode_words(value)}" for name, values in headers.items() for value in values]
-        lines.append("")
+        lines += [f"{name}: {decode_words(value)}" for name, value in headers.items()] + [""]
         for part in parts(content):
             if part.kind == "text/plain" and not part.is_attachment:
                 lines += part.text().splitlines()
             else:
                 lines.append(f"[{part.kind} {part.filename} {len(part.data())} bytes]")
-    except Unreadable:
+    except Refused:
         lines += ["[not to be parsed; as it came:]", *content.decode("utf-8", "replace").splitlines()]
-    return "".join(f"{printable(line, SHOWN_LINE)}\n" for line in lines) + "\n"
+    return "\n".join(printable(line, SHOWN_LINE) for line in lines) + "\n"
 
 
 # ─────────────────────────────────────────── Camera mails ───────────────────────────────────────────
@@ -1854,8 +1704,10 @@ EVENTS = [  # the first that fits
     (r"\bdoor\b", "DOOR_OPENED"),
     (r"restart|reboot|power.?on|start.?up", "SYSTEM_RESTARTED"),
     (r"\btest(ing)?\b", "TEST"),
+    (r"", "MOTION_DETECTED"),
 ]
 ENDED = re.compile(r"\b(stop|stopped|end|ended)[.!]?$", re.IGNORECASE)
+TEXT_LINE = re.compile(r"^[ \t]*([^:\n]{1,60}?)[ \t]*:[ \t]*(\S[^\n]{0,400})", re.MULTILINE)
 PICTURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{12}[\x0c\x28\x40\x6c\x7c]\0\0\0", re.DOTALL
 )
@@ -1869,37 +1721,25 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
     title = facts["event"] or letter.subject
     if ENDED.search(title):
         return None
-    event = next((event for pattern, event in EVENTS if re.search(pattern, title, re.IGNORECASE)), "MOTION_DETECTED")
-    meta = {
-        "subject": letter.subject,
-        "from": letter.sender or mail.sender,
-        "date": decode_words(letter.first("date")),
-    } | said
-    made: dict[str, Any] = {
-        "event": event,
+    date = decode_words(letter.headers.get("date", ""))
+    meta = {"subject": letter.subject, "from": letter.sender or mail.sender, "date": date} | said
+    cleaned = ((printed(name, 64), printed(value, 300)) for name, value in list(meta.items())[:META_LINES])
+    event = {
+        "event": next(event for pattern, event in EVENTS if re.search(pattern, title, re.IGNORECASE)),
         "camera": printed(camera_name(mail.recipients[0], facts), 128) or "camera",
         "timestamp": datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds"),
-        "meta": {
-            printed(k, 64): printed(v, 300)
-            for k, v in list(meta.items())[:META_LINES]
-            if printed(k, 64) and printed(v, 300)
-        },
+        "meta": {name: value for name, value in cleaned if name and value},
     }
-    if picture:
-        made |= {
-            "image_filename": picture.filename or "picture",
-            "image_b64": base64.b64encode(picture.data()).decode("ascii"),
-        }
-    return made
-
-
-TEXT_LINE = re.compile(r"^[ \t]*([^:\n]{1,60}?)[ \t]*:[ \t]*(\S[^\n]{0,400})", re.MULTILINE)
+    if picture is None:
+        return event
+    data = base64.b64encode(picture.data()).decode("ascii")
+    return event | {"image_filename": picture.filename or "picture", "image_b64": data}
 
 
 def camera_name(recipient: str, facts: Mapping[str, str]) -> str:
-    local = recipient.partition("@")[0]
-    if "+" in local:
-        return local.partition("+")[2]
+    local, plus, detail = recipient.partition("@")[0].partition("+")
+    if plus:
+        return detail
     both = f"{facts['device']} {facts['number']}" if facts["device"] and facts["number"] else ""
     return facts["name"] or both or local
 
@@ -1909,10 +1749,10 @@ def text_and_picture(content: bytes) -> tuple[str, Part | None]:
     text, html_text, picture = "", "", None
     try:
         found = parts(content)
-    except Unreadable:
+    except Refused:
         return content.partition(b"\r\n\r\n")[2].decode("utf-8", "replace"), None
     for part in found:
-        with contextlib.suppress(Unreadable):
+        with contextlib.suppress(Refused):
             if PICTURES.match(part.data()):
                 picture = picture or part
             elif part.kind == "text/plain":
@@ -1930,21 +1770,20 @@ def printed(text: str, limit: int) -> str:
 class CameraMails(Replies):
     """Takes mails of cameras and keeps them as events until the relay has them."""
 
-    def __init__(self, outbox: Outbox, ring: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time):
-        self.outbox = outbox
-        self.ring = ring
-        self.clock = clock
+    def __init__(self, outbox: Outbox, clock: Callable[[], float] = time.time):
+        self.outbox, self.clock = outbox, clock
+        self.ring: Callable[[], None] = lambda: None
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
-        content = mail.content()
+        """Keep the event of a mail. Raises SpoolError when that failed."""
+        content, now = mail.content(), self.clock()
         try:
             letter = read_letter(content, lenient=True)
-        except Unreadable as error:
+            event = camera_event(mail, letter, now)
+        except Refused as refusal:
             log.warning("refused a mail of <%s> from %s: it cannot be read", mail.sender, peer)
-            reply: bytes = error.args[0]
+            reply: bytes = refusal.args[0]
             return reply
-        now = self.clock()
-        event = camera_event(mail, letter, now)
         if event is None:
             log.info("dropped a mail of <%s> from %s: the alarm ended", mail.sender, peer)
             return ACCEPTED
@@ -1953,13 +1792,13 @@ class CameraMails(Replies):
         with self.outbox.transaction() as db:
             if known and db.execute("SELECT 1 FROM items WHERE id = ?", (event["id"],)).fetchone():
                 return ACCEPTED
-            self.outbox.add(db, NewItem(event["id"], "relay", json.dumps(event).encode("ascii"), fresh=True))
+            self.outbox.add(db, smtp.NewItem(event["id"], "relay", json.dumps(event).encode("ascii"), fresh=True))
         log.info("%s of %s from %s", event["event"], event["camera"], peer)
         self.ring()
         return ACCEPTED
 
     def idle(self) -> None:
-        pass
+        """Nothing is due by the clock alone."""
 
 
 class RelayTransport:
@@ -1967,21 +1806,21 @@ class RelayTransport:
 
     def __init__(self, host: str, port: int, token: str):
         self.host, self.port, self.token = host, port, token
-        self.sock: socket.socket | None = None
+        self.file: io.BufferedRWPair | None = None
 
     def open(self) -> None:
-        if self.sock is None:
+        if self.file is None:
             try:
-                self.sock = socket.create_connection((self.host, self.port), RELAY_SECONDS)
+                with socket.create_connection((self.host, self.port), RELAY_SECONDS) as sock:
+                    self.file = sock.makefile("rwb")
             except OSError as error:
-                raise Unavailable(self._later("connect", str(error))) from None
+                raise smtp.Unavailable(self._later("connect", str(error))) from None
 
-    def deliver(self, envelope: Envelope) -> dict[str, Outcome]:
+    def deliver(self, envelope: smtp.Envelope) -> dict[str, smtp.Outcome]:
         event = json.loads(b"".join(envelope.data)) | ({"token": self.token} if self.token else {})
         try:
-            self.open()
-            outcome = self._judge(self._ask(json.dumps(event).encode("ascii") + b"\n"))
-        except Unavailable as error:
+            outcome = self._judge(self._ask(event))
+        except smtp.Unavailable as error:
             outcome = error.outcome
         except (OSError, ValueError) as error:
             outcome = self._later("data", str(error))
@@ -1989,36 +1828,35 @@ class RelayTransport:
             self.close()
         return dict.fromkeys(envelope.recipients, outcome)
 
-    def _ask(self, line: bytes) -> dict[str, Any]:
-        assert self.sock is not None
-        self.sock.sendall(line)
-        answer, ends = b"", time.monotonic() + RELAY_SECONDS
-        while not answer.endswith(b"\n"):
-            data = self.sock.recv(RECV_BYTES)
-            answer += data
-            if not data or len(answer) > RECV_BYTES or time.monotonic() > ends:
-                raise ValueError("the relay gave no answer")
-        said = json.loads(answer)
+    def _ask(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        self.open()
+        assert self.file is not None
+        self.file.write(json.dumps(event).encode("ascii") + b"\n")
+        self.file.flush()
+        answer = self.file.readline(RECV_BYTES)
+        said = json.loads(answer) if answer.endswith(b"\n") else None
         if not isinstance(said, dict):
-            raise ValueError("the relay's answer is not an object")
+            raise ValueError("the relay gave no answer")
         return said
 
-    def _judge(self, said: Mapping[str, Any]) -> Outcome:
+    def _judge(self, said: Mapping[str, Any]) -> smtp.Outcome:
         if said.get("ok") is True:
-            return Outcome(Verdict.SENT)
+            return smtp.Outcome(smtp.Verdict.SENT)
         words = printable(f"{said.get('error')}: {said.get('detail')}")
         if said.get("error") in {"bad_json", "bad_event", "too_large"}:
             log.error("the relay refused an event, it is dropped: %s", words)
-            return Outcome(Verdict.REFUSED, detail=words, step="data")
+            return smtp.Outcome(smtp.Verdict.REFUSED, detail=words, step="data")
         return self._later("data", words)
 
-    def _later(self, step: str, words: str) -> Outcome:
-        return Outcome(Verdict.TRY_LATER, detail=f"relay {self.host}:{self.port}: {words}", step=step, ours=True)
+    def _later(self, step: str, words: str) -> smtp.Outcome:
+        words = f"relay {self.host}:{self.port}: {words}"
+        return smtp.Outcome(smtp.Verdict.TRY_LATER, detail=words, step=step, ours=True)
 
     def close(self) -> None:
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # what was not written yet is written again on the next connection
+                self.file.close()
+            self.file = None
 
 
 # ─────────────────────────────────────────── Command line ───────────────────────────────────────────
@@ -2031,70 +1869,99 @@ class Application(Protocol):
     def idle(self) -> None: ...
 
 
-def run(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy, app: Application) -> int:
-    """Serve until the stop signal; the exit code."""
-    server = Server(timeout=settings.read("DEVICE_TIMEOUT", duration, 60.0))
+class Setup(NamedTuple):
+    """What the settings and flags say, the same for every application."""
+
+    settings: Settings
+    args: argparse.Namespace
+    policy: Policy
+    rules: Rules
+
+
+def run(setup: Setup, app: Application, rules: Rules, courier: smtp.Courier | None = None) -> int:
+    """Serve until the stop signal, with the courier at work; the exit code."""
+    settings, args = setup.settings, setup.args
+    server = Server(timeout=settings.read("DEVICE_TIMEOUT", smtp.duration, 60.0))
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, server.stop)
-    tls = None if args.stdio else tls_context(settings)
-    trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
-
-    @functools.lru_cache(maxsize=256)
-    def known(host: str) -> tuple[Access, bool]:
-        return policy.access(host), is_loopback(host)
-
-    def attend(link: Link) -> None:
-        access, private = known(link.address)
-        session = Session(rules, private=private, refused=access is Access.NONE, trace=trace)
-        if access is Access.NONE:
-            log.warning("%s is in no network that may talk to this device", link.address)
-        converse(link, session, functools.partial(delivered, app, link.address), tls)
-
     with contextlib.closing(server):
-        if args.stdio:
-            attend(Link(Stdio(), "127.0.0.1", server))
-            return EX_OK
-        host = settings.read("DEVICE_HOST", str, "localhost")
-        number = settings.read("--port", port, 1025) if args.debug else settings.read("DEVICE_PORT", port, 2525)
         try:
-            server.listeners = listen(host, number)
+            server.listeners = [] if args.stdio else listen(*where(settings, args))
         except OSError as error:
-            log.error("cannot listen on %s port %d: %s", host, number, error.strerror or error)
-            return EX_UNAVAILABLE
+            log.error("cannot listen on %s port %d: %s", *where(settings, args), error.strerror or error)
+            return smtp.EX_UNAVAILABLE
         for listener in server.listeners:
             address = listener.getsockname()
             log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
-        server.serve(attend, app.idle)
-    return EX_OK
+        if courier:
+            courier.start()
+        try:
+            attend = functools.partial(serve_peer, setup, app, rules, tls_context(settings))
+            if args.stdio:
+                attend(Link(Stdio(), "127.0.0.1", server))
+            else:
+                server.serve(attend, functools.partial(safely, app.idle))
+        finally:
+            if courier:
+                courier.stop()
+    return smtp.EX_OK
 
 
-def delivered(app: Application, peer: str, mail: Mail) -> bytes:
+def where(settings: Settings, args: argparse.Namespace) -> tuple[str, int]:
+    name, default = ("--port", 1025) if args.debug else ("DEVICE_PORT", 2525)
+    return settings.read("DEVICE_HOST", str, "localhost"), settings.read(name, smtp.port, default)
+
+
+def serve_peer(setup: Setup, app: Application, rules: Rules, tls: ssl.SSLContext | None, link: Link) -> None:
+    """One session with one peer."""
+    access, private = known(setup.policy, link.address)
+    trace = show_trace if setup.args.trace else None
+    session = Session(rules, private=private, refused=access is Access.NONE, trace=trace)
+    if access is Access.NONE:
+        log.warning("%s is in no network that may talk to this device", link.address)
+    converse(link, session, functools.partial(safely, app.deliver, peer=link.address), tls)
+
+
+@functools.lru_cache(maxsize=256)
+def known(policy: Policy, address: str) -> tuple[Access, bool]:
+    return policy.access(address), smtp.is_loopback(address)
+
+
+def show_trace(line: str) -> None:
+    print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)
+
+
+def safely(act: Callable[..., bytes | None], *values: object, **named: object) -> bytes:
     """The application's reply to a mail; its own trouble is a 4xx, never a dead server."""
     try:
-        return app.deliver(mail, peer)
-    except SpoolFull as error:
+        return act(*values, **named) or b""
+    except smtp.SpoolFull as error:
         log.error("%s", error)
         return DISK_FULL
     except Exception:
-        log.exception("a mail of <%s> from %s failed", mail.sender, peer)
+        log.exception("that went wrong")
         return FAILED
 
 
-def run_debug(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy) -> int:
+def run_debug(setup: Setup) -> int:
     """--debug: every mail for any mailbox is shown."""
+    args = setup.args
     maildir = Maildir(Path(args.maildir)) if args.maildir else None
     app = DebugReceiver(sys.stderr if args.stdio else sys.stdout, maildir, args.quiet)
-    code = run(settings, args, replace(rules, user=b"", password=b"", any_login=True), policy, app)
+    code = run(setup, app, replace(setup.rules, user=b"", password=b"", any_login=True))
     app.idle(last=True)
     return code
 
 
-def run_device(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy) -> int:
+def run_device(setup: Setup) -> int:
     """The device itself."""
-    default = f"device@{hostname()},device@localhost"
+    settings, policy = setup.settings, setup.policy
+    default = f"device@{smtp.hostname()},device@localhost"
     mailboxes = settings.read("DEVICE_ADDRESS", addresses, addresses(default))
-    known = {address.lower() for address in mailboxes}
-    config = SMTPConfig.from_settings(settings)
+    known = {"postmaster"}  # RFC 5321 section 4.5.1
+    for address in mailboxes:
+        known |= {address.lower(), f"postmaster@{address.rpartition('@')[2]}".lower()}
+    config = smtp.SMTPConfig.from_settings(settings)
     state = Path(settings.read("DEVICE_STATE", str, "device-state"))
     with contextlib.closing(Outbox(state / "device.db", schema=TABLES)) as outbox:
         device = Device(
@@ -2105,44 +1972,31 @@ def run_device(settings: Settings, args: argparse.Namespace, rules: Rules, polic
             maildir=Maildir(state / "mail", KEPT_MAILS),
             report_to=settings.read("DEVICE_REPORT_TO", addresses, policy.operators),
         )
-        advise = functools.partial(advice, host=config.host)
-        courier = Courier(outbox, Replies(), lambda: SMTPTransport(config), advise=advise)
+        advise = functools.partial(smtp.advice, host=config.host)
+        courier = smtp.Courier(outbox, Replies(), lambda: smtp.SMTPTransport(config), advise=advise)
         device.ring = courier.ring
-        courier.start()
-        try:
-            return run(settings, args, replace(rules, mailbox=lambda address: address.lower() in known), policy, device)
-        finally:
-            courier.stop()
+        return run(setup, device, replace(setup.rules, mailbox=lambda address: address.lower() in known), courier)
 
 
-def run_to_relay(settings: Settings, args: argparse.Namespace, rules: Rules, policy: Policy) -> int:
+def run_to_relay(setup: Setup) -> int:
     """--to-relay: mails of cameras become events."""
-    host, _, number = args.to_relay.rpartition(":")
+    settings, rules = setup.settings, setup.rules
+    host, _, number = setup.args.to_relay.rpartition(":")
     try:
-        target = host.strip("[]") or "127.0.0.1", port(number)
+        relay = functools.partial(RelayTransport, host.strip("[]") or "127.0.0.1", smtp.port(number))
     except ValueError as error:
         raise ConfigError(f"--to-relay: {error}; write HOST:PORT") from None
     token = settings.secret("ALERT_TOKEN")
     state = Path(settings.read("DEVICE_STATE", str, "device-state"))
     with contextlib.closing(Outbox(state / "to-relay.db")) as outbox:
         app = CameraMails(outbox)
-        courier = Courier(
-            outbox,
-            app,
-            lambda: RelayTransport(*target, token),
-            retry_first=1,
-            retry_max=RELAY_RETRY_SECONDS,
-            max_age=math.inf,
-        )
+        wait = functools.partial(smtp.Courier, retry_first=1, retry_max=RELAY_RETRY_SECONDS, max_age=math.inf)
+        courier = wait(outbox, app, lambda: relay(token))
         app.ring = courier.ring
-        courier.start()
-        try:
-            return run(settings, args, replace(rules, lenient=True, any_login=not rules.user), policy, app)
-        finally:
-            courier.stop()
+        return run(setup, app, replace(rules, lenient=True, any_login=not rules.user), courier)
 
 
-def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> int:
+def run_sign(args: argparse.Namespace, policy: Policy) -> int:
     """--sign: print the Subject of a signed command."""
     words = " ".join(args.sign.split())
     words = words[4:] if words.upper().startswith("CMD ") else words
@@ -2159,12 +2013,12 @@ def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> in
         raise ConfigError(f"--file: {args.file}: {error.strerror}") from None
     expiry = int(time.time() + args.ttl)
     print(f"CMD {words} ~{policy.sign(words, operator, expiry, secrets.token_bytes(6), data)}")
-    return EX_OK
+    return smtp.EX_OK
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     cert, key = settings.read("DEVICE_TLS_CERT", str, ""), settings.read("DEVICE_TLS_KEY", str, "")
-    return server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert or key else None
+    return smtp.server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert or key else None
 
 
 def policy_from(settings: Settings) -> Policy:
@@ -2177,66 +2031,55 @@ def policy_from(settings: Settings) -> Policy:
     )
 
 
-def rules_from(settings: Settings) -> Rules:
+def rules_from(settings: Settings, stdio: bool) -> Rules:
     """What a session allows. Raises ConfigError."""
     user, password = settings.secret("DEVICE_USER"), settings.secret("DEVICE_PASS")
     if bool(user) != bool(password):
         raise ConfigError("DEVICE_USER and DEVICE_PASS: set both or neither")
-    limit = settings.read("DEVICE_MAX_MAIL", size, 16 << 20)
-    return Rules(
-        hostname(), limit, user=user.encode(), password=password.encode(), tls=tls_context(settings) is not None
-    )
+    limit = settings.read("DEVICE_MAX_MAIL", smtp.size, 16 << 20)
+    tls = tls_context(settings) is not None and not stdio
+    return Rules(smtp.hostname(), limit, user=user.encode(), password=password.encode(), tls=tls)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="An embedded device that is commanded by mail.")
-    parser.add_argument("--host", help="name or address to listen on (DEVICE_HOST, default localhost)")
-    parser.add_argument("--port", help="0 takes a free one (DEVICE_PORT, default 2525; with --debug 1025)")
-    parser.add_argument(
-        "--state", metavar="DIR", help="where everything durable lies (DEVICE_STATE, default device-state)"
-    )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--debug", action="store_true", help="show every mail, for any mailbox; nothing is commanded")
-    mode.add_argument(
-        "--to-relay", metavar="HOST:PORT", help="make events of the mails of cameras, for the alert relay"
-    )
-    mode.add_argument(
-        "--sign", metavar="COMMAND", help='print the signed Subject of a command, for example "SET relay1=on"'
-    )
-    parser.add_argument("--maildir", metavar="DIR", help="with --debug: keep the mails there, too")
-    parser.add_argument("--quiet", action="store_true", help="with --debug: print counts in place of the mails")
-    parser.add_argument("--operator", metavar="ADDRESS", help="with --sign: the From address of the mail")
-    parser.add_argument("--file", help="with --sign: the attachment of the mail")
-    parser.add_argument(
-        "--ttl", metavar="SECONDS", type=duration, default=3600.0, help="with --sign: how long it is valid (1h)"
-    )
-    parser.add_argument("--stdio", action="store_true", help="speak SMTP on standard input and output")
-    parser.add_argument("--trace", action="store_true", help="show the dialogue, passwords masked")
-    add_common_flags(parser)
+    add = parser.add_argument
+    add("--host", help="name or address to listen on (DEVICE_HOST, default localhost)")
+    add("--port", help="0 takes a free one (DEVICE_PORT, default 2525; with --debug 1025)")
+    add("--state", metavar="DIR", help="where everything durable lies (DEVICE_STATE, default device-state)")
+    mode = parser.add_mutually_exclusive_group().add_argument
+    mode("--debug", action="store_true", help="show every mail, for any mailbox; nothing is commanded")
+    mode("--to-relay", metavar="HOST:PORT", help="make events of the mails of cameras, for the alert relay")
+    mode("--sign", metavar="COMMAND", help='print the signed Subject of a command, for example "SET relay1=on"')
+    add("--maildir", metavar="DIR", help="with --debug: keep the mails there, too")
+    add("--quiet", action="store_true", help="with --debug: print counts in place of the mails")
+    add("--operator", metavar="ADDRESS", help="with --sign: the From address of the mail")
+    add("--file", help="with --sign: the attachment of the mail")
+    valid = "with --sign: how long it is valid (1h)"
+    add("--ttl", metavar="SECONDS", type=smtp.duration, default=3600.0, help=valid)
+    add("--stdio", action="store_true", help="speak SMTP on standard input and output")
+    add("--trace", action="store_true", help="show the dialogue, passwords masked")
+    smtp.add_common_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
     args = arguments(argv)
-    start_logging(args.log_level)
+    smtp.start_logging(args.log_level)
     flags = {"DEVICE_HOST": args.host, "DEVICE_PORT": args.port, "--port": args.port, "DEVICE_STATE": args.state}
     try:
         settings = Settings.load(flags, args.env_file)
         policy = policy_from(settings)
         if args.sign:
-            return run_sign(settings, args, policy)
+            return run_sign(args, policy)
         mode = run_debug if args.debug else run_to_relay if args.to_relay else run_device
-        return mode(settings, args, rules_from(settings), policy)
-    except ConfigError as error:
+        return mode(Setup(settings, args, policy, rules_from(settings, args.stdio)))
+    except (ConfigError, smtp.SpoolError) as error:
         log.error("%s", error)
-        return EX_CONFIG
-    except SpoolBusy as error:
-        log.error("%s", error)
-        return EX_TEMPFAIL
-    except SpoolError as error:
-        log.error("%s", error)
-        return EX_UNAVAILABLE
+        if isinstance(error, ConfigError):
+            return smtp.EX_CONFIG
+        return smtp.EX_TEMPFAIL if isinstance(error, smtp.SpoolBusy) else smtp.EX_UNAVAILABLE
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 import embedded_smtpd as device
-from embedded_smtpd import Unreadable, parts, read_command, read_letter, the_attachment
+from embedded_smtpd import Refused, parts, read_command, read_letter, the_attachment
 
 
 def letter(headers: bytes, body: bytes = b"x\r\n") -> device.Letter:
@@ -57,7 +57,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("headers, reply", REFUSED)
 def test_headers_that_mislead_are_refused_for_good(headers: bytes, reply: bytes) -> None:
-    with pytest.raises(Unreadable) as refused:
+    with pytest.raises(Refused) as refused:
         letter(headers)
     assert refused.value.args[0] == reply and reply.startswith(b"550")
 
@@ -182,7 +182,7 @@ def test_none_or_several_attachments_are_none(sections: tuple[bytes, ...]) -> No
     ],
 )
 def test_attachment_that_is_not_exact_is_refused(content: bytes) -> None:
-    with pytest.raises(Unreadable):
+    with pytest.raises(Refused):
         the_attachment(content)
 
 
@@ -234,7 +234,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bomb_costs_less_than_a_second_and_is_refused_for_good(name: str) -> None:
     began = time.perf_counter()
-    with pytest.raises(Unreadable) as refused:
+    with pytest.raises(Refused) as refused:
         read = read_letter(BOMBS[name])
         assert read.sender == ""
         the_attachment(BOMBS[name])
@@ -244,7 +244,7 @@ def test_bomb_costs_less_than_a_second_and_is_refused_for_good(name: str) -> Non
 
 def test_bomb_costs_a_few_megabytes() -> None:
     tracemalloc.start()
-    with pytest.raises(Unreadable):
+    with pytest.raises(Refused):
         the_attachment(BOMBS["many parts"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
