@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 import sqlite3
 import struct
 import urllib.parse
@@ -26,6 +27,7 @@ OPS, SECRET = "ops@example.com", b"correct horse"
 LAN, OFFICE, WORLD = "192.168.1.2", "10.9.9.9", "8.8.8.8"
 NOW = 1_790_000_000.0
 serial = itertools.count()
+BROKEN = b"Subject: CMD UPDATE fw\r\nContent-Type: application/x\r\nContent-Transfer-Encoding: base64\r\n\r\n!!\r\n"
 
 
 class Bench:
@@ -224,6 +226,25 @@ def test_log_holds_the_last_twenty(bench: Bench) -> None:
     assert len(lines) == 20 and "SET threshold=24" in lines[0] and f"{OPS} from {LAN}" in lines[0]
 
 
+def test_log_holds_refused_commands_and_a_flood_of_them_hides_nothing(bench: Bench) -> None:
+    for number in range(12):
+        bench.ask(f"CMD SET threshold={number}")
+    for number in range(100):
+        assert bench.send(f"CMD SET threshold={number}", peer=OFFICE).startswith("550 5.7.1")
+    assert bench.deliver(BROKEN).startswith("550 5.6.0")
+    lines = bench.ask("CMD LOG").splitlines()
+    assert "UPDATE fw  refused: 550 5.6.0" in lines[0]
+    assert f"{OPS} from {OFFICE}  SET threshold=99  refused: 550 5.7.1 your network may only read" in lines[1]
+    assert ["refused" in line for line in lines] == [True] * 10 + [False] * 10
+    with bench.outbox.transaction() as db:
+        assert db.execute("SELECT count(*) FROM journal WHERE refused").fetchone() == (10,)
+
+
+def test_mail_that_the_maildir_cannot_take_is_still_answered_with_what_was_done(bench: Bench, folder: Path) -> None:
+    shutil.rmtree(folder / "mail")
+    assert bench.ask("CMD ARM") == "armed: off -> on"
+
+
 def test_help_says_how_the_device_sees_the_sender(bench: Bench) -> None:
     here, office = bench.ask("CMD HELP"), bench.ask("CMD HELP", peer=OFFICE)
     assert OPS in here and LAN in here and "all commands" in here
@@ -239,10 +260,7 @@ def test_mail_without_a_command_is_accepted_and_does_nothing(bench: Bench, subje
 
 def test_unreadable_mail_is_refused_for_good_and_changes_nothing(bench: Bench) -> None:
     assert bench.deliver(b"Subject: CMD ARM\r\nSubject: hello\r\n\r\nx\r\n").startswith("550 5.5.2")
-    broken = (
-        b"Subject: CMD UPDATE fw\r\nContent-Type: application/x\r\nContent-Transfer-Encoding: base64\r\n\r\n!!!!\r\n"
-    )
-    assert bench.deliver(broken).startswith("550 5.6.0")
+    assert bench.deliver(BROKEN).startswith("550 5.6.0")
     assert bench.replies() == [] and bench.value("armed") == "off"
 
 

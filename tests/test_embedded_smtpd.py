@@ -18,11 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from email.message import EmailMessage
 from email.policy import SMTP
 from pathlib import Path
 
 import pytest
+
+import embedded_smtpd as emb
 
 PROGRAM = str(Path(__file__).parent.parent / "embedded_smtpd.py")
 PATIENCE = 20.0  # seconds: how long a condition may take on a busy machine
@@ -254,13 +257,66 @@ def test_silent_and_dripping_peers_are_cut_off_by_the_clock(start: Callable[...,
             assert answer.startswith(b"421 4.4.2") and time.monotonic() - began < 5
 
 
-def test_peer_that_takes_no_answers_does_not_hold_the_device(start: Callable[..., Program]) -> None:
-    program = debug(start, DEVICE_TIMEOUT="1")
-    with program.connect() as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        talk(deaf)
-        with program.smtp() as smtp:
-            assert smtp.noop()[0] == 250
+@dataclass
+class Turns:
+    """A session in a thread over a real connection, with a clock that goes on by `stride` at each look."""
+
+    stride: float
+    crowd: bool = False
+    greeting: str = "dev"
+    now: float = 0.0
+
+    def clock(self) -> float:
+        self.now += self.stride
+        return self.now
+
+    def __enter__(self) -> socket.socket:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        peer = socket.create_connection(self.listener.getsockname(), PATIENCE)
+        sock = self.listener.accept()[0]
+        emb.set_tick(sock)
+        self.others = socket.create_connection(self.listener.getsockname()) if self.crowd else None
+        self.server = emb.Server([self.listener], timeout=60.0)
+        self.peer, self.link = peer, emb.Link(sock, "127.0.0.1", self.server, self.clock)
+        session = emb.Session(emb.Rules(self.greeting, 1000))
+        self.thread = threading.Thread(target=emb.converse, args=(self.link, session, lambda mail: emb.ACCEPTED, None))
+        self.thread.start()
+        return peer
+
+    def __exit__(self, *_: object) -> None:
+        self.peer.close()
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+        if self.others:
+            self.others.close()
+        self.server.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emb, "TICK_SECONDS", 0.02)
+
+
+@pytest.mark.parametrize("crowd, longest", [(False, 60), (True, 10)])
+def test_peer_that_takes_no_answers_is_cut_off_and_sooner_while_others_wait(
+    quick: None, crowd: bool, longest: float
+) -> None:
+    turns = Turns(stride=1.0, crowd=crowd, greeting="h" * 8_000_000)  # more than the kernel keeps for a peer
+    with turns:
+        turns.thread.join(PATIENCE)
+        assert not turns.thread.is_alive()
+    assert longest < turns.now < longest + 60
+
+
+def test_session_ends_after_ten_minutes_however_busy_the_peer_is(quick: None) -> None:
+    turns = Turns(stride=4.0)
+    with turns as peer, peer.makefile("rb") as answers:
+        codes = [answers.readline()[:3]]
+        while codes[-1] in (b"220", b"250"):
+            peer.sendall(b"NOOP\r\n")
+            codes.append(answers.readline()[:3])
+    assert codes[-1] == b"421" and len(codes) > 10
+    assert 600 < turns.now < 640
 
 
 def test_stop_signal_ends_a_session_and_the_program(start: Callable[..., Program]) -> None:
@@ -362,6 +418,38 @@ def test_device_answers_a_command_by_mail(start: Callable[..., Program], tmp_pat
     assert receiver.seen(receiver.out, "from <> to <ops@example.com>")
     assert receiver.seen(receiver.out, "relay1: off -> on")
     assert program.stop() == 0
+    assert len(list((tmp_path / "state" / "mail" / "new").iterdir())) == 1
+
+
+def ipv6_name() -> str:
+    """A name of this machine's IPv6 loopback, the address itself where it has no name."""
+    for name in ("ip6-localhost", "localhost6", "ip6-loopback"):
+        with contextlib.suppress(OSError):
+            if {item[4][0] for item in socket.getaddrinfo(name, None)} == {"::1"}:
+                return name
+    return "::1"
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_device_and_the_server_of_its_replies_may_be_ipv6_names(start: Callable[..., Program]) -> None:
+    receiver = debug(start, "--host", ipv6_name())
+    program = start("--host", ipv6_name(), "--port", "0", SMTP_HOST=ipv6_name(), SMTP_PORT=str(receiver.port))
+    with smtplib.SMTP(ipv6_name(), program.port, timeout=PATIENCE) as smtp:
+        smtp.sendmail("ops@example.com", "device@localhost", mail("CMD ARM").as_bytes())
+    assert receiver.seen(receiver.out, "armed: off -> on")
+
+
+@pytest.mark.parametrize("mailbox", ["Postmaster", "postmaster@localhost"])
+def test_mail_to_postmaster_is_kept_and_obeyed_like_any_other(
+    start: Callable[..., Program], tmp_path: Path, mailbox: str
+) -> None:
+    program = start("--port", "0", DEVICE_STATE="state", DEVICE_SECRET="correct horse")
+    with program.smtp() as smtp:
+        smtp.sendmail("ops@example.com", mailbox, mail("hello").as_bytes())
+        with pytest.raises(smtplib.SMTPDataError, match=r"5\.7\.1"):
+            smtp.sendmail("ops@example.com", mailbox, mail("CMD ARM").as_bytes())
+        assert smtp.docmd("MAIL", "FROM:<a@b.c>")[0] == 250
+        assert smtp.docmd("RCPT", "TO:<postmaster@elsewhere>")[0] == 550
     assert len(list((tmp_path / "state" / "mail" / "new").iterdir())) == 1
 
 
