@@ -1085,21 +1085,14 @@ def parts(content: bytes) -> list[Part]:
                 inner = sections(content, body, end, headers.get_boundary("").encode())
                 todo += [(at, to, depth + 1) for at, to in reversed(inner)]
             else:
-                found.append(leaf(headers, content[body:end]))
+                attached = headers.get_content_disposition() == "attachment"
+                name, charset = clean_name(headers.get_filename("")), headers.get_content_charset("utf-8")
+                encoding = headers.get("content-transfer-encoding", "").lower()
+                kind = headers.get_content_type()
+                found.append(Part(kind, name, attached, charset, encoding, content[body:end]))
         except (TypeError, ValueError, LookupError) as error:  # the email package, of parameters that make no sense
             raise Refused(CANNOT_PARSE) from error
     return found
-
-
-def leaf(headers: email.message.Message, raw: bytes) -> Part:
-    return Part(
-        headers.get_content_type(),
-        clean_name(headers.get_filename("")),
-        headers.get_content_disposition() == "attachment",
-        headers.get_content_charset("utf-8"),
-        headers.get("content-transfer-encoding", "").lower(),
-        raw,
-    )
 
 
 def sections(content: bytes, start: int, end: int, boundary: bytes) -> list[tuple[int, int]]:
@@ -1282,27 +1275,23 @@ class Request(NamedTuple):
     attached: bytes | None
 
 
+@dataclass
 class Device:
     """The device behind the sessions. `clock` gives Unix time, `random_bytes` the nonces of buttons."""
 
-    def __init__(
-        self,
-        outbox: Outbox,
-        policy: Policy,
-        mailboxes: Sequence[str],
-        *,
-        sender: str = "",
-        report_to: Sequence[str] = (),
-        maildir: Maildir | None = None,
-        clock: Callable[[], float] = time.time,
-        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
-    ):
-        self.outbox, self.policy, self.mailboxes = outbox, policy, mailboxes
-        self.sender, self.report_to, self.maildir = sender or mailboxes[0], report_to, maildir
-        self.clock, self.random_bytes = clock, random_bytes
-        self.ring: Callable[[], None] = lambda: None
-        self.booted = clock()
-        with outbox.transaction() as db:
+    outbox: Outbox
+    policy: Policy
+    mailboxes: Sequence[str]
+    maildir: Maildir | None = None
+    sender: str = "device@localhost"
+    report_to: Sequence[str] = ()
+    clock: Callable[[], float] = time.time
+    random_bytes: Callable[[int], bytes] = secrets.token_bytes
+    ring: Callable[[], None] = lambda: None  # there is something to send
+
+    def __post_init__(self) -> None:
+        self.booted = self.clock()
+        with self.outbox.transaction() as db:
             self.report_every = self.parameters(db, self.booted)["report_every"]
             last = db.execute("SELECT value FROM parameters WHERE name = 'reported'").fetchone()
         self.reported = float(last[0]) if last else self.booted
@@ -1565,30 +1554,28 @@ def block_name(text: str) -> str:
 
 
 class Rule(NamedTuple):
-    """One command: what it does, what it needs, how it is written, what it is for."""
-
-    act: Callable[[Device, Request], Answer]
-    needs: Access
     usage: str
+    needs: Access
+    act: Callable[[Device, Request], Answer]
     purpose: str
 
 
 COMMANDS = {
     rule.usage.partition(" ")[0]: rule
     for rule in (
-        Rule(Device.do_help, Access.READ, "HELP", "this list, and how the device sees you"),
-        Rule(Device.do_status, Access.READ, "STATUS", "all parameters, cameras and data blocks"),
-        Rule(Device.do_get, Access.READ, "GET name", "one parameter"),
-        Rule(Device.do_log, Access.READ, "LOG", f"the last {LOG_LINES} commands"),
-        Rule(Device.do_set, Access.CONTROL, "SET name=value", "set a parameter"),
-        Rule(Device.do_set, Access.CONTROL, "ARM", "SET armed=on"),
-        Rule(Device.do_set, Access.CONTROL, "DISARM", "SET armed=off"),
-        Rule(Device.do_set, Access.CONTROL, "RECORD ON|OFF", "SET recording=…"),
-        Rule(Device.do_set, Access.CONTROL, "RELAY n ON|OFF", "SET relay1=… to relay4"),
-        Rule(Device.do_snapshot, Access.READ, "SNAPSHOT camera", "a picture of cam1 to cam4"),
-        Rule(Device.do_update, Access.CONTROL, "UPDATE block", "the attachment becomes the data block"),
-        Rule(Device.do_read, Access.READ, "READ block", "the data block as an attachment"),
-        Rule(Device.do_reboot, Access.CONTROL, "REBOOT", "restart"),
+        Rule("HELP", Access.READ, Device.do_help, "this list, and how the device sees you"),
+        Rule("STATUS", Access.READ, Device.do_status, "all parameters, cameras and data blocks"),
+        Rule("GET name", Access.READ, Device.do_get, "one parameter"),
+        Rule("LOG", Access.READ, Device.do_log, f"the last {LOG_LINES} commands"),
+        Rule("SET name=value", Access.CONTROL, Device.do_set, "set a parameter"),
+        Rule("ARM", Access.CONTROL, Device.do_set, "SET armed=on"),
+        Rule("DISARM", Access.CONTROL, Device.do_set, "SET armed=off"),
+        Rule("RECORD ON|OFF", Access.CONTROL, Device.do_set, "SET recording=…"),
+        Rule("RELAY n ON|OFF", Access.CONTROL, Device.do_set, "SET relay1=… to relay4"),
+        Rule("SNAPSHOT camera", Access.READ, Device.do_snapshot, "a picture of cam1 to cam4"),
+        Rule("UPDATE block", Access.CONTROL, Device.do_update, "the attachment becomes the data block"),
+        Rule("READ block", Access.READ, Device.do_read, "the data block as an attachment"),
+        Rule("REBOOT", Access.CONTROL, Device.do_reboot, "restart"),
     )
 }
 
@@ -1814,24 +1801,24 @@ class RelayTransport:
                 with socket.create_connection((self.host, self.port), RELAY_SECONDS) as sock:
                     self.file = sock.makefile("rwb")
             except OSError as error:
-                raise smtp.Unavailable(self._later("connect", str(error))) from None
+                raise smtp.Unavailable(self._later("connect", error)) from None
 
     def deliver(self, envelope: smtp.Envelope) -> dict[str, smtp.Outcome]:
         event = json.loads(b"".join(envelope.data)) | ({"token": self.token} if self.token else {})
         try:
-            outcome = self._judge(self._ask(event))
+            outcome = self._judge(self._ask(json.dumps(event).encode("ascii") + b"\n"))
         except smtp.Unavailable as error:
             outcome = error.outcome
         except (OSError, ValueError) as error:
-            outcome = self._later("data", str(error))
+            outcome = self._later("data", error)
         if outcome.ours:
             self.close()
         return dict.fromkeys(envelope.recipients, outcome)
 
-    def _ask(self, event: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, line: bytes) -> dict[str, Any]:
         self.open()
         assert self.file is not None
-        self.file.write(json.dumps(event).encode("ascii") + b"\n")
+        self.file.write(line)
         self.file.flush()
         answer = self.file.readline(RECV_BYTES)
         said = json.loads(answer) if answer.endswith(b"\n") else None
@@ -1843,13 +1830,13 @@ class RelayTransport:
         if said.get("ok") is True:
             return smtp.Outcome(smtp.Verdict.SENT)
         words = printable(f"{said.get('error')}: {said.get('detail')}")
-        if said.get("error") in {"bad_json", "bad_event", "too_large"}:
-            log.error("the relay refused an event, it is dropped: %s", words)
-            return smtp.Outcome(smtp.Verdict.REFUSED, detail=words, step="data")
-        return self._later("data", words)
+        if said.get("error") not in {"bad_json", "bad_event", "too_large"}:
+            return self._later("data", words)
+        log.error("the relay refused an event, it is dropped: %s", words)
+        return smtp.Outcome(smtp.Verdict.REFUSED, detail=words, step="data")
 
-    def _later(self, step: str, words: str) -> smtp.Outcome:
-        words = f"relay {self.host}:{self.port}: {words}"
+    def _later(self, step: str, why: object) -> smtp.Outcome:
+        words = f"relay {self.host}:{self.port}: {why}"
         return smtp.Outcome(smtp.Verdict.TRY_LATER, detail=words, step=step, ours=True)
 
     def close(self) -> None:
@@ -1869,66 +1856,52 @@ class Application(Protocol):
     def idle(self) -> None: ...
 
 
-class Setup(NamedTuple):
-    """What the settings and flags say, the same for every application."""
-
-    settings: Settings
-    args: argparse.Namespace
-    policy: Policy
-    rules: Rules
-
-
-def run(setup: Setup, app: Application, rules: Rules, courier: smtp.Courier | None = None) -> int:
+def run(
+    settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules, app: Application,
+    *, courier: smtp.Courier | None = None,
+) -> int:  # fmt: skip
     """Serve until the stop signal, with the courier at work; the exit code."""
-    settings, args = setup.settings, setup.args
     server = Server(timeout=settings.read("DEVICE_TIMEOUT", smtp.duration, 60.0))
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, server.stop)
-    with contextlib.closing(server):
-        try:
-            server.listeners = [] if args.stdio else listen(*where(settings, args))
-        except OSError as error:
-            log.error("cannot listen on %s port %d: %s", *where(settings, args), error.strerror or error)
-            return smtp.EX_UNAVAILABLE
-        for listener in server.listeners:
-            address = listener.getsockname()
-            log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
+    tls = tls_context(settings)
+    trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
+
+    @functools.lru_cache(maxsize=256)
+    def known(address: str) -> tuple[Access, bool]:
+        return policy.access(address), smtp.is_loopback(address)
+
+    def attend(link: Link) -> None:
+        access, private = known(link.address)
+        session = Session(rules, private=private, refused=access is Access.NONE, trace=trace)
+        if access is Access.NONE:
+            log.warning("%s is in no network that may talk to this device", link.address)
+        converse(link, session, functools.partial(safely, app.deliver, peer=link.address), tls)
+
+    with contextlib.closing(server), contextlib.ExitStack() as stack:
+        if not args.stdio:
+            server.listeners = listeners(settings, args)
         if courier:
             courier.start()
-        try:
-            attend = functools.partial(serve_peer, setup, app, rules, tls_context(settings))
-            if args.stdio:
-                attend(Link(Stdio(), "127.0.0.1", server))
-            else:
-                server.serve(attend, functools.partial(safely, app.idle))
-        finally:
-            if courier:
-                courier.stop()
+            stack.callback(courier.stop)
+        if args.stdio:
+            attend(Link(Stdio(), "127.0.0.1", server))
+        else:
+            server.serve(attend, functools.partial(safely, app.idle))
     return smtp.EX_OK
 
 
-def where(settings: Settings, args: argparse.Namespace) -> tuple[str, int]:
+def listeners(settings: Settings, args: argparse.Namespace) -> list[socket.socket]:
+    """The sockets that the settings want. Raises OSError."""
     name, default = ("--port", 1025) if args.debug else ("DEVICE_PORT", 2525)
-    return settings.read("DEVICE_HOST", str, "localhost"), settings.read(name, smtp.port, default)
-
-
-def serve_peer(setup: Setup, app: Application, rules: Rules, tls: ssl.SSLContext | None, link: Link) -> None:
-    """One session with one peer."""
-    access, private = known(setup.policy, link.address)
-    trace = show_trace if setup.args.trace else None
-    session = Session(rules, private=private, refused=access is Access.NONE, trace=trace)
-    if access is Access.NONE:
-        log.warning("%s is in no network that may talk to this device", link.address)
-    converse(link, session, functools.partial(safely, app.deliver, peer=link.address), tls)
-
-
-@functools.lru_cache(maxsize=256)
-def known(policy: Policy, address: str) -> tuple[Access, bool]:
-    return policy.access(address), smtp.is_loopback(address)
-
-
-def show_trace(line: str) -> None:
-    print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)
+    host, number = settings.read("DEVICE_HOST", str, "localhost"), settings.read(name, smtp.port, default)
+    try:
+        made = listen(host, number)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {number}: {error.strerror or error}") from None
+    for address in (listener.getsockname() for listener in made):
+        log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
+    return made
 
 
 def safely(act: Callable[..., bytes | None], *values: object, **named: object) -> bytes:
@@ -1943,19 +1916,17 @@ def safely(act: Callable[..., bytes | None], *values: object, **named: object) -
         return FAILED
 
 
-def run_debug(setup: Setup) -> int:
+def run_debug(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> int:
     """--debug: every mail for any mailbox is shown."""
-    args = setup.args
     maildir = Maildir(Path(args.maildir)) if args.maildir else None
     app = DebugReceiver(sys.stderr if args.stdio else sys.stdout, maildir, args.quiet)
-    code = run(setup, app, replace(setup.rules, user=b"", password=b"", any_login=True))
+    code = run(settings, args, policy, replace(rules, user=b"", password=b"", any_login=True), app)
     app.idle(last=True)
     return code
 
 
-def run_device(setup: Setup) -> int:
+def run_device(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> int:
     """The device itself."""
-    settings, policy = setup.settings, setup.policy
     default = f"device@{smtp.hostname()},device@localhost"
     mailboxes = settings.read("DEVICE_ADDRESS", addresses, addresses(default))
     known = {"postmaster"}  # RFC 5321 section 4.5.1
@@ -1964,24 +1935,19 @@ def run_device(setup: Setup) -> int:
     config = smtp.SMTPConfig.from_settings(settings)
     state = Path(settings.read("DEVICE_STATE", str, "device-state"))
     with contextlib.closing(Outbox(state / "device.db", schema=TABLES)) as outbox:
-        device = Device(
-            outbox,
-            policy,
-            mailboxes,
-            sender=settings.read("SMTP_FROM", str, ""),
-            maildir=Maildir(state / "mail", KEPT_MAILS),
-            report_to=settings.read("DEVICE_REPORT_TO", addresses, policy.operators),
-        )
+        device = Device(outbox, policy, mailboxes, maildir=Maildir(state / "mail", KEPT_MAILS))
+        device.sender = settings.read("SMTP_FROM", str, mailboxes[0])
+        device.report_to = settings.read("DEVICE_REPORT_TO", addresses, policy.operators)
         advise = functools.partial(smtp.advice, host=config.host)
         courier = smtp.Courier(outbox, Replies(), lambda: smtp.SMTPTransport(config), advise=advise)
         device.ring = courier.ring
-        return run(setup, device, replace(setup.rules, mailbox=lambda address: address.lower() in known), courier)
+        rules = replace(rules, mailbox=lambda address: address.lower() in known)
+        return run(settings, args, policy, rules, device, courier=courier)
 
 
-def run_to_relay(setup: Setup) -> int:
+def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> int:
     """--to-relay: mails of cameras become events."""
-    settings, rules = setup.settings, setup.rules
-    host, _, number = setup.args.to_relay.rpartition(":")
+    host, _, number = args.to_relay.rpartition(":")
     try:
         relay = functools.partial(RelayTransport, host.strip("[]") or "127.0.0.1", smtp.port(number))
     except ValueError as error:
@@ -1993,7 +1959,8 @@ def run_to_relay(setup: Setup) -> int:
         wait = functools.partial(smtp.Courier, retry_first=1, retry_max=RELAY_RETRY_SECONDS, max_age=math.inf)
         courier = wait(outbox, app, lambda: relay(token))
         app.ring = courier.ring
-        return run(setup, app, replace(rules, lenient=True, any_login=not rules.user), courier)
+        rules = replace(rules, lenient=True, any_login=not rules.user)
+        return run(settings, args, policy, rules, app, courier=courier)
 
 
 def run_sign(args: argparse.Namespace, policy: Policy) -> int:
@@ -2074,12 +2041,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.sign:
             return run_sign(args, policy)
         mode = run_debug if args.debug else run_to_relay if args.to_relay else run_device
-        return mode(Setup(settings, args, policy, rules_from(settings, args.stdio)))
-    except (ConfigError, smtp.SpoolError) as error:
+        return mode(settings, args, policy, rules_from(settings, args.stdio))
+    except (ConfigError, smtp.SpoolError, OSError) as error:
         log.error("%s", error)
-        if isinstance(error, ConfigError):
-            return smtp.EX_CONFIG
-        return smtp.EX_TEMPFAIL if isinstance(error, smtp.SpoolBusy) else smtp.EX_UNAVAILABLE
+        codes = {ConfigError: smtp.EX_CONFIG, smtp.SpoolBusy: smtp.EX_TEMPFAIL}
+        return codes.get(type(error), smtp.EX_UNAVAILABLE)
 
 
 if __name__ == "__main__":
