@@ -172,7 +172,7 @@ class Session:
         self.sink, self.sock = sink, sock
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._buffer = bytearray()
-        self._recipients: list[str] = []
+        self._begun, self._recipients = False, list[str]()
 
     def run(self) -> None:
         """Greeting to QUIT. Raises HangUp and OSError."""
@@ -183,14 +183,17 @@ class Session:
             if step == "data":
                 self._data()
                 continue
-            code = self._reply(step, self._capabilities() if step == "ehlo" else REPLIES.get(step, "500 what?"), line)
+            text = self._capabilities() if step == "ehlo" else REPLIES.get(step, "500 what?")
+            if step == "rcpt" and not self._begun:
+                text = "503 5.5.1 MAIL first"
+            code = self._reply(step, text, line)
             if step == "starttls" and code == 220 and self.sink.tls:
                 self._buffer.clear()
                 self.sink.peers.discard(self.sock)
                 self.sock = self.sink.tls.wrap_socket(self.sock, server_side=True)
                 self.sink.peers.add(self.sock)
             elif step == "mail":
-                self._recipients = []
+                self._begun, self._recipients = code == 250, []
             elif step == "rcpt" and code == 250:
                 self._recipients.append(line[line.find("<") + 1 : line.rfind(">")])
             elif step == "quit":
@@ -253,10 +256,10 @@ class Session:
         return int(text[:3])
 
     def _misbehave(self, what: str) -> int:
+        self.sink.stuck.add(self.sock)  # the peer may wait for the rest
         if what == "garbage":
             self._send(self.sink.garbage())
             return 0
-        self.sink.stuck.add(self.sock)
         while what in ("stall", "endless"):  # until the peer leaves
             if what == "stall":
                 self._receive()

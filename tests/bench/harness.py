@@ -12,6 +12,7 @@ import argparse
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -104,7 +105,7 @@ class Relay:
             "ALERT_RECIPIENT": "owner@example.org", "SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(smtp_port),
             "SMTP_FROM": "relay@example.org", "PYTHONDONTWRITEBYTECODE": "1",
         } | FAST | environ  # fmt: skip
-        self.product, self.port, self.starts = product, 0, 0
+        self.product, self.port = product, 0
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *wrapper: str) -> Relay:
@@ -115,7 +116,6 @@ class Relay:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=self.environ, stdin=subprocess.DEVNULL, stderr=log
             )
-        self.starts += 1
         found = until("the relay listens", lambda: self._listening(offset))
         self.port = int(found[1])
         return self
@@ -234,7 +234,7 @@ class Driver:
     def __init__(self, port: Callable[[], int], clients: int, seed: int, picture_max: int = 60_000) -> None:
         self.books, self._port, self._picture_max = Books(), port, picture_max
         self._allowed, self._lock, self._idle = 0, threading.Condition(), 0
-        self._ended = False
+        self._ended, self._number = False, itertools.count()
         self._threads = [
             threading.Thread(target=self._client, args=(number, random.Random(f"{seed}-{number}")), daemon=True)
             for number in range(clients)
@@ -266,43 +266,36 @@ class Driver:
 
     def _client(self, number: int, rng: random.Random) -> None:
         pending: list[Sent] = []
-        made = 0
         while not self._ended:
-            if not pending:
-                count = self._claim(rng.choice((1, 1, 2, 10, 40)))
-                pending = [self._event(number, made + i, rng) for i in range(count)]
-                made += count
+            pending = pending or self._batch(number, rng)
             try:
                 with socket.create_connection(("127.0.0.1", self._port()), 10) as sock, sock.makefile("rb") as answers:
                     while pending and not self._ended:
                         pending = self._exchange(sock, answers, pending, rng)
                         if not pending and rng.random() < 0.9:  # most connections are kept
-                            count = self._claim(rng.choice((1, 1, 2, 10, 40)))
-                            pending = [self._event(number, made + i, rng) for i in range(count)]
-                            made += count
+                            pending = self._batch(number, rng)
             except (OSError, ValueError):
                 time.sleep(0.01)
 
-    def _claim(self, wish: int) -> int:
+    def _batch(self, client: int, rng: random.Random) -> list[Sent]:
+        """Some of what is allowed, once something is."""
         with self._lock:
             self._idle += 1
             self._lock.wait_for(lambda: self._allowed or self._ended)
             self._idle -= 1
-            count = min(wish, self._allowed)
+            count = min(rng.choice((1, 1, 2, 10, 40)), self._allowed)
             self._allowed -= count
-            return count
+        return [self._event(f"c{client}-{next(self._number)}", rng) for _ in range(count)]
 
-    def _event(self, client: int, number: int, rng: random.Random) -> Sent:
-        fields: dict[str, Any] = {"event": "MOTION_DETECTED", "camera": f"cam{rng.randrange(50)}"}
-        fields |= {"id": f"c{client}-{number}", "meta": {"number": number}}
+    def _event(self, name: str, rng: random.Random) -> Sent:
+        fields: dict[str, Any] = {"event": "MOTION_DETECTED", "camera": f"cam{rng.randrange(50)}", "id": name}
         picture = b""
         if rng.random() < 0.3 and self._picture_max:
             picture = b"\xff\xd8\xff" + rng.randbytes(rng.randrange(self._picture_max))
-        if picture:
             fields |= {"image_filename": "a.jpg", "image_b64": base64.b64encode(picture).decode()}
-        line = json.dumps(fields).encode() + b"\n"
-        event = Sent(fields["id"], fields["camera"], line, hashlib.sha256(picture).hexdigest() if picture else "")
-        self.books.sent[event.id] = event
+        line = json.dumps(fields | {"meta": {"number": 4}}).encode() + b"\n"
+        event = Sent(name, fields["camera"], line, hashlib.sha256(picture).hexdigest() if picture else "")
+        self.books.sent[name] = event
         return event
 
     def _exchange(self, sock: socket.socket, answers: Any, batch: list[Sent], rng: random.Random) -> list[Sent]:
@@ -395,18 +388,14 @@ class Stage:
 
     def check(self, *, may_fail: set[str] | None = None) -> None:
         """The nine checks, over a relay that has healed. Raises Red with all that is wrong."""
-        waiting, failed = self._bookkeeping()
-        complaints = [*self._promise(waiting, failed, may_fail or set()), *self._contents(), *self._sound()]
-        complaints += self.books.wrong[:3]
+        complaints = [*self._promise(may_fail or set()), *self._contents(), *self._sound(), *self.books.wrong[:3]]
         if complaints:
             raise Red("; ".join(complaints))
 
-    def _bookkeeping(self) -> tuple[set[str], set[str]]:
-        rows = self.relay.queue()
-        return tuple({row["id"] for row in rows if (row["state"] == "failed") is state} for state in (False, True))  # type: ignore[return-value]
-
-    def _promise(self, waiting: set[str], failed: set[str], may_fail: set[str]) -> Iterator[str]:
-        books, mails = self.books, self.delivered()
+    def _promise(self, may_fail: set[str]) -> Iterator[str]:
+        books, mails, queue = self.books, self.delivered(), self.relay.queue()
+        failed = {row["id"] for row in queue if row["state"] == "failed"}
+        waiting = {row["id"] for row in queue} - failed
         delivered = {name for name, copies in mails.items() if any(mail["answered"] == "yes" for mail in copies)}
         yield from _some("1 lost", books.acked.keys() - delivered - failed - waiting)
         yield from _some("2 still waiting", waiting)
