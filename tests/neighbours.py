@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 20.0  # how long a condition may take on a busy machine
+SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # daemons lie there; a user's PATH often lacks it
 README_FOLDER = "/opt/dvr/"  # where the README has the four programs
 
 
@@ -162,11 +163,14 @@ scache unix - - n - 1 scache
 class Postfix:
     """A Postfix of one's own in `folder` (which the user postfix must be able to enter), on one port of 127.0.0.1.
 
-    It takes mail of this machine for anybody and sends all of it to `relayhost` ("[127.0.0.1]:2525").
-    `main` adds lines to main.cf, which win. Nothing of the machine's own Postfix is touched.
+    It takes mail of this machine for anybody and sends all of it to `relayhost` ("[127.0.0.1]:2525"). `main` is more
+    for main.cf, and wins; `master` is more for master.cf. Nothing of the machine's own Postfix is touched.
+
+        with open_folder() as folder, Postfix(folder, "[127.0.0.1]:2525") as postfix:
+            send_mail_to(postfix.port)
     """
 
-    def __init__(self, folder: Path, relayhost: str, **main: str) -> None:
+    def __init__(self, folder: Path, relayhost: str, master: str = "", **main: str) -> None:
         self.folder, self.port = folder, free_port()
         self.conf, self.log_file = folder / "conf", folder / "maillog"
         places = {"queue_directory": folder / "queue", "data_directory": folder / "data", "maillog_file": self.log_file}
@@ -175,7 +179,13 @@ class Postfix:
         shutil.chown(folder / "data", "postfix")
         lines = MAIN_CF | {name: str(place) for name, place in places.items()} | {"relayhost": relayhost} | main
         (self.conf / "main.cf").write_text("".join(f"{name} = {value}\n" for name, value in lines.items()))
-        (self.conf / "master.cf").write_text(MASTER_CF.format(port=self.port))
+        (self.conf / "master.cf").write_text(MASTER_CF.format(port=self.port) + master)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     @staticmethod
     def missing() -> str:
@@ -204,7 +214,7 @@ class Postfix:
         return self.log_file.read_text("utf-8", "replace") if self.log_file.exists() else ""
 
     def waiting(self) -> int:
-        """How many mails are in its queue; its log says when the last of them has left a little after that."""
+        """How many mails are in its queue, those that it is sending included."""
         folders = (self.folder / "queue" / name for name in ("maildrop", "incoming", "active", "deferred", "hold"))
         return sum(path.is_file() for folder in folders for path in folder.rglob("*"))
 
@@ -224,21 +234,3 @@ class Postfix:
         except OSError:
             return False
         return True
-
-
-SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # daemons lie there; a user's PATH often lacks it
-
-
-def own_postfix(relayhost: str, main: Mapping[str, str] | None = None) -> Any:
-    """A running Postfix in a temporary folder, as a context: `with own_postfix("[127.0.0.1]:2525") as postfix`."""
-
-    @contextmanager
-    def running() -> Iterator[Postfix]:
-        with open_folder() as folder:
-            postfix = Postfix(folder, relayhost, **(main or {}))
-            try:
-                yield postfix.start()
-            finally:
-                postfix.stop()
-
-    return running()

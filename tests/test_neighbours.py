@@ -18,6 +18,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,19 @@ def pictures(message: Any) -> list[bytes]:
     return [bytes(part.get_payload(decode=True)) for part in message.walk() if part.get_content_maintype() == "image"]
 
 
+@contextmanager
+def serving(box: Mailbox) -> Iterator[Mailbox]:
+    box.start()
+    try:
+        yield box
+    finally:
+        box.stop()
+
+
 @pytest.fixture
 def mailbox() -> Iterator[Mailbox]:
-    box = Mailbox()
-    box.start()
-    yield box
-    box.stop()
+    with serving(Mailbox()) as box:
+        yield box
 
 
 @pytest.fixture
@@ -148,9 +156,7 @@ def film(path: Path, seconds: int = 60) -> Path:
 def motion() -> Iterator[Motion]:
     if not (shutil.which("motion") and shutil.which("ffmpeg")):
         pytest.skip("not installed: motion, ffmpeg")
-    mailbox = Mailbox()
-    mailbox.start()
-    with open_folder() as folder:
+    with serving(Mailbox()) as mailbox, open_folder() as folder:
         lines = adapted(readme_block("# /etc/motion/motion.conf"), **{"/var/lib/motion": folder})
         common = "daemon off\nwidth 320\nheight 240\nframerate 5\nminimum_motion_frames 1\nmovie_max_time 2\n"
         (folder / "motion.conf").write_text(
@@ -170,7 +176,6 @@ def motion() -> Iterator[Motion]:
         process.kill()  # it would take seconds to stop
         process.wait(PATIENCE_S)
         alerts.end()
-        mailbox.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -230,11 +235,11 @@ def mail_env(mailbox: Mailbox) -> str:
     return f"SMTP_HOST=127.0.0.1\nSMTP_PORT={mailbox.port}\nSMTP_FROM=home@example.com\nALERT_RECIPIENT={OWNER}\n"
 
 
-needs_own_mounts = pytest.mark.skipif(
-    os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode != 0
-    if shutil.which("unshare") else True,
-    reason="a private mount namespace needs root",
-)  # fmt: skip
+def own_mounts() -> bool:
+    """May we have a mount namespace of our own?"""
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        return False
+    return subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode == 0
 
 
 def run_cron(folder: Path, crontab: str, sendmail: Path, done: Callable[[], Any]) -> Any:
@@ -247,9 +252,7 @@ def run_cron(folder: Path, crontab: str, sendmail: Path, done: Callable[[], Any]
     (folder / "crontab").write_text(crontab)
     covers = {"/var/spool/cron/crontabs": "tabs", "/etc/cron.d": "cron.d", "/run": "run", "/etc/crontab": "crontab"}
     mounts = [f"mount --bind {folder / ours} {theirs}" for theirs, ours in covers.items()]
-    place = Path("/usr/sbin/sendmail")
-    mounts.append(f"mount --bind {sendmail} {place}")
-    script = " && ".join([*mounts, "exec cron -f"])
+    script = " && ".join([*mounts, f"mount --bind {sendmail} /usr/sbin/sendmail", "exec cron -f"])
     with (folder / "cron.log").open("wb") as log:
         process = subprocess.Popen(
             ["unshare", "-m", "sh", "-c", script], env=environment(PATH=SBIN),
@@ -264,7 +267,7 @@ def run_cron(folder: Path, crontab: str, sendmail: Path, done: Callable[[], Any]
 
 needs_cron = [
     needs("cron"),
-    needs_own_mounts,
+    pytest.mark.skipif(not own_mounts(), reason="a private mount namespace needs root"),
     pytest.mark.skipif(not Path("/usr/sbin/sendmail").exists(), reason="no /usr/sbin/sendmail to be covered by ours"),
     pytest.mark.skipif(not SYSTEM_PYTHON, reason="cron finds no python3 in /usr/bin"),
 ]
@@ -426,9 +429,7 @@ def assignments(block: str) -> dict[str, str]:
 @pytest.mark.skipif(not list(Path("/usr/lib").glob("*/sasl2/libplain.so")), reason="not installed: libsasl2-modules")
 def test_postfix_takes_the_relays_mail_to_a_provider_with_tls_and_login(start: Any, certificates: Certificates) -> None:
     logins: list[tuple[bytes, bytes]] = []
-    box = provider(certificates, logins)
-    box.start()
-    with open_folder() as folder:
+    with serving(provider(certificates, logins)) as box, open_folder() as folder:
         here = f"[localhost]:{box.port}"
         logins_file = adapted(readme_block("# /etc/postfix/sasl_passwd"), **{"[smtp.gmail.com]:587": here})
         (folder / "sasl_passwd").write_text(logins_file)
@@ -438,17 +439,11 @@ def test_postfix_takes_the_relays_mail_to_a_provider_with_tls_and_login(start: A
             "/etc/ssl/certs/ca-certificates.crt": folder / "ca.pem",
         }
         block = adapted(readme_block("# /etc/postfix/main.cf\n"), **({"[smtp.gmail.com]:587": here} | places))
-        settings = assignments(block)
-        postfix = Postfix(folder, settings.pop("relayhost"), smtp_host_lookup="native", **settings)
-        try:
-            postfix.start()
+        with Postfix(folder, smtp_host_lookup="native", **assignments(block)) as postfix:
             alerts = relay(start, postfix, SMTP_FROM="you@gmail.com")
             sent = [sys.executable, str(ROOT / "client.py"), "--port", str(alerts.port), "--id", "through-postfix"]
             subprocess.run(sent, check=True, env=environment(), timeout=60, stdout=subprocess.DEVNULL)
             mail = arrived(box, "MOTION_DETECTED - cam1")
-        finally:
-            postfix.stop()
-            box.stop()
     assert mail["X-Alert-Id"] == "through-postfix" and mail.envelope.sender == "you@gmail.com"
     assert any("mx.test" in line for line in mail.get_all("Received"))
     assert logins and set(logins) == {(b"you@gmail.com", b"abcdefghijklmnop")}
@@ -480,27 +475,22 @@ def test_postfix_before_the_device_may_read_and_only_signed_commands_control(
     assert {name: values[name] for name in local} == {
         "DEVICE_HOST": "192.168.1.60", "DEVICE_READONLY": "192.168.1.25", "SMTP_HOST": "192.168.1.25"
     }  # fmt: skip
-    with open_folder() as folder:
-        postfix = Postfix(folder, f"[127.0.0.1]:{mailbox.port}")
-        try:
-            ports = {"DEVICE_PORT": "0", "SMTP_PORT": str(postfix.port)}
-            there = start("embedded_smtpd.py", **(values | local | ports))
-            transport = {"192.168.1.60": "127.0.0.1", ":2525}": f":{there.port}}}"}
-            lines = adapted(readme_block("# /etc/postfix/main.cf, in front of the device"), **transport)
-            with (postfix.conf / "main.cf").open("a") as main, (postfix.conf / "master.cf").open("a") as master:
-                main.write(lines)
-                master.write(readme_block("# /etc/postfix/master.cf"))
-            postfix.start()
-            submit(postfix.port, "CMD STATUS")
-            submit(postfix.port, "CMD SET relay1=on")
-            submit(postfix.port, signed(tmp_path, "SET relay2=on", values["DEVICE_SECRET"]))
-            status = arrived(mailbox, "Re: CMD STATUS")
-            bounce = arrived(mailbox, "Undelivered Mail")
-            obeyed = arrived(mailbox, "Re: CMD SET relay2=on")
-            submit(postfix.port, "CMD GET relay1")
-            asked = arrived(mailbox, "Re: CMD GET relay1")
-        finally:
-            postfix.stop()
+    port = free_port()
+    transport = {"192.168.1.60": "127.0.0.1", ":2525}": f":{port}}}"}
+    main = assignments(adapted(readme_block("# /etc/postfix/main.cf, in front of the device"), **transport))
+    master = readme_block("# /etc/postfix/master.cf")
+    with open_folder() as folder, Postfix(folder, f"[127.0.0.1]:{mailbox.port}", master, **main) as postfix:
+        ports = {"DEVICE_PORT": str(port), "SMTP_PORT": str(postfix.port)}
+        start("embedded_smtpd.py", **(values | local | ports))
+        submit(postfix.port, "CMD STATUS")
+        submit(postfix.port, "CMD SET relay1=on")
+        submit(postfix.port, signed(tmp_path, "SET relay2=on", values["DEVICE_SECRET"]))
+        status = arrived(mailbox, "Re: CMD STATUS")
+        bounce = arrived(mailbox, "Undelivered Mail")
+        obeyed = arrived(mailbox, "Re: CMD SET relay2=on")
+        submit(postfix.port, "CMD GET relay1")
+        asked = arrived(mailbox, "Re: CMD GET relay1")
+        until("nothing is left in Postfix's queue", lambda: postfix.waiting() == 0)
     assert json.loads(attached(status, "status.json"))["relay1"] == "off"
     assert bounce.envelope.recipients == ["ops@example.com"] and re.search(r"550[ -]5\.7\.\d", text_of(bounce))
     assert "relay2: off -> on" in text_of(obeyed)
