@@ -110,10 +110,10 @@ def term_while_busy(run: Run) -> str:
         return finish(stage)
 
 
-@row("SIGTERM at once", "as soon as it listens, under load, 60 times (short: 5)")
+@row("SIGTERM at once", "as soon as it listens, under load, 60 times (short: 4)")
 def term_at_once(run: Run) -> str:
     with run.stage(clients=30, picture_max=3000) as stage:
-        for _ in range(5 if run.short else 60):
+        for _ in range(4 if run.short else 60):
             stage.driver.allow(300)
             stage.relay.start()
             must(stage.relay.stop() == 0, "not exit 0")
