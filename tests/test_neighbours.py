@@ -242,46 +242,43 @@ def own_mounts() -> bool:
     return subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode == 0
 
 
-def run_cron(folder: Path, crontab: str, sendmail: Path, done: Callable[[], Any]) -> Any:
-    """Debian's cron over a crontab of ours, with this sendmail, in file systems of its own, until `done` holds.
+def run_cron(folder: Path, crontab: str, done: Callable[[], Any]) -> Any:
+    """Debian's cron over a crontab of ours until `done` holds, with what `folder/sbin` holds as `sendmail`.
 
-    Its places are fixed in the program, so they are covered by ours in a mount namespace. @reboot jobs run at once.
+    Its places are fixed in the program, so ours cover them, in a mount namespace. @reboot jobs run at once.
     """
     for name in ("tabs", "cron.d", "run"):
         (folder / name).mkdir()
     (folder / "crontab").write_text(crontab)
+    shutil.copy(str(shutil.which("cron", path=SBIN)), folder / "sbin" / "cron")
     covers = {"/var/spool/cron/crontabs": "tabs", "/etc/cron.d": "cron.d", "/run": "run", "/etc/crontab": "crontab"}
-    mounts = [f"mount --bind {folder / ours} {theirs}" for theirs, ours in covers.items()]
-    script = " && ".join([*mounts, f"mount --bind {sendmail} /usr/sbin/sendmail", "exec cron -f"])
+    mounts = [f"mount --bind {folder / ours} {theirs}" for theirs, ours in (covers | {"/usr/sbin": "sbin"}).items()]
     with (folder / "cron.log").open("wb") as log:
         process = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", script], env=environment(PATH=SBIN),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            ["unshare", "-m", "sh", "-c", " && ".join([*mounts, "exec /usr/sbin/cron -f"])],
+            env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
         try:
-            return until(f"cron's mail: {(folder / 'cron.log').read_text()}", done)
+            return until(f"cron's mail ({log.name})", done)
         finally:
             process.terminate()
             process.wait(PATIENCE_S)
 
 
-needs_cron = [
-    needs("cron"),
-    pytest.mark.skipif(not own_mounts(), reason="a private mount namespace needs root"),
-    pytest.mark.skipif(not Path("/usr/sbin/sendmail").exists(), reason="no /usr/sbin/sendmail to be covered by ours"),
-    pytest.mark.skipif(not SYSTEM_PYTHON, reason="cron finds no python3 in /usr/bin"),
-]
-
-
 class TestCron:
-    pytestmark = needs_cron
+    pytestmark = [  # noqa: RUF012
+        needs("cron"),
+        pytest.mark.skipif(not own_mounts(), reason="a private mount namespace needs root"),
+        pytest.mark.skipif(not SYSTEM_PYTHON, reason="cron finds no python3 in /usr/bin"),
+    ]
 
     def test_cron_mails_what_a_job_prints(self, mailbox: Mailbox) -> None:
         with open_folder() as folder:
             (folder / "mail.env").write_text(mail_env(mailbox))
-            sendmail = write_sendmail(folder)
+            (folder / "sbin").mkdir()
+            write_sendmail(folder).rename(folder / "sbin" / "sendmail")
             job = {"0 3 * * *": "@reboot", "/usr/local/bin/backup": "echo 'the disk is full ✓'"}
-            run_cron(folder, adapted(readme_block("# /etc/cron.d/backup"), **job), sendmail, lambda: mailbox.mails)
+            run_cron(folder, adapted(readme_block("# /etc/cron.d/backup"), **job), lambda: mailbox.mails)
         mail = arrived(mailbox, "Cron <root@")
         assert text_of(mail).strip() == "the disk is full ✓"
         assert mail.envelope.recipients == [OWNER] and mail.envelope.sender == "home@example.com"
@@ -291,13 +288,13 @@ class TestCron:
     def test_cron_uses_a_link_named_sendmail_with_the_settings_in_the_crontabs_home(self, mailbox: Mailbox) -> None:
         with open_folder() as folder:
             (folder / ".env").write_text(mail_env(mailbox))
-            shutil.copy(ROOT / "smtp_module.py", folder / "smtp_module.py")
-            (folder / "smtp_module.py").chmod(0o755)
-            (folder / "bin").mkdir()
-            (folder / "bin" / "sendmail").symlink_to(folder / "smtp_module.py")
-            crontab = f"HOME={folder}\nMAILTO=root\n@reboot root echo linked\n"
-            run_cron(folder, crontab, folder / "bin" / "sendmail", lambda: mailbox.mails)
-        assert text_of(arrived(mailbox, "Cron <root@")).strip() == "linked"
+            (folder / "sbin").mkdir()
+            (folder / "sbin" / "sendmail").symlink_to(ROOT / "smtp_module.py")
+            crontab = f"HOME={folder}\nMAILTO=partner@example.com,root\n@reboot root echo linked\n"
+            run_cron(folder, crontab, lambda: mailbox.mails)
+        mail = arrived(mailbox, "Cron <root@")
+        assert text_of(mail).strip() == "linked"
+        assert mail.envelope.recipients == ["partner@example.com", OWNER]
 
 
 PRETEND_DISK = r"""
