@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import smtp_module as smtp
 from smtp_module import UNPRINTABLE, Attachment, ConfigError, Outbox, Settings, addresses, compose, iso, printable
@@ -96,10 +96,6 @@ META_LINES = 32  # of one event
 
 # ─────────────────────────────────────── Socket communication ───────────────────────────────────────
 # TCP or standard input and output; knows of bytes, lines, deadlines and turns, not of SMTP.
-
-
-class Stopped(Exception):
-    """The program was asked to end while a peer was served."""
 
 
 class Server:
@@ -166,6 +162,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
         raise missing
     for sock in sockets:
         sock.setblocking(False)
+        address = sock.getsockname()
+        log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
     return sockets
 
 
@@ -201,7 +199,7 @@ class Stdio:
 class Link:
     """One peer: reads and writes that keep to deadlines of the clock, however slowly the bytes drip.
 
-    They raise TimeoutError past a deadline, Stopped when the program is to end, OSError when the peer is gone.
+    They raise TimeoutError past a deadline or when the program is to end, OSError when the peer is gone.
     """
 
     def __init__(
@@ -213,12 +211,11 @@ class Link:
         self.ends = self.since + SESSION_SECONDS
 
     def check(self, longest: float) -> None:
-        """Raise when the present wait is longer than that, or the session, or others wait too."""
+        """Raise TimeoutError when this wait is longer than that, or the session, or others wait too."""
         now = self.clock()
         waited = now - self.since
-        if self.server.stopping:
-            raise Stopped
-        if now > self.ends or waited > longest or (waited > CROWDED_SECONDS and self.server.crowded()):
+        late = now > self.ends or waited > longest or (waited > CROWDED_SECONDS and self.server.crowded())
+        if late or self.server.stopping:
             raise TimeoutError
 
     def receive(self) -> bytes:
@@ -276,14 +273,14 @@ class Link:
         self.sock.close()
 
 
-def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes], tls: ssl.SSLContext | None) -> None:
+def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes]) -> None:
     """Carry one session from its greeting to its end."""
     try:
         while (event := session.next_event()) is not CLOSED:
             if event is NEED_DATA:
                 session.receive(link.receive())
-            elif event is START_TLS and tls:
-                link.start_tls(tls)
+            elif event is START_TLS and session.rules.tls:
+                link.start_tls(session.rules.tls)
                 session.tls_started()
             elif not session.honest and (early := link.early()):
                 session.receive(early)
@@ -292,9 +289,7 @@ def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes], tls
             else:
                 link.send(session.take_reply())
     except TimeoutError:
-        session.abort(TIMED_OUT)
-    except Stopped:
-        session.abort(SHUTTING_DOWN)
+        session.abort(SHUTTING_DOWN if link.server.stopping else TIMED_OUT)
     except OSError as error:
         log.info("%s is gone: %s", link.address, error)
     link.close(session.take_reply())
@@ -403,12 +398,6 @@ def status_html(status: Mapping[str, Any], buttons: Sequence[tuple[str, str]]) -
         table("Cameras", cameras),
         table("Data blocks", blocks),
     )
-
-
-def text_html(title: str, text: str, snapshot: bool) -> str:
-    """A short answer as an HTML mail, with the picture that is attached as `snapshot`."""
-    lines = TEXT.format("<br>".join(map(bidi, text.rstrip().split("\n"))))
-    return page(bidi(title), lines, PICTURE if snapshot else "")
 
 
 DIGITS = {  # 3 x 5 dots, a row a character pair of octal bits
@@ -528,7 +517,7 @@ class Rules:
     user: bytes = b""  # set: AUTH before MAIL
     password: bytes = field(default=b"", repr=False)
     any_login: bool = False  # every login passes
-    tls: bool = False  # STARTTLS is offered
+    tls: ssl.SSLContext | None = None  # STARTTLS is offered
     lenient: bool = False  # for old cameras: bare CR and LF in a mail, AUTH after HELO, an early QUIT
 
 
@@ -1228,6 +1217,7 @@ class Parameter(NamedTuple):
     convert: Callable[[str], object] | None = None  # raises ValueError that says what is right; None: read-only
     unit: str = ""
     bar: tuple[float, float] | None = None  # the ends of the scale on which it is drawn
+    simulate: Callable[[float], float] = lambda now: 0.0  # what a read-only one is at a time, smoothly
 
 
 SWITCHES = ("armed", "recording", "relay1", "relay2", "relay3", "relay4")
@@ -1236,30 +1226,12 @@ PARAMETERS = {
     **dict.fromkeys(SWITCHES, Parameter("off", smtp.one_of("on", "off"))),
     "threshold": Parameter("50", smtp.whole(0, 100), "%", (0, 100)),
     "report_every": Parameter("0", smtp.whole(0, 366 * 86400), "s"),
-    "temperature": Parameter(unit="°C", bar=(0, 60)),
-    "voltage": Parameter(unit="V", bar=(10, 14)),
-    "disk_free": Parameter(unit="%", bar=(0, 100)),
+    "temperature": Parameter(unit="°C", bar=(0, 60), simulate=lambda now: round(24 + 5 * math.sin(now / 13751), 1)),
+    "voltage": Parameter(unit="V", bar=(10, 14), simulate=lambda now: round(12.2 + 0.3 * math.sin(now / 900), 2)),
+    "disk_free": Parameter(unit="%", bar=(0, 100), simulate=lambda now: round(60 - 30 * (now / 604800 % 1), 1)),
     "uptime": Parameter(unit="s"),
 }
 CAMERAS = ("cam1", "cam2", "cam3", "cam4")
-SHORT_FORMS: dict[str, Callable[[str], str]] = {  # of SET: the rest of the Subject to `name=value`
-    "SET": lambda rest: rest,
-    "ARM": lambda rest: f"armed=on {rest}",
-    "DISARM": lambda rest: f"armed=off {rest}",
-    "RECORD": lambda rest: f"recording={rest}",
-    "RELAY": lambda rest: "relay" + rest.replace(" ", "=", 1),
-}
-
-
-def simulated(now: float, booted: float) -> dict[str, float | int]:
-    """The read-only parameters: smooth functions of the time."""
-    day = 2 * math.pi * now / 86400
-    return {
-        "temperature": round(24 + 5 * math.sin(day) + 1.5 * math.sin(now / 240), 1),
-        "voltage": round(12.2 + 0.3 * math.sin(now / 900), 2),
-        "disk_free": round(60 - 30 * (now / 604800 % 1), 1),  # recordings go round once a week
-        "uptime": max(0, int(now - booted)),
-    }
 
 
 class Request(NamedTuple):
@@ -1328,16 +1300,15 @@ class Device:
 
     def obey(self, mail: Mail, letter: Letter, command: Command, operator: str, peer: str) -> None:
         """Carry a command out, once, with its reply. Raises Refused; then nothing was done."""
-        now, access, who = self.clock(), self.policy.access(peer), letter.sender or mail.sender
+        now, who = self.clock(), letter.sender or mail.sender
         key = hashlib.sha256(letter.content).digest() if letter.message_id else None
         attached = the_attachment(letter.content) if command.verb == "UPDATE" else None
         with self.outbox.transaction() as db:
             if db.execute("SELECT 1 FROM journal WHERE mail = ? AND at > ?", (key, now - MEMORY_SECONDS)).fetchone():
                 log.info("%s of %s came again: not carried out twice", command.words, who)
                 return
-            signature = self.policy.verify(command, letter.sender, now, attached)
-            self.check(command, access, signature is not None and self.use(db, signature, now))
-            request = Request(db, now, command, letter, peer, access, operator, attached)
+            request = Request(db, now, command, letter, peer, self.policy.access(peer), operator, attached)
+            self.check(request)
             answer = self.carry_out(request)
             to = self.reply_address(request, mail)
             told = to.lower() or None
@@ -1370,27 +1341,31 @@ class Device:
         except ValueError as error:
             return Answer(f"not done: {error}", f"{error}\nRight is: CMD {rule.usage}\nNothing was changed.")
 
-    def check(self, command: Command, access: Access, signed: bool) -> None:
-        """Raise Refused when the policy does not allow the command."""
-        if COMMANDS[command.verb].needs is Access.READ or signed:
+    def check(self, request: Request) -> None:
+        """Use a signature up. Raises Refused when the policy does not allow the command."""
+        command, sender = request.command, request.letter.sender
+        signature = self.policy.verify(command, sender, request.now, request.attached)
+        if signature:
+            request.db.execute("DELETE FROM signatures WHERE expiry < ?", (request.now,))
+            if request.db.execute("INSERT OR IGNORE INTO signatures VALUES (?, ?)", signature).rowcount:
+                return
+        if COMMANDS[command.verb].needs is Access.READ:
             return
         if self.policy.secret:
             raise Refused(BAD_SIGNATURE if command.token else NOT_SIGNED)
-        if access < Access.CONTROL:
+        if request.access < Access.CONTROL:
             raise Refused(READ_ONLY)
-
-    def use(self, db: sqlite3.Connection, signature: tuple[bytes, int], now: float) -> bool:
-        """Use a signature up. False when it was used before."""
-        db.execute("DELETE FROM signatures WHERE expiry < ?", (now,))
-        return db.execute("INSERT OR IGNORE INTO signatures VALUES (?, ?)", signature).rowcount == 1
 
     # The commands: each changes the database inside the transaction, or raises ValueError that says what is right
 
     def parameters(self, db: sqlite3.Connection, now: float) -> dict[str, Any]:
         """Every parameter by its name."""
         stored = dict(db.execute("SELECT name, value FROM parameters"))
-        kept = {name: kind.convert(stored.get(name, kind.default)) for name, kind in PARAMETERS.items() if kind.convert}
-        return kept | simulated(now, self.booted)
+        values = {
+            name: kind.convert(stored.get(name, kind.default)) if kind.convert else kind.simulate(now)
+            for name, kind in PARAMETERS.items()
+        }
+        return values | {"uptime": max(0, int(now - self.booted))}
 
     def status(self, db: sqlite3.Connection, now: float) -> dict[str, Any]:
         """Everything there is to know, as in status.json."""
@@ -1432,7 +1407,10 @@ class Device:
         return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
 
     def do_set(self, request: Request) -> Answer:
-        name, equals, value = SHORT_FORMS[request.command.verb](request.command.argument).partition("=")
+        text = COMMANDS[request.command.verb].short.format(request.command.argument)
+        if request.command.verb == "RELAY":
+            text = text.replace(" ", "=", 1)
+        name, equals, value = text.partition("=")
         name, value = name.strip().lower(), value.strip()
         values = self.parameters(request.db, request.now)
         if not equals:
@@ -1471,9 +1449,6 @@ class Device:
             names = [name for (name,) in request.db.execute("SELECT name FROM blocks ORDER BY name LIMIT 50")]
             raise ValueError(f"there is no block {name!r}; there are {', '.join(names) or 'none yet'}")
         return Answer(f"{name}: {len(row[0])} bytes, SHA-256 {row[1]}", files=(Attachment(name, data=row[0]),))
-
-    def do_reboot(self, request: Request) -> Answer:
-        return Answer("restarting now")
 
     # Replies and reports
 
@@ -1520,13 +1495,14 @@ class Device:
         """A smtp.whole mail of the device; `control`: with buttons that change something."""
         text, files, status = answer.text or answer.result, answer.files, answer.status
         if status:
-            text, page = status_text(status), status_html(status, self.buttons(status, to, control, now))
+            text, shown = status_text(status), status_html(status, self.buttons(status, to, control, now))
             data = json.dumps(status, ensure_ascii=False, indent=1).encode()
             files = (Attachment("status.json", "application/json", data),)
         else:
-            page = text_html(self.parameters(db, now)["name"], text, any(file.cid for file in files))
+            lines = TEXT.format("<br>".join(map(bidi, text.split("\n"))))
+            shown = page(bidi(self.parameters(db, now)["name"]), lines, *(PICTURE for file in files if file.cid))
         return compose(
-            subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=page, attachments=files,
+            subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=shown, attachments=files,
             date=now, headers={name: value for name, value in headers.items() if value},
         )  # fmt: skip
 
@@ -1558,6 +1534,7 @@ class Rule(NamedTuple):
     needs: Access
     act: Callable[[Device, Request], Answer]
     purpose: str
+    short: str = "{}"  # of SET: what the rest of the Subject stands for
 
 
 COMMANDS = {
@@ -1568,14 +1545,14 @@ COMMANDS = {
         Rule("GET name", Access.READ, Device.do_get, "one parameter"),
         Rule("LOG", Access.READ, Device.do_log, f"the last {LOG_LINES} commands"),
         Rule("SET name=value", Access.CONTROL, Device.do_set, "set a parameter"),
-        Rule("ARM", Access.CONTROL, Device.do_set, "SET armed=on"),
-        Rule("DISARM", Access.CONTROL, Device.do_set, "SET armed=off"),
-        Rule("RECORD ON|OFF", Access.CONTROL, Device.do_set, "SET recording=…"),
-        Rule("RELAY n ON|OFF", Access.CONTROL, Device.do_set, "SET relay1=… to relay4"),
+        Rule("ARM", Access.CONTROL, Device.do_set, "SET armed=on", short="armed=on {}"),
+        Rule("DISARM", Access.CONTROL, Device.do_set, "SET armed=off", short="armed=off {}"),
+        Rule("RECORD ON|OFF", Access.CONTROL, Device.do_set, "SET recording=…", short="recording={}"),
+        Rule("RELAY n ON|OFF", Access.CONTROL, Device.do_set, "SET relay1=… to relay4", short="relay{}"),
         Rule("SNAPSHOT camera", Access.READ, Device.do_snapshot, "a picture of cam1 to cam4"),
         Rule("UPDATE block", Access.CONTROL, Device.do_update, "the attachment becomes the data block"),
         Rule("READ block", Access.READ, Device.do_read, "the data block as an attachment"),
-        Rule("REBOOT", Access.CONTROL, Device.do_reboot, "restart"),
+        Rule("REBOOT", Access.CONTROL, lambda device, request: Answer("restarting now"), "restart"),
     )
 }
 
@@ -1633,10 +1610,10 @@ class DebugReceiver:
         self.said_at = 0.0
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
-        """Show the mail; one with two Subjects is refused, as the device would."""
+        """Show the mail. Raises Refused for two Subjects, as the device does."""
         head = mail.data[: mail.data.find(b"\r\n\r\n") + 1 or None]
         if len(SUBJECT.findall(head)) > 1:
-            return TWO_SUBJECTS
+            raise Refused(TWO_SUBJECTS)
         if self.maildir:
             self.maildir.add(mail)
         self.mails += 1
@@ -1754,23 +1731,19 @@ def printed(text: str, limit: int) -> str:
     return " ".join(UNPRINTABLE.sub(" ", text).split())[:limit]
 
 
+@dataclass
 class CameraMails(Replies):
     """Takes mails of cameras and keeps them as events until the relay has them."""
 
-    def __init__(self, outbox: Outbox, clock: Callable[[], float] = time.time):
-        self.outbox, self.clock = outbox, clock
-        self.ring: Callable[[], None] = lambda: None
+    outbox: Outbox
+    clock: Callable[[], float] = time.time
+    ring: Callable[[], None] = lambda: None
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
-        """Keep the event of a mail. Raises SpoolError when that failed."""
-        content, now = mail.content(), self.clock()
-        try:
-            letter = read_letter(content, lenient=True)
-            event = camera_event(mail, letter, now)
-        except Refused as refusal:
-            log.warning("refused a mail of <%s> from %s: it cannot be read", mail.sender, peer)
-            reply: bytes = refusal.args[0]
-            return reply
+        """Keep the event of a mail. Raises Refused when it cannot be read, SpoolError when it cannot be kept."""
+        content = mail.content()
+        letter = read_letter(content, lenient=True)
+        event = camera_event(mail, letter, self.clock())
         if event is None:
             log.info("dropped a mail of <%s> from %s: the alarm ended", mail.sender, peer)
             return ACCEPTED
@@ -1788,12 +1761,14 @@ class CameraMails(Replies):
         """Nothing is due by the clock alone."""
 
 
+@dataclass
 class RelayTransport:
     """Hands events to the relay (smtp_module's Transport), one line and one answer each."""
 
-    def __init__(self, host: str, port: int, token: str):
-        self.host, self.port, self.token = host, port, token
-        self.file: io.BufferedRWPair | None = None
+    host: str
+    port: int
+    token: str = field(repr=False)
+    file: io.BufferedRWPair | None = None
 
     def open(self) -> None:
         if self.file is None:
@@ -1849,22 +1824,14 @@ class RelayTransport:
 # ─────────────────────────────────────────── Command line ───────────────────────────────────────────
 
 
-class Application(Protocol):
-    """What stands behind the sessions."""
-
-    def deliver(self, mail: Mail, peer: str) -> bytes: ...
-    def idle(self) -> None: ...
-
-
 def run(
-    settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules, app: Application,
-    *, courier: smtp.Courier | None = None,
+    settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules,
+    app: Device | DebugReceiver | CameraMails, *, courier: smtp.Courier | None = None,
 ) -> int:  # fmt: skip
     """Serve until the stop signal, with the courier at work; the exit code."""
     server = Server(timeout=settings.read("DEVICE_TIMEOUT", smtp.duration, 60.0))
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, server.stop)
-    tls = tls_context(settings)
     trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
 
     @functools.lru_cache(maxsize=256)
@@ -1876,11 +1843,17 @@ def run(
         session = Session(rules, private=private, refused=access is Access.NONE, trace=trace)
         if access is Access.NONE:
             log.warning("%s is in no network that may talk to this device", link.address)
-        converse(link, session, functools.partial(safely, app.deliver, peer=link.address), tls)
+        converse(link, session, functools.partial(safely, app.deliver, peer=link.address))
 
     with contextlib.closing(server), contextlib.ExitStack() as stack:
         if not args.stdio:
-            server.listeners = listeners(settings, args)
+            variable, default = ("--port", 1025) if args.debug else ("DEVICE_PORT", 2525)
+            host, number = settings.read("DEVICE_HOST", str, "localhost"), settings.read(variable, smtp.port, default)
+            try:
+                server.listeners = listen(host, number)
+            except OSError as error:
+                log.error("cannot listen on %s port %d: %s", host, number, error.strerror or error)
+                return smtp.EX_UNAVAILABLE
         if courier:
             courier.start()
             stack.callback(courier.stop)
@@ -1891,23 +1864,14 @@ def run(
     return smtp.EX_OK
 
 
-def listeners(settings: Settings, args: argparse.Namespace) -> list[socket.socket]:
-    """The sockets that the settings want. Raises OSError."""
-    name, default = ("--port", 1025) if args.debug else ("DEVICE_PORT", 2525)
-    host, number = settings.read("DEVICE_HOST", str, "localhost"), settings.read(name, smtp.port, default)
-    try:
-        made = listen(host, number)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host} port {number}: {error.strerror or error}") from None
-    for address in (listener.getsockname() for listener in made):
-        log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
-    return made
-
-
 def safely(act: Callable[..., bytes | None], *values: object, **named: object) -> bytes:
     """The application's reply to a mail; its own trouble is a 4xx, never a dead server."""
     try:
         return act(*values, **named) or b""
+    except Refused as refusal:
+        reply: bytes = refusal.args[0]
+        log.warning("refused a mail: %s", reply.decode("ascii").strip())
+        return reply
     except smtp.SpoolFull as error:
         log.error("%s", error)
         return DISK_FULL
@@ -1983,11 +1947,6 @@ def run_sign(args: argparse.Namespace, policy: Policy) -> int:
     return smtp.EX_OK
 
 
-def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    cert, key = settings.read("DEVICE_TLS_CERT", str, ""), settings.read("DEVICE_TLS_KEY", str, "")
-    return smtp.server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert or key else None
-
-
 def policy_from(settings: Settings) -> Policy:
     """The DEVICE_* variables of the policy. Raises ConfigError."""
     return Policy(
@@ -2004,8 +1963,9 @@ def rules_from(settings: Settings, stdio: bool) -> Rules:
     if bool(user) != bool(password):
         raise ConfigError("DEVICE_USER and DEVICE_PASS: set both or neither")
     limit = settings.read("DEVICE_MAX_MAIL", smtp.size, 16 << 20)
-    tls = tls_context(settings) is not None and not stdio
-    return Rules(smtp.hostname(), limit, user=user.encode(), password=password.encode(), tls=tls)
+    cert, key = settings.read("DEVICE_TLS_CERT", str, ""), settings.read("DEVICE_TLS_KEY", str, "")
+    tls = smtp.server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert or key else None
+    return Rules(smtp.hostname(), limit, user=user.encode(), password=password.encode(), tls=None if stdio else tls)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -2042,7 +2002,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_sign(args, policy)
         mode = run_debug if args.debug else run_to_relay if args.to_relay else run_device
         return mode(settings, args, policy, rules_from(settings, args.stdio))
-    except (ConfigError, smtp.SpoolError, OSError) as error:
+    except (ConfigError, smtp.SpoolError) as error:
         log.error("%s", error)
         codes = {ConfigError: smtp.EX_CONFIG, smtp.SpoolBusy: smtp.EX_TEMPFAIL}
         return codes.get(type(error), smtp.EX_UNAVAILABLE)

@@ -179,12 +179,17 @@ def test_status_says_the_same_in_text_html_and_json(bench: Bench) -> None:
     assert "&lt;b&gt;دروازه" in page and "<b>" not in page and '<bdi dir="auto">' in page and "bgcolor" in page
 
 
-def test_simulated_values_are_smooth_and_a_function_of_the_time() -> None:
-    series = [emb.simulated(NOW + second, NOW) for second in range(0, 7200, 10)]
-    assert series == [emb.simulated(NOW + second, NOW) for second in range(0, 7200, 10)]
-    for one, two in itertools.pairwise(series):
+def test_simulated_values_are_smooth_and_a_function_of_the_time(bench: Bench) -> None:
+    def series() -> list[dict[str, float]]:
+        with bench.outbox.transaction() as db:
+            return [bench.device.parameters(db, NOW + second) for second in range(0, 7200, 10)]
+
+    values = series()
+    assert values == series()
+    for one, two in itertools.pairwise(values):
         assert abs(one["temperature"] - two["temperature"]) < 0.5 and abs(one["voltage"] - two["voltage"]) < 0.1
-    assert len({one["temperature"] for one in series}) > 10 and series[-1]["uptime"] == 7190
+        assert abs(one["disk_free"] - two["disk_free"]) < 0.5
+    assert len({value["temperature"] for value in values}) > 10 and values[-1]["uptime"] == 7190
 
 
 def test_block_is_replaced_and_read_byte_for_byte(bench: Bench) -> None:

@@ -279,7 +279,7 @@ class Turns:
         self.server = emb.Server([self.listener], timeout=60.0)
         self.peer, self.link = peer, emb.Link(sock, "127.0.0.1", self.server, self.clock)
         session = emb.Session(emb.Rules(self.greeting, 1000))
-        self.thread = threading.Thread(target=emb.converse, args=(self.link, session, lambda mail: emb.ACCEPTED, None))
+        self.thread = threading.Thread(target=emb.converse, args=(self.link, session, lambda mail: emb.ACCEPTED))
         self.thread.start()
         return peer
 

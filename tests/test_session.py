@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hmac
 import random
+import ssl
 import tracemalloc
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from embedded_smtpd import Mail, Rules, Session, State
 RULES = Rules("dev", 1000, lambda address: address.lower() in {"device@localhost", "postmaster"})
 LOCKED = dataclasses.replace(RULES, user=b"ops", password="pass wörd".encode())
 OLD = dataclasses.replace(RULES, mailbox=lambda address: True, any_login=True, lenient=True)
+CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 B64 = {word: base64.b64encode(word.encode()).decode() for word in ("ops", "pass wörd", "wrong")}
 HELLO, MAIL, RCPT = "EHLO me", "MAIL FROM:<a@b.c>", "RCPT TO:<device@localhost>"
 OPEN = [HELLO, MAIL, RCPT]
@@ -178,7 +180,7 @@ def test_network_that_is_not_allowed_is_refused_in_the_greeting() -> None:
 
 def test_ehlo_offers_what_there_is_and_never_pipelining() -> None:
     assert Peer().say(HELLO) == "250-dev\r\n250-SIZE 1000\r\n250-8BITMIME\r\n250-ENHANCEDSTATUSCODES\r\n250 HELP\r\n"
-    offered = Peer(dataclasses.replace(LOCKED, tls=True)).say(HELLO)
+    offered = Peer(dataclasses.replace(LOCKED, tls=CONTEXT)).say(HELLO)
     assert "250-AUTH LOGIN PLAIN CRAM-MD5\r\n" in offered and "250-STARTTLS\r\n" in offered
     assert "AUTH CRAM-MD5\r\n" in Peer(LOCKED, private=False).say(HELLO)
 
@@ -437,7 +439,7 @@ def test_trace_decodes_names_and_masks_passwords() -> None:
 
 # STARTTLS
 
-TLS = dataclasses.replace(LOCKED, tls=True)
+TLS = dataclasses.replace(LOCKED, tls=CONTEXT)
 
 
 def test_starttls_forgets_everything_that_was_said_before() -> None:
