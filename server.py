@@ -1415,7 +1415,7 @@ def draw_text(letter: Letter) -> str:
     rows = [(": " if len(row) == 2 else "  ").join(row) for row in letter.rows]
     blocks = ["\n".join(letter.head), "\n".join(row.replace("\n", "\n  ") for row in rows), *letter.notes, letter.alarm]
     lines = "\n\n".join(filter(None, blocks)).split("\n")
-    return "".join(f"{smtp.UNPRINTABLE.sub(' ', line)}\n" for line in lines)
+    return "".join(f"{_clean(line)}\n" for line in lines)
 
 
 def draw_page(letter: Letter, lang: str) -> str:
@@ -1461,7 +1461,11 @@ def _table_row(row: Sequence[str], link: str) -> str:
 
 def _escape(text: str) -> str:
     """What stands in a <bdi>: no markup, and each line with a direction of its own."""
-    return "</bdi><br><bdi>".join(html.escape(smtp.UNPRINTABLE.sub(" ", line)) for line in text.split("\n"))
+    return "</bdi><br><bdi>".join(html.escape(_clean(line)) for line in text.split("\n"))
+
+
+def _clean(text: str) -> str:
+    return text if text.isprintable() else smtp.UNPRINTABLE.sub(" ", text)
 
 
 def _plain(value: object) -> str:
