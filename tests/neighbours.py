@@ -158,6 +158,10 @@ retry unix - - n - - error
 anvil unix - - n - 1 anvil
 scache unix - - n - 1 scache
 """
+QUEUES = (
+    "active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "maildrop", "private", "public",
+    "saved", "trace",
+)  # fmt: skip
 
 
 class Postfix:
@@ -174,9 +178,12 @@ class Postfix:
         self.folder, self.port = folder, free_port()
         self.conf, self.log_file = folder / "conf", folder / "maillog"
         places = {"queue_directory": folder / "queue", "data_directory": folder / "data", "maillog_file": self.log_file}
-        for name in ("conf", "queue", "data"):
+        for name in ("conf", "queue", "data", "queue/pid", *(f"queue/{name}" for name in QUEUES)):
             (folder / name).mkdir()
-        shutil.chown(folder / "data", "postfix")
+        for name in ("data", *(f"queue/{name}" for name in QUEUES)):
+            shutil.chown(folder / name, "postfix")
+            (folder / name).chmod(0o700)
+        (folder / "queue" / "quick-start").touch()  # it need not look at its own installation, which takes seconds
         lines = MAIN_CF | {name: str(place) for name, place in places.items()} | {"relayhost": relayhost} | main
         (self.conf / "main.cf").write_text("".join(f"{name} = {value}\n" for name, value in lines.items()))
         (self.conf / "master.cf").write_text(MASTER_CF.format(port=self.port) + master)
