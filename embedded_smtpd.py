@@ -1407,10 +1407,7 @@ class Device:
         return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
 
     def do_set(self, request: Request) -> Answer:
-        text = COMMANDS[request.command.verb].short.format(request.command.argument)
-        if request.command.verb == "RELAY":
-            text = text.replace(" ", "=", 1)
-        name, equals, value = text.partition("=")
+        name, equals, value = COMMANDS[request.command.verb].short(request.command.argument).partition("=")
         name, value = name.strip().lower(), value.strip()
         values = self.parameters(request.db, request.now)
         if not equals:
@@ -1529,12 +1526,16 @@ def block_name(text: str) -> str:
     return text
 
 
+def relay_form(rest: str) -> str:
+    return "relay" + rest.replace(" ", "=", 1)
+
+
 class Rule(NamedTuple):
     usage: str
     needs: Access
     act: Callable[[Device, Request], Answer]
     purpose: str
-    short: str = "{}"  # of SET: what the rest of the Subject stands for
+    short: Callable[[str], str] = str  # of SET: makes `name=value` of the rest of the Subject
 
 
 COMMANDS = {
@@ -1545,10 +1546,10 @@ COMMANDS = {
         Rule("GET name", Access.READ, Device.do_get, "one parameter"),
         Rule("LOG", Access.READ, Device.do_log, f"the last {LOG_LINES} commands"),
         Rule("SET name=value", Access.CONTROL, Device.do_set, "set a parameter"),
-        Rule("ARM", Access.CONTROL, Device.do_set, "SET armed=on", short="armed=on {}"),
-        Rule("DISARM", Access.CONTROL, Device.do_set, "SET armed=off", short="armed=off {}"),
-        Rule("RECORD ON|OFF", Access.CONTROL, Device.do_set, "SET recording=…", short="recording={}"),
-        Rule("RELAY n ON|OFF", Access.CONTROL, Device.do_set, "SET relay1=… to relay4", short="relay{}"),
+        Rule("ARM", Access.CONTROL, Device.do_set, "SET armed=on", short="armed=on {}".format),
+        Rule("DISARM", Access.CONTROL, Device.do_set, "SET armed=off", short="armed=off {}".format),
+        Rule("RECORD ON|OFF", Access.CONTROL, Device.do_set, "SET recording=…", short="recording={}".format),
+        Rule("RELAY n ON|OFF", Access.CONTROL, Device.do_set, "SET relay1=… to relay4", short=relay_form),
         Rule("SNAPSHOT camera", Access.READ, Device.do_snapshot, "a picture of cam1 to cam4"),
         Rule("UPDATE block", Access.CONTROL, Device.do_update, "the attachment becomes the data block"),
         Rule("READ block", Access.READ, Device.do_read, "the data block as an attachment"),
