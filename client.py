@@ -137,7 +137,7 @@ FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
     "token": ("T", "", clean, "the relay's secret; in ALERT_TOKEN other users do not see it"),
     "loop": ("SECONDS", None, seconds, "an event every so often until Ctrl-C; 0: as fast as the relay answers"),
     "count": ("N", 0, whole(1, 10**11), "end after N events, or heartbeats where there are no events"),
-    "timeout": ("S", 10.0, seconds, "how long a connection or an answer is waited for"),
+    "timeout": ("S", 10.0, seconds, "how long a try may take: connecting and the answer"),
     "retries": ("N", 3, whole(0, 10**6), "how often to try again, waiting longer each time"),
     "outbox": ("DIR", "", str, "keep there what could not be handed over; it goes first next time"),
     "heartbeat": ("SECONDS", 0.0, seconds, "say so often that the camera lives; without --loop, no events"),
@@ -689,10 +689,10 @@ class Sender:
     def exchange(self, data: bytes) -> list[bytes]:
         """All that may block: connect, send, receive or sleep. A signal may end it anywhere, so it counts nothing."""
         if data:
+            if self.deadline == math.inf:  # connecting counts: a try takes no longer than --timeout
+                self.deadline = time.monotonic() + self.options.timeout
             if self.connection is None:
                 self.connection = Connection(self.options, self.tls)
-            if self.deadline == math.inf:
-                self.deadline = time.monotonic() + self.options.timeout
             self.deadline += len(data) / SLOWEST_BYTES_S
             try:
                 self.connection.send(data, self.deadline)
