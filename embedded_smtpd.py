@@ -1053,10 +1053,14 @@ class Part(NamedTuple):
         raise Refused(CANNOT_PARSE)
 
     def text(self) -> str:
+        charset = "utf-8" if self.charset in SLOW_CHARSETS else self.charset
         try:
-            return self.data().decode(self.charset, "replace")
-        except LookupError:
+            return self.data().decode(charset, "replace")
+        except (LookupError, UnicodeError):  # there is no such charset, or it has no replacements
             return self.data().decode("utf-8", "replace")
+
+
+SLOW_CHARSETS = {"idna", "punycode"}  # no mail is written in them; they take time that grows with the square
 
 
 def parts(content: bytes) -> list[Part]:
