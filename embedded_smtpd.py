@@ -109,7 +109,8 @@ class Server:
 
     def stop(self, *_: object) -> None:
         self.stopping = True
-        self.ringer.send(b"!")
+        with contextlib.suppress(OSError):  # a second signal, when all is closed
+            self.ringer.send(b"!")
 
     def crowded(self) -> bool:
         """Whether others wait for their turn."""
