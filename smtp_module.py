@@ -1274,7 +1274,7 @@ class Outbox:
             with contextlib.suppress(sqlite3.Error, OSError):
                 self._db.close()
                 self._db = self._open_sound()
-        if full := "full" in str(error):  # the log may hold room that the database does not need any more
+        if full := bool(re.search("is full|No space left", str(error))):  # the log may hold room that the database does not need any more
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         raise (SpoolFull if full else SpoolError)(f"{self.path}: {error}") from error
@@ -1708,6 +1708,7 @@ class Courier:
         self._fresh: int | None = None  # the newest row at the last look, while there is a backlog
         self._replan()
         self._hold: Outcome | None = None  # why everything waits
+        self._held_at_open = False  # a connection ends the hold; else only a delivery does
         self._hold_tries = 0
         self._hold_until = self._succeeded = 0.0  # monotonic
         self._hold_marks: deque[tuple[float, int]] = deque()  # since the hold began: when, and the newest row then
@@ -1821,9 +1822,9 @@ class Courier:
             transport.open()
         except Unavailable as error:
             if self._succeeded < began and not self._busy:  # another sender at work shows that the server is there
-                self._hold_back(error.outcome)
+                self._hold_back(error.outcome, at_open=True)
             return False
-        if self._hold and self._hold.step != "mail" and self._hold.step in OUR_STEPS:
+        if self._held_at_open:
             self._release()
         return True
 
@@ -1840,15 +1841,17 @@ class Courier:
 
     def _due(self) -> bool:
         """Is anything due? While everything is held, one mail at a time finds out whether that is over."""
-        if self._hold and (self._busy or time.monotonic() < self._hold_until):
-            return False
         if self._drafts or self._retries:
             return True
+        if self._hold and time.monotonic() < self._hold_until:
+            return False
         now = self._clock()
         most = 1 if self._hold else self._batch
         self._retries = self._outbox.due(now, now + 2 * self._most, self._busy, most)
         if not (self._hold and self._retries):
             self._plan(now, most)
+        if self._hold and (self._drafts or self._retries):
+            self._hold_until = time.monotonic() + self._pause()  # nobody else tries meanwhile
         return bool(self._drafts or self._retries)
 
     def _plan(self, now: float, most: int) -> None:
@@ -1946,14 +1949,19 @@ class Courier:
 
     # what is about us holds everything
 
-    def _hold_back(self, outcome: Outcome) -> None:
+    def _pause(self) -> float:
+        """Seconds until the next look whether a hold is over. A server that is away may be back any minute."""
+        away = self._hold is not None and self._hold.code == 0 and self._hold.step != "tls"
+        return backoff(self._hold_tries, self._first, min(PROBE_MAX_S, self._most) if away else self._most)
+
+    def _hold_back(self, outcome: Outcome, at_open: bool = False) -> None:
         """Everything waits, no tries are burned, and the log says loudly, once, what to do."""
         with self._lock:
             same = self._hold is not None and (self._hold.step, self._hold.code) == (outcome.step, outcome.code)
             self._hold_tries = self._hold_tries + 1 if same else 0
-            away = outcome.code == 0 and outcome.step != "tls"
-            pause = backoff(self._hold_tries, self._first, min(PROBE_MAX_S, self._most) if away else self._most)
-            self._hold, self._hold_until = outcome, time.monotonic() + pause
+            self._hold, self._held_at_open = outcome, at_open
+            pause = self._pause()
+            self._hold_until = time.monotonic() + pause
             self._busy -= {mail.number for mail in self._ready}
             self._ready.clear()
             self._batch = 1
@@ -1965,7 +1973,7 @@ class Courier:
         self._succeeded = time.monotonic()
         if self._hold is not None:
             with self._lock:
-                self._hold, self._hold_tries, self._hold_until = None, 0, 0.0
+                self._hold, self._held_at_open, self._hold_tries, self._hold_until = None, False, 0, 0.0
             log.info("the mail server is back")
 
     # the keeper

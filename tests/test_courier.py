@@ -534,13 +534,38 @@ def test_a_hold_by_one_sender_does_not_send_the_mail_of_another_twice(bench: Cal
             pass
         b.courier._hold_until = 0.0
         third = Post()
-        b.courier.step(third)
-        assert third.got == []
+        while b.courier.step(third):
+            pass
+        assert third.ids() == ["b"]
 
     b.post.before = meanwhile
     b.run()
     b.probe()
-    assert b.post.ids() == ["a", "b"]
+    assert b.post.ids() == ["a"]
+
+
+def test_a_hold_at_delivery_is_not_ended_by_a_connection(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    b = bench()
+    b.post.say = lambda ids, name: AWAY  # a transport that learns only at delivery that its server is no use
+    b.put("a", "b")
+    b.run()
+    for _ in range(5):
+        b.probe()
+    assert b.courier._hold_until - time.monotonic() > 30
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+
+
+def test_only_one_sender_finds_out_whether_a_hold_is_over(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.post.say = lambda ids, name: SENDER
+    b.put("a", "b")
+    b.run()
+    others: list[bool] = []
+    b.post.before = lambda ids: others.append(b.courier.step(Post()))
+    assert b.probe() == 1
+    assert others == [False]
 
 
 def test_one_sender_that_cannot_connect_does_not_hold_up_one_that_is_at_work(
