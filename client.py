@@ -51,7 +51,7 @@ WINDOW_LINES = 512  # lines on their way at once: their answers fit into the soc
 WINDOW_BYTES = 4 * 1024 * 1024  # the same in bytes: a backlog of pictures must not fill the memory
 CHUNK_BYTES = 64 * 1024  # one read or write
 ANSWER_MAX_BYTES = 64 * 1024  # a longer line is no answer of a relay
-IMAGE_MAX_BYTES = 64 * 1024 * 1024  # far more than a relay takes; /dev/zero is no picture
+IMAGE_MAX_BYTES = (12 << 20) - (64 << 10)  # in Base64 a larger one is over the relay's 16 MiB a line: the alert goes first
 SLOWEST_BYTES_S = 128 * 1024  # each of these makes a deadline a second longer: slow uplinks get pictures through
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0  # doubled from one to the other: a relay restarts within a second or two
 CLOSING_S = 2.0  # after Ctrl-C, outstanding answers are waited for this long
@@ -91,6 +91,13 @@ def seconds(text: str) -> float:
     if not 0 <= value <= 1e9:
         raise ValueError(f"{text!r} is not a duration; write 90 (seconds), 0.5, 5m, 1h or 5d")
     return value
+
+
+def some_seconds(text: str) -> float:
+    """Seconds, more than 0."""
+    if not seconds(text):
+        raise ValueError(f"{text!r} leaves no time; give more than 0")
+    return seconds(text)
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -137,7 +144,7 @@ FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
     "token": ("T", "", clean, "the relay's secret; in ALERT_TOKEN other users do not see it"),
     "loop": ("SECONDS", None, seconds, "an event every so often until Ctrl-C; 0: as fast as the relay answers"),
     "count": ("N", 0, whole(1, 10**11), "end after N events, or heartbeats where there are no events"),
-    "timeout": ("S", 10.0, seconds, "how long a try may take: connecting and the answer"),
+    "timeout": ("S", 10.0, some_seconds, "how long a try may take: connecting and the answer"),
     "retries": ("N", 3, whole(0, 10**6), "how often to try again, waiting longer each time"),
     "outbox": ("DIR", "", str, "keep there what could not be handed over; it goes first next time"),
     "heartbeat": ("SECONDS", 0.0, seconds, "say so often that the camera lives; without --loop, no events"),

@@ -63,6 +63,7 @@ BATCH_BYTES = 4 << 20  # what has arrived is read up to this before it is commit
 UNFINISHED_MAX_BYTES = 256 << 20  # shared by all connections: half-sent lines must not fill the memory
 UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a line outside the shared budget
 THREAD_STACK_BYTES = 512 << 10
+SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up after ALERT_IDLE_TIMEOUT
 UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
 STOP_S = 4.0
 META_MAX = 32
@@ -112,6 +113,14 @@ def patterns(text: str) -> tuple[str, ...]:
         if not pattern or ("[" in pattern and "]" not in pattern.partition("[")[2]):
             raise ValueError(f"{smtp.printable(pattern)!r} is no pattern; write them like DOOR_*,cam[12]")
     return found
+
+
+def event_patterns(text: str) -> tuple[str, ...]:
+    """`DOOR_*,CAMERA_*` -> the patterns of event names."""
+    for pattern in patterns(text):
+        if not re.fullmatch(r"[A-Za-z0-9_.*?!\[\]-]+", pattern):
+            raise ValueError(f"{smtp.printable(pattern)!r} fits no event; write patterns like DOOR_*,CAMERA_*")
+    return patterns(text)
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,9 @@ class RelayConfig:
     retry_max_s: float = setting("ALERT_RETRY_MAX", positive(smtp.duration), 3600.0)
     max_age_s: float = setting("ALERT_MAX_AGE", positive(smtp.duration), 5 * smtp.DAY_S)
     daily_max: int = setting("ALERT_DAILY_MAX", smtp.whole(0, 1_000_000), 0)
-    priority: tuple[str, ...] = setting("ALERT_PRIORITY", patterns, ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*"))
+    priority: tuple[str, ...] = setting(
+        "ALERT_PRIORITY", event_patterns, ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")
+    )
     quiet: tuple[Quiet, ...] = setting("ALERT_QUIET", quiet_rules, ())
     routes: tuple[Route, ...] = setting("ALERT_ROUTES", listed(";", Route.of), ())
     expect: tuple[tuple[str, float], ...] = setting("ALERT_EXPECT", listed(",", expectation), ())
@@ -291,7 +302,12 @@ class Ping:
 
 EVENT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 EVENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-WEB_LINK = re.compile(r"https?://[^\s<>\"\\]{1,4000}", re.IGNORECASE)
+WEB_LINK = re.compile(
+    r"""https?://(?:[^\s<>"\\/?#@]+@)?"""
+    r"""(?:\[[0-9a-f:.]+\]|[^\s<>"\\/?#:@\[\]]+)(?::\d{1,5})?"""  # there is a host
+    r"""(?:[/?#][^\s<>"\\]{0,4000})?""",
+    re.IGNORECASE,
+)
 INVISIBLE = " \xa0\u200b\u200c\u200d\u2060\u3000"  # part of many names, but not the whole of one
 
 
@@ -436,7 +452,7 @@ def _timestamp(value: object) -> str:
 
 def event_time(text: str) -> dt.datetime:
     """ISO 8601 -> an aware time in UTC; without an offset it is UTC. Raises ValueError, OverflowError and OSError."""
-    when = dt.datetime.fromisoformat(text.strip())
+    when = dt.datetime.fromisoformat(text)
     when = when.astimezone(dt.UTC) if when.tzinfo else when.replace(tzinfo=dt.UTC)
     when.astimezone()  # it must have a local time, too
     return when
@@ -445,7 +461,7 @@ def event_time(text: str) -> dt.datetime:
 def _meta(value: object) -> dict[str, str | int | float | bool]:
     if type(value) is not dict or len(value) > META_MAX:
         raise Refusal("bad_event", f"meta must be an object of at most {META_MAX} values")
-    kept = {key: entry for key, entry in value.items() if entry is not None}
+    kept = {key: value[key] for key in sorted(value) if value[key] is not None}  # an object has no order
     for key, entry in kept.items():
         if type(entry) not in (str, int, float, bool) or (type(entry) is float and not math.isfinite(entry)):
             raise Refusal("bad_event", f"meta {key!r} must be a string, a number, true or false")
@@ -463,6 +479,10 @@ FIELDS: Mapping[str, Callable[[object], Any]] = {
     "id": _matching(EVENT_ID, "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"),
 }
 
+TOO_LARGE = f"larger than {PICTURE_MAX_BYTES >> 20} MiB"
+NOT_BASE64 = "not valid Base64"
+NO_PICTURE = "not a JPEG, PNG, GIF, WebP or BMP picture"
+NO_STRING = "image_b64 and image_filename must be strings"
 PICTURE_TYPES = (
     (re.compile(rb"\xff\xd8\xff"), "image/jpeg", ".jpg"),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png", ".png"),
@@ -475,17 +495,17 @@ PICTURE_TYPES = (
 def check_picture(picture: object) -> tuple[bytes, str]:
     """The strict, canonical Base64 of a picture as it came, not decoded whole, and its suffix. Raises ValueError."""
     if not isinstance(picture, str | bytes):
-        raise ValueError("image_b64 must be a string")
+        raise ValueError(NO_STRING)
     text = picture.encode("ascii", "replace") if isinstance(picture, str) else picture
     body = text.rstrip(b"=")
     padding, tail = len(text) - len(body), body[len(body) & ~3 :]
     padded = tail + b"=" * padding
     if len(text) % 4 or padding > 2 or (isinstance(picture, str) and not _has_alphabet(text)):
-        raise ValueError("not valid Base64")
+        raise ValueError(NOT_BASE64)
     if base64.b64encode(base64.b64decode(padded)) != padded:  # bits that are cut off must be 0, RFC 4648 3.5
-        raise ValueError("not valid Base64")
+        raise ValueError(NOT_BASE64)
     if len(text) // 4 * 3 - padding > PICTURE_MAX_BYTES:
-        raise ValueError(f"larger than {PICTURE_MAX_BYTES >> 20} MiB")
+        raise ValueError(TOO_LARGE)
     return text, picture_type(text)[1]
 
 
@@ -495,13 +515,13 @@ def picture_type(text: bytes) -> tuple[str, str]:
     for magic, kind, suffix in PICTURE_TYPES:
         if magic.match(start):
             return kind, suffix
-    raise ValueError("not a JPEG, PNG, GIF, WebP or BMP picture")
+    raise ValueError(NO_PICTURE)
 
 
 def picture_name(name: object, suffix: str) -> str:
     """The last path component of the wished name, cleaned; with `suffix` where it has none of a picture."""
     if not isinstance(name, str | None):
-        raise ValueError("image_filename must be a string")
+        raise ValueError(NO_STRING)
     last = re.split(r"[/\\]", name or "")[-1]
     clean = re.sub(r'[<>:"|?*\s]+', "_", smtp.UNPRINTABLE.sub("", last)).strip("._ -")[:100]
     known = re.search(r"\.(jpe?g|png|gif|webp|bmp)$", clean, re.IGNORECASE)
@@ -553,12 +573,14 @@ class Lines:
         first, *rest = chunk.split(b"\n")
         if not rest:
             return self._keep(first)
-        lines = [self._finish(first), *rest[:-1]]
-        whole = [self._too_large if len(line) > self._limit + 1 else line for line in lines if not line.isspace()]
+        lines = [line.removesuffix(b"\r") for line in (self._finish(first), *rest[:-1])]
+        whole = [self._too_large if len(line) > self._limit else line for line in lines if not line.isspace()]
         return [line for line in whole if line] + self._keep(rest[-1])
 
-    def end(self) -> list[bytes | Refusal]:
-        """The last line, which may lack its LF."""
+    def end(self, stopping: bool = False) -> list[bytes | Refusal]:
+        """The last line, which may lack its LF when the peer ended it; when we end it, it was not read whole."""
+        if stopping and self._length:
+            return [Refusal("shutting_down", "the relay is stopping; send this again later", closes=True)]
         return self.feed(b"\n") if self._length else []
 
     def _keep(self, piece: bytes) -> list[bytes | Refusal]:
@@ -594,6 +616,10 @@ class Lines:
         with Lines._budget:
             Lines.held_by_all -= self._charged
         self._charged = 0
+
+    def late(self, patience: float) -> bool:
+        """Has the unfinished line come for longer than `patience` seconds, and more slowly than a line may?"""
+        return bool(self.began) and time.monotonic() - self.began > patience + self._length / SLOWEST_BYTES_S
 
     def drop(self) -> None:
         """Forget the unfinished line."""
@@ -635,7 +661,7 @@ class Connection:
         try:
             for chunk in self._arrived():
                 more = bool(chunk)
-                lines += self._lines.feed(chunk) if chunk else self._lines.end()
+                lines += self._lines.feed(chunk) if chunk else self._lines.end(self._relay.stopping)
         except OSError as error:  # it counts after the lines that came before it
             log.debug("a connection ended: %s", error)
             more = False
@@ -650,7 +676,7 @@ class Connection:
         while found:
             yield found
             total += len(found)
-            if self._lines.began and time.monotonic() - self._lines.began > self._relay.config.idle_timeout_s:
+            if self._lines.late(self._relay.config.idle_timeout_s):
                 raise TimeoutError("a line took too long")
             if total >= BATCH_BYTES:
                 return
@@ -708,8 +734,9 @@ class Relay:
         self.config, self._outbox, self._watch, self._ring = config, outbox, watch, ring
         self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
         self._connections: set[Connection] = set()
+        self._complaint = ""
         self._lock = threading.Lock()
-        self._stopping = False
+        self.stopping = False
         self._lingering: deque[tuple[float, socket.socket]] = deque()
         self._listeners: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -743,14 +770,23 @@ class Relay:
         try:
             receipts = self._outbox.put([event.item for event in events])
         except smtp.SpoolError as error:
-            log.error("%s", error)
             full = isinstance(error, smtp.SpoolFull)
+            if full and len(events) > 1:  # what fits is taken
+                return [receipt for event in events for receipt in self._journal([event])]
+            self._complain(error)
             sentence = "no room is left for alerts; try again later" if full else "the disk failed; try again later"
             return [Refusal("spool_full" if full else "spool_error", sentence)] * len(events)
+        self._complaint = ""
         self._ring()
         for event in events:
             self._watch.heard(event.camera, event.name)
         return receipts
+
+    def _complain(self, error: smtp.SpoolError) -> None:
+        """Once, until it is over: a full disk makes thousands of refusals a second."""
+        if self._complaint != type(error).__name__:
+            self._complaint = type(error).__name__
+            log.error("%s", error)
 
     def _answer(self, entry: Event | Heartbeat | Ping | Refusal, receipts: Iterator[smtp.Receipt | Refusal]) -> bytes:
         if isinstance(entry, Event):
@@ -791,11 +827,12 @@ class Relay:
             thread.start()
             self._threads.append(thread)
             host, number = listener.getsockname()[:2]
-            log.info("listening on %s:%d", f"[{host}]" if ":" in host else host, number)
+            always = max(logging.INFO, log.getEffectiveLevel())
+            log.log(always, "listening on %s:%d", f"[{host}]" if ":" in host else host, number)
 
     def _accept_loop(self, listener: socket.socket) -> None:
         listener.settimeout(0.5)
-        while not self._stopping:
+        while not self.stopping:
             with contextlib.suppress(IndexError):
                 while self._lingering[0][0] < time.monotonic():
                     self._lingering.popleft()[1].close()
@@ -804,7 +841,7 @@ class Relay:
             except TimeoutError:
                 continue
             except OSError as error:
-                if self._stopping:
+                if self.stopping:
                     return
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.error("no connection can be accepted: %s", error.strerror)
@@ -851,7 +888,7 @@ class Relay:
 
     def stop(self, timeout: float) -> None:
         """Stop accepting, answer what has been read, end the connections."""
-        self._stopping = True
+        self.stopping = True
         for listener, thread in zip(self._listeners, self._threads, strict=True):
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # wakes accept
@@ -1081,6 +1118,7 @@ class Watch:
                 if len(self._cameras) >= CAMERAS_MAX or not (limit := self._limit(name)):
                     return
                 camera = self._cameras[name] = Camera(limit, mono, now)
+                self._saved = -math.inf  # who is new is written down with the next tick
             if camera.silent:
                 camera.silent, self._back[name] = False, max(0.0, now - camera.seen)
             camera.heard, camera.seen = mono, now
@@ -1091,8 +1129,8 @@ class Watch:
         with self._lock:
             return sorted(name for name, camera in self._cameras.items() if camera.silent)
 
-    def tick(self, mono: float, now: float) -> bool:
-        """Raise alerts for who fell silent and who is back; True if there were any.
+    def tick(self, mono: float, now: float, last: bool = False) -> bool:
+        """Raise alerts for who fell silent and who is back; True if there were any. At the `last` one all is saved.
 
         An alert and the fact that it was raised are one transaction, so that it is raised once. Raises SpoolError.
         """
@@ -1102,7 +1140,7 @@ class Watch:
                 for camera in self._cameras.values():
                     camera.heard = min(mono, camera.heard + away)
             gone = [name for name, c in self._cameras.items() if not c.silent and mono - c.heard > c.limit]
-            if not (gone or self._back or (self._unsaved and mono - self._saved > WATCH_SAVE_S)):
+            if not (gone or self._back or (self._unsaved and (last or mono - self._saved > WATCH_SAVE_S))):
                 return False
             raised = bool(gone or self._back)
             with self._outbox.transaction(durable=raised) as db:
@@ -1186,6 +1224,10 @@ WORDS = {
     "gone": ("Was gone", "مدت قطعی", "离线时长"),
     "dropped": ("Picture left out", "تصویر حذف شد", "图片已略去"),
     "too_big": ("too big for the mail server", "برای سرور ایمیل بزرگ است", "超出邮件服务器限制"),
+    TOO_LARGE: (TOO_LARGE, "بزرگ‌تر از ۱۰ مگابایت", "大于 10 MiB"),
+    NOT_BASE64: (NOT_BASE64, "کد Base64 نادرست", "不是有效的 Base64"),
+    NO_PICTURE: (NO_PICTURE, "تصویر شناخته‌شده نیست", "不是可识别的图片"),
+    NO_STRING: (NO_STRING, "فیلد تصویر متن نیست", "图片字段不是字符串"),
     "alerts": ("{count} alerts", "{count} هشدار", "{count} 条警报"),
     "more": (
         "The first {shown} of {count}; all of them are in events.csv.",
@@ -1334,8 +1376,8 @@ class Renderer:
             rows.append((self.word("gone"), self._span(content["gone_s"])))
         if link := content.get("image_url", ""):
             rows.append((self.word("link"), link))
-        if why := content.get("dropped") or (mail.bare and "image" in content and self.word("too_big")):
-            rows.append((self.word("dropped"), why))
+        if why := content.get("dropped") or (mail.bare and "image" in content and "too_big"):
+            rows.append((self.word("dropped"), self.word(why)))
         thread = hashlib.sha256(f"{shown.camera}\n{shown.local('%Y-%m-%d')}".encode()).hexdigest()[:32]
         return Letter(
             subject=f"DVR ALERT: {shown.event} - {shown.camera}",
@@ -1542,6 +1584,8 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
             log.error("%s", error)
     log.info("stopping")
     relay.stop(STOP_S / 2)
+    with contextlib.suppress(smtp.SpoolError):
+        watch.tick(time.monotonic(), time.time(), last=True)
     courier.stop(STOP_S / 2)
     outbox.close()
     return smtp.EX_OK
@@ -1641,12 +1685,15 @@ def say(line: str) -> None:
 
 def demo() -> int:
     """The whole job with real processes on this machine; 0 if everything arrived."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console that cannot show a name still shows the rest
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="dvr-demo-"))
     show = Demo(folder)
     try:
         _demo(show)
-    except DemoFailed as error:
-        say(f"FAILED: {error}")
+    except (DemoFailed, KeyboardInterrupt) as error:
+        say(f"FAILED: {str(error) or 'interrupted'}")
         return 1
     finally:
         show.stop()
@@ -1677,7 +1724,7 @@ def _demo(show: Demo) -> None:
     say("  a mail from owner@example.com: CMD SET relay1=on")
 
     say("\n5. What the receiver got")
-    for subject in ("MOTION_DETECTED - garden", "DOOR_OPENED - حیاط", "MOTION_DETECTED - porch", "Re: CMD SET relay1=on"):
+    for subject in ("DETECTED - garden", "DOOR_OPENED - حیاط", "DETECTED - porch", "Re: CMD SET relay1=on"):
         show.keep(show.mail(subject))
 
 

@@ -126,19 +126,20 @@ def test_the_same_id_twice_is_a_duplicate_also_on_two_connections(run: Any) -> N
     running = run()
     line = b'{"event": "E", "camera": "c", "id": "x"}\n'
     assert running.ask(line) == [{"ok": True, "id": "x", "status": "queued"}]
-    assert running.ask(b'{"id": "x", "unknown": 1, "camera": "c", "meta": null, "event": "E"}\n')[0]["status"] == "duplicate"
+    again = b'{"id": "x", "unknown": 1, "camera": "c", "meta": null, "event": "E"}\n'
+    assert running.ask(again)[0]["status"] == "duplicate"
     assert running.outbox.counts()["queued"] == 1
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_line_limit_is_exact(run: Any, end: bytes) -> None:
+def test_line_limit_is_exact_whatever_ends_the_line(run: Any, end: bytes) -> None:
     running = run(max_line=200)
 
     def of_length(number: int) -> bytes:
         start = b'{"event": "E", "camera": "c", "x": "'
         return start + b"a" * (number - len(start) - 2) + b'"}' + end
 
-    said = running.ask(of_length(199) + of_length(200) + of_length(202) + EVENT)
+    said = running.ask(of_length(199) + of_length(200) + of_length(201) + EVENT)
     assert [entry.get("status") or entry["error"] for entry in said] == ["queued", "queued", "too_large", "queued"]
 
 
@@ -197,6 +198,16 @@ def test_a_silent_connection_is_closed(run: Any) -> None:
         assert answers(sock) == []
 
 
+def test_a_long_line_that_comes_steadily_may_take_longer_than_the_idle_time(run: Any) -> None:
+    with run(idle_timeout_s=0.3).connect() as sock:
+        sock.sendall(b'{"event": "E", "camera": "c", "x": "')
+        for _ in range(12):
+            sock.sendall(b"a" * 20_000)
+            time.sleep(0.05)
+        sock.sendall(b'"}\n')
+        assert json.loads(sock.recv(4096))["status"] == "queued"
+
+
 def test_a_line_that_trickles_for_too_long_is_closed(run: Any) -> None:
     with run(idle_timeout_s=0.3).connect() as sock, pytest.raises(OSError):
         for _ in range(200):
@@ -253,6 +264,23 @@ def test_stopping_answers_what_has_been_read(run: Any) -> None:
         assert [entry["status"] for entry in answers(sock)] == ["queued"] * 50
     with pytest.raises(OSError):
         running.connect()
+
+
+def test_a_half_read_line_is_not_judged_when_the_relay_stops(run: Any) -> None:
+    running = run()
+    with running.connect() as sock:
+        sock.sendall(b'{"ping": 1}\n{"event": "E", "camera": "c", "x": "aaa')
+        assert b"pong" in sock.recv(4096)
+        running.relay.stop(2)
+        assert [entry["error"] for entry in answers(sock)] == ["shutting_down"]
+
+
+def test_of_a_batch_what_fits_is_taken(run: Any) -> None:
+    running = run(spool_max=1 << 20)
+    line = json.dumps({"event": "E", "camera": "c", "meta": {"x": "y" * 130_000}}).encode() + b"\n"
+    said = [entry.get("status") or entry["error"] for entry in running.ask(line * 20)]
+    assert said.count("queued") >= 4 and said.count("spool_full") >= 10
+    assert said == sorted(said, key=["queued", "spool_full"].index)
 
 
 def test_it_listens_on_ipv6(run: Any) -> None:
@@ -314,7 +342,7 @@ def test_a_silent_or_talkative_handshake_costs_only_itself(run: Any, certificate
 def test_without_a_client_certificate_nobody_gets_in_where_one_is_asked_for(run: Any, certificate: Path) -> None:
     running = run(tls=smtp.server_tls(str(certificate), "", str(certificate)), client_ca=True)
     with (
-        pytest.raises(OSError),  # noqa: PT012  TLS 1.3 tells the client only when it reads
+        pytest.raises(OSError),  # TLS 1.3 tells the client only when it reads
         tls_client(certificate).wrap_socket(running.connect(), server_hostname="localhost") as sock,
     ):
         sock.sendall(EVENT)

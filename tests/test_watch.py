@@ -392,3 +392,14 @@ def test_client_cannot_write_the_daily_mail() -> None:
         line = json.dumps({"event": "E", "camera": "c", "id": name} if "/" in name else {"event": name, "camera": "c"})
         with pytest.raises(server.Refusal):
             server.parse_line(line.encode(), b"", 0.0)
+
+
+def test_a_camera_seen_only_just_before_a_restart_is_still_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    station = Station(tmp_path, Clock(monkeypatch), "*=10s")
+    station.watch.heard("new")
+    station.wait(1)
+    station.watch.heard("newer")
+    station.watch.tick(station.clock.mono, station.clock.wall, last=True)
+    station.restart()
+    assert {alert["camera"] for alert in station.wait(15)} == {"new", "newer"}
+    station.stop()
