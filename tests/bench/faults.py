@@ -121,6 +121,20 @@ def term_at_once(run: Run) -> str:
         return finish(stage)
 
 
+@row("SIGTERM within a line", "half an event has arrived: no answer that makes a camera give up")
+def term_within_a_line(run: Run) -> str:
+    with run.stage() as stage:
+        stage.relay.start()
+        with socket.create_connection(("127.0.0.1", stage.relay.port), 10) as sock:
+            sock.sendall(b'{"ping": 1}\n{"event": "DOOR_OPENED", "cam')
+            answers = sock.makefile("rb")
+            must(b"pong" in answers.readline(), "no pong")
+            stage.relay.signal(signal.SIGTERM)
+            said = answers.read()
+        must(not said or b"shutting_down" in said, f"answered {said.decode().strip()}")
+        return f"answered {said.decode().strip() or 'nothing'}"
+
+
 @row("SIGSTOP and SIGCONT", "kill -STOP for 1 s (long: 6 s), clients and server waiting")
 def stopped(run: Run) -> str:
     with run.stage(SMTP_TIMEOUT="2", ALERT_IDLE_TIMEOUT="2") as stage:

@@ -93,10 +93,14 @@ def run(product: Path, seed: int, kills: int, acked: int) -> str:
         stage.relay.start()
         harness.must(time.monotonic() - began < 5, "9 the start took more than 5 s")
         healed = stage.heal()
-        stage.check()
+        figures = (f"{kills} kills {dict(done)}, {stage.figures()}, healed in {healed:.1f} s,"
+                   f" sink faults {sum(stage.sink.fired.values())}")  # fmt: skip
+        try:
+            stage.check()
+        except harness.Red as red:
+            raise harness.Red(f"{red}; {figures}") from None
         harness.must(len(stage.books.acked) + len(stage.books.given_up) == acked, "not all was acknowledged")
-        return (f"{kills} kills {dict(done)}, {stage.figures()}, 0 lost, healed in {healed:.1f} s,"
-                f" sink faults {sum(stage.sink.fired.values())}")  # fmt: skip
+        return f"0 lost, {figures}"
 
 
 def main() -> int:
