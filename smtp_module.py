@@ -508,6 +508,7 @@ ADVICE = (
     ("", "", "^530",
      "The server wants a login (or TLS) first: set SMTP_USER and SMTP_PASS, and leave SMTP_SECURITY on auto."),
     ("login", "", "", "The server refused the login: check SMTP_USER and SMTP_PASS."),
+    ("", "", "^53[45]", "The server is not content with the login: check SMTP_USER and SMTP_PASS."),
     ("tls", "", "mismatch|doesn't match|not valid for",
      "The certificate is for another name: set SMTP_HOST to the name that stands in it."),
     ("tls", "", "expired",
@@ -526,6 +527,9 @@ ADVICE = (
     ("connect", "", "unreachable|no route", "This machine has no way to the server: check its network."),
     ("", "", r"5\.3\.4|^552", "The mail is too big for the server, or the mailbox is full."),
     ("mail", "", "^5", "The server takes no mail from this sender: set SMTP_FROM to an address of the account."),
+    ("greeting|ehlo", "", "^5",
+     "The server turns this machine away: port 25 of a provider is for servers; use 587 or 465 with a login."),
+    ("greeting|ehlo|login|mail", "", "^4", "The server is busy or wants us to come back later; that happens by itself."),
     ("rcpt", "", "relay", "The server wants a login before it takes mail for others: set SMTP_USER and SMTP_PASS."),
     ("rcpt", "", "^55[013]", "The server does not take mail for this recipient: check the address."),
 )  # fmt: skip
@@ -598,7 +602,7 @@ class SMTPConfig:
 
     def tls(self) -> ssl.SSLContext | None:
         """A context that verifies certificate and host name; None without TLS. Raises ConfigError."""
-        if self.security == "none":
+        if self.security == "none" and not self.cafile:
             return None
         try:
             context = ssl.create_default_context(cafile=self.cafile or None)
@@ -606,7 +610,7 @@ class SMTPConfig:
             raise ConfigError(f"SMTP_CAFILE: {self.cafile}: no usable certificates: {error}") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # 3.13 sets it; home-made signers lack extensions that it wants
-        return context
+        return None if self.security == "none" else context
 
 
 def _host(text: str) -> str:
@@ -941,17 +945,20 @@ class SMTPTransport:
         replies = smtp.ask([f"MAIL FROM:<{envelope.sender}>{parameters}", *recipients, "DATA"])
         together = smtp.has_extn("pipelining")
         mail = judge("mail", *next(replies))
-        if mail.verdict is not Verdict.SENT and not together:
-            return dict.fromkeys(names, mail), mail
+        if mail.verdict is not Verdict.SENT:
+            rest = [mail]
+            try:
+                rest += [judge("data", *reply) for reply in replies] if together else []
+            except TROUBLE:  # a server that hangs up after its no has said enough
+                self._drop()
+            return dict.fromkeys(names, mail), rest[-1]
         smtp.step = "rcpt"
         outcomes = {name: judge("rcpt", *next(replies)) for name in names}
-        if mail.verdict is not Verdict.SENT:
-            outcomes = dict.fromkeys(names, mail)
-        if together or any(outcome.verdict is Verdict.SENT for outcome in outcomes.values()):
-            smtp.step = "data"
-            code, words = next(replies)
-            return outcomes, judge("data", code if code == 354 or code >= 400 else -1, words)
-        return outcomes, mail
+        if not together and all(outcome.verdict is not Verdict.SENT for outcome in outcomes.values()):
+            return outcomes, mail
+        smtp.step = "data"
+        code, words = next(replies)
+        return outcomes, judge("data", code if code == 354 or code >= 400 else -1, words)
 
     def verify(self, recipient: str = "") -> Outcome:
         """Would the server take a mail from us (to `recipient`)? Nothing is sent. Raises Unavailable."""
@@ -1022,7 +1029,8 @@ CREATE INDEX IF NOT EXISTS mails_due ON mails(next) WHERE state = 1;
 CREATE INDEX IF NOT EXISTS mails_settled ON mails(settled) WHERE settled IS NOT NULL;
 CREATE TABLE IF NOT EXISTS notes(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
-UNTOLD = "SELECT count(*), max(seq), error FROM items WHERE state = 3 AND told = 0"
+UNTOLD = """SELECT count(*), max(seq), (SELECT group_concat(error, '; ') FROM
+  (SELECT DISTINCT error FROM items WHERE state = 3 AND told = 0 LIMIT 3)) FROM items WHERE state = 3 AND told = 0"""
 
 
 class SpoolError(Exception):
@@ -1274,7 +1282,8 @@ class Outbox:
             with contextlib.suppress(sqlite3.Error, OSError):
                 self._db.close()
                 self._db = self._open_sound()
-        if full := bool(re.search("is full|No space left", str(error))):  # the log may hold room that the database does not need any more
+        full = bool(re.search("is full|No space left", str(error)))
+        if full:  # the log may hold room that the database does not need any more
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         raise (SpoolFull if full else SpoolError)(f"{self.path}: {error}") from error
@@ -1315,22 +1324,22 @@ class Outbox:
         pages, free, page = (
             self._rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
         )
-        used, unused = (pages - free) * page, free * page
+        used = (pages - free) * page
         if self._size_max is not None and used + more > self._size_max:
             raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
-        if not self._disk_holds(more, unused):
+        if self._disk_lacks(more, free * page):
             self._rows("PRAGMA wal_checkpoint(TRUNCATE)")
-            if not self._disk_holds(more, unused):
+            if self._disk_lacks(more, free * page):
                 raise SpoolFull(f"{self.path}: the disk is full")
 
-    def _disk_holds(self, more: int, unused: int) -> bool:
+    def _disk_lacks(self, more: int, unused: int) -> bool:
         """Everything is written twice, into the log and then into the database, which may have unused room."""
         try:
-            disk, log_bytes = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
+            disk, waits = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
         except FileNotFoundError:  # nothing was written yet, or the folder was removed, which is noticed elsewhere
-            return True
-        left = disk.free - more - min(DISK_RESERVE_BYTES, disk.total // 20)
-        return left >= max(0, more + log_bytes - unused)
+            return False
+        reserve = min(DISK_RESERVE_BYTES, disk.total // 20)
+        return disk.free - reserve - more < max(0, waits + more - unused)
 
     def add(self, db: sqlite3.Connection, item: NewItem) -> bool:
         """Add an item inside a transaction of the owner's. False: it was there before."""
@@ -1443,7 +1452,7 @@ class Outbox:
         return None  # dropped meanwhile
 
     def untold(self) -> tuple[int, str]:
-        """How many alerts failed without anybody having been told, and why the last one did."""
+        """How many alerts failed without anybody having been told, and why (the first three reasons)."""
         ((number, _, why),) = self._rows(UNTOLD)
         return number, why or ""
 
@@ -1474,10 +1483,11 @@ class Outbox:
             self._counts[WAITING] -= number
             self._counts[mail.state] += number
 
-    def note(self, name: str, value: object) -> None:
-        """Leave a remark for `queue`."""
+    def note(self, **remarks: object) -> None:
+        """Leave remarks for `queue`."""
         with self.transaction(durable=False) as db:
-            db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
+            rows = [(name, json.dumps(value)) for name, value in remarks.items()]
+            db.executemany("INSERT OR REPLACE INTO notes VALUES (?, ?)", rows)
 
     # looking after it
 
@@ -1492,6 +1502,15 @@ class Outbox:
         """What waits, is held or failed (or one) is not sent and its payload is forgotten; the number of them."""
         change = "state = 4, settled = ?, payload = NULL, picture = NULL WHERE settled IS NULL AND ? IN (id, 'all')"
         return self._change(change, time.time(), name)
+
+    def lanes(self) -> list[str]:
+        """The lanes of what waits or has failed, as far as the first 2000 rows show."""
+        return [
+            lane
+            for (lane,) in self._rows(
+                "SELECT DISTINCT lane FROM (SELECT lane FROM items WHERE settled IS NULL LIMIT 2000)"
+            )
+        ]
 
     def expire(self, newest: int, why: str) -> int:
         """What was there when row `newest` came and is not sent yet has failed; the number of them."""
@@ -1863,14 +1882,22 @@ class Courier:
         rings = self._rings  # before looking: what comes meanwhile rings again
         if self._owner.limit:
             self._history.times, self._history.pending = self._outbox.budget(now, self._owner.limit)
-        rows = _Counted(self._outbox.waiting(self._seen))
-        plan = self._owner.plan(rows, self._history, now, most)
-        self._drafts, self._seen = plan.drafts, max(self._seen, rows.last)
+        exhausted, last = False, self._seen
+
+        def rows() -> Iterator[Waiting]:
+            nonlocal exhausted, last
+            for row in self._outbox.waiting(self._seen):
+                last = row.seq
+                yield row
+            exhausted = True
+
+        plan = self._owner.plan(rows(), self._history, now, most)
+        self._drafts, self._seen = plan.drafts, last
         if plan.wake is not None and plan.wake < self._wake:
             self._wake, self._why = plan.wake, plan.why
-        self._heard, self._looked = rings if rows.exhausted else 0, now  # 0: look again at once
+        self._heard, self._looked = rings if exhausted else 0, now  # 0: look again at once
         if not self._owner.window:
-            self._favour_fresh(rows.exhausted, now, most)
+            self._favour_fresh(exhausted, now, most)
 
     def _favour_fresh(self, exhausted: bool, now: float, most: int) -> None:
         """A backlog drains oldest first, but what has come since the last look goes before it, a few at a time."""
@@ -1986,7 +2013,7 @@ class Courier:
                 self._replan()
             self.ring()
         hold = self._hold
-        if time.monotonic() - self._kept_house >= HOUSEKEEPING_S:
+        if time.monotonic() - self._kept_house >= min(HOUSEKEEPING_S, self._max_age / 8):
             self._kept_house = time.monotonic()
             self._keep_house(hold)
         self._remark(hold)
@@ -2004,9 +2031,11 @@ class Courier:
         self._hold_marks.append((time.monotonic(), self._outbox.newest()))
         born = time.monotonic() - self._max_age  # by a clock that does not jump
         while self._hold_marks and self._hold_marks[0][0] < born:
-            why = f"given up after {self._max_age / 3600:.0f} h; last: {hold}"
+            age = f"{self._max_age / 3600:.0f} h" if self._max_age >= 7200 else f"{self._max_age:.0f} s"
+            why = f"given up after {age}; last: {hold}"
             if number := self._outbox.expire(self._hold_marks.popleft()[1], why):
                 log.error("%d alerts have failed: %s", number, why)
+                self._remarked = None
 
     def _requests(self) -> int:
         done = 0
@@ -2032,23 +2061,16 @@ class Courier:
                 mark = (self._why, self._wake, self._seen) if self._why and self._wake < math.inf else None
                 remark = {"why": self._why, "until": self._wake, "upto": self._seen} if mark else {}
         if mark != self._remarked:
-            self._outbox.note("hold", remark)
-            lanes = {row.lane for row in itertools.islice(self._outbox.waiting(), 2000)} if remark else ()
-            self._outbox.note("lanes", {lane: self._owner.recipients(lane) for lane in lanes})
+            lanes = {lane: self._owner.recipients(lane) for lane in self._outbox.lanes()}
+            self._outbox.note(hold=remark, lanes=lanes)
             self._remarked = mark
 
 
-class _Counted:
-    """An iterable that remembers how far it was pulled."""
-
-    def __init__(self, rows: Iterator[Waiting]) -> None:
-        self._rows, self.last, self.exhausted = rows, 0, False
-
-    def __iter__(self) -> Iterator[Waiting]:
-        for row in self._rows:
-            self.last = row.seq
-            yield row
-        self.exhausted = True
+def notify(state: str) -> None:
+    """Tell systemd (Type=notify) READY=1 or STOPPING=1; without systemd nothing happens. See sd_notify(3)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode("ascii"), f"\0{path[1:]}" if path.startswith("@") else path)
 
 
 # ───────────────────────────────────────────── Sending one mail ─────────────────────────────────────

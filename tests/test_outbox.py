@@ -58,7 +58,7 @@ def test_what_was_put_is_there_after_a_new_start(spool: Path) -> None:
 def test_it_is_synchronous_and_this_is_read_back(outbox: Outbox) -> None:
     assert smtp.pragma(outbox._db, "synchronous") == 2
     assert outbox._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    outbox.note("x", 1)  # a commit that need not be on disk
+    outbox.note(x=1)  # a commit that need not be on disk
     said = count_commits(outbox)
     outbox.put([item("a")])
     assert said.index("PRAGMA synchronous=FULL") < said.index("COMMIT")

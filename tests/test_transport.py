@@ -297,6 +297,12 @@ def test_a_kept_connection_that_the_server_closed_is_opened_anew(scripted: Calla
     assert server.connections == 2
 
 
+def test_a_server_that_refuses_the_sender_and_hangs_up_has_said_enough(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(answers={"MAIL": b"550 5.7.1 not you\r\n", "RCPT": CLOSE})
+    found = one(deliver(server.port))
+    assert (found.verdict, found.code, found.step, found.ours) == (LATER, 550, "mail", True)
+
+
 def test_421_on_a_new_connection_is_not_tried_for_ever(scripted: Callable[..., Scripted]) -> None:
     server = scripted(answers={"MAIL": b"421 go away\r\n"})
     found = one(deliver(server.port))
