@@ -1575,6 +1575,7 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     courier.start()
     relay.start()
     diary = Diary(config.summary_at, time.time(), outbox)
+    smtp.notify("READY=1")
     while not select.select([stopping], [], [], WATCH_TICK_S if config.expect or config.summary_at else None)[0]:
         try:
             raised = watch.tick(time.monotonic(), time.time())
@@ -1583,6 +1584,7 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
         except smtp.SpoolError as error:
             log.error("%s", error)
     log.info("stopping")
+    smtp.notify("STOPPING=1")
     relay.stop(STOP_S / 2)
     with contextlib.suppress(smtp.SpoolError):
         watch.tick(time.monotonic(), time.time(), last=True)

@@ -529,7 +529,8 @@ ADVICE = (
     ("mail", "", "^5", "The server takes no mail from this sender: set SMTP_FROM to an address of the account."),
     ("greeting|ehlo", "", "^5",
      "The server turns this machine away: port 25 of a provider is for servers; use 587 or 465 with a login."),
-    ("greeting|ehlo|login|mail", "", "^4", "The server is busy or wants us to come back later; that happens by itself."),
+    ("greeting|ehlo|login|mail", "", "^4",
+     "The server is busy or wants us to come back later; that happens by itself."),
     ("rcpt", "", "relay", "The server wants a login before it takes mail for others: set SMTP_USER and SMTP_PASS."),
     ("rcpt", "", "^55[013]", "The server does not take mail for this recipient: check the address."),
 )  # fmt: skip
@@ -1841,7 +1842,8 @@ class Courier:
             transport.open()
         except Unavailable as error:
             if self._succeeded < began and not self._busy:  # another sender at work shows that the server is there
-                self._hold_back(error.outcome, at_open=True)
+                self._hold_back(error.outcome)
+                self._held_at_open = True
             return False
         if self._held_at_open:
             self._release()
@@ -1981,12 +1983,12 @@ class Courier:
         away = self._hold is not None and self._hold.code == 0 and self._hold.step != "tls"
         return backoff(self._hold_tries, self._first, min(PROBE_MAX_S, self._most) if away else self._most)
 
-    def _hold_back(self, outcome: Outcome, at_open: bool = False) -> None:
+    def _hold_back(self, outcome: Outcome) -> None:
         """Everything waits, no tries are burned, and the log says loudly, once, what to do."""
         with self._lock:
             same = self._hold is not None and (self._hold.step, self._hold.code) == (outcome.step, outcome.code)
             self._hold_tries = self._hold_tries + 1 if same else 0
-            self._hold, self._held_at_open = outcome, at_open
+            self._hold, self._held_at_open = outcome, False
             pause = self._pause()
             self._hold_until = time.monotonic() + pause
             self._busy -= {mail.number for mail in self._ready}
@@ -2202,8 +2204,10 @@ def command_check(args: argparse.Namespace) -> int:
     if outcome.verdict is Verdict.SENT:
         print("all is well" + ("" if recipient else "; --to ADDRESS asks about a recipient too"))
     else:
-        print(f"FAIL  {outcome.step:<10} {outcome.code or ''} {outcome.detail}".rstrip())
-        print(f"      {advice(outcome, config.host)}".rstrip())
+        step = {"mail": "sender", "rcpt": "recipient"}.get(outcome.step, outcome.step)
+        print(f"FAIL  {step:<10} {outcome.code or ''} {outcome.detail}".rstrip())
+        if sentence := advice(outcome, config.host):
+            print(f"      {sentence}")
     return exit_code([outcome])
 
 
@@ -2267,9 +2271,10 @@ def command_sendmail(argv: Sequence[str]) -> int:
     parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the mail")
     parser.add_argument("-f", metavar="FROM", help="envelope sender")
     parser.add_argument("-o", action="append", default=[], help="-oi is -i; others are taken and ignored")
-    for ignored in ("-F", "-B"):
+    for ignored in ("-F", "-B", "-N", "-r"):
         parser.add_argument(ignored, help="taken and ignored")
-    parser.add_argument("-v", action="store_true", help="taken and ignored")
+    for ignored in ("-v", "-bm", "-em", "-ep", "-eq"):
+        parser.add_argument(ignored, action="store_true", help="taken and ignored")
     parser.add_argument("--env-file", metavar="FILE")
     parser.add_argument("recipients", nargs="*", metavar="TO")
     args = parser.parse_intermixed_args(argv)
@@ -2302,6 +2307,7 @@ _FIELD = rb"([!-9;-~]+)[ \t]*:([^\r]*(?:\r\n[ \t][^\r]*)*)\r\n"  # RFC 5322 2.2
 
 def split_fields(raw: bytes) -> tuple[list[tuple[str, str]], bytes]:
     """The header fields of a mail as a local program writes it, unfolded nowhere, and its body; lines end in CRLF."""
+    raw = re.sub(rb"\AFrom [^\r\n]*\r?\n", b"", raw)  # the line that separates mails in a mailbox file
     raw = re.sub(rb"\r\n|\r|\n", b"\r\n", raw.replace(b"\0", b""))
     raw += b"" if raw.endswith(b"\r\n") else b"\r\n"
     head = re.match(b"(?:%s)*" % _FIELD, raw)

@@ -241,6 +241,24 @@ def test_a_signal_ends_the_relay_in_time_with_exit_0(start: Any, mailbox: Mailbo
         assert time.monotonic() - began < 5
 
 
+def test_systemd_is_told_when_the_relay_is_ready_and_when_it_stops(start: Any, mailbox: Mailbox, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(20)
+        process = relay(start, mailbox, NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert told.recv(100) == b"READY=1"
+        assert send(process.port(), {"ping": 1})[0]["status"] == "pong"
+        assert process.end() == 0
+        assert told.recv(100) == b"STOPPING=1"
+
+
+def test_an_alert_that_is_too_old_fails_in_time_and_says_why(start: Any, tmp_path: Path) -> None:
+    port = relay(start, None, SMTP_HOST="127.0.0.1", SMTP_PORT="1", ALERT_MAX_AGE="2", ALERT_RETRY_FIRST="0.3").port()
+    send(port, {"event": "E", "camera": "c", "id": "old"})
+    (row,) = until(lambda: [row for row in queue(tmp_path) if row["state"] == "failed"])
+    assert row["error"].startswith("given up after 2 s; last: connect") and row["recipients"] == ["owner@example.com"]
+
+
 def test_a_second_relay_on_the_same_spool_exits_75(start: Any, mailbox: Mailbox) -> None:
     relay(start, mailbox).port()
     assert relay(start, mailbox).wait() == 75
