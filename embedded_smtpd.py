@@ -307,7 +307,7 @@ class Answer(NamedTuple):
     result: str
     text: str = ""  # default: the result
     files: tuple[Attachment, ...] = ()
-    status: Mapping[str, Any] | None = None  # show the smtp.whole status, with its buttons
+    status: Mapping[str, Any] | None = None  # show the whole status, with its buttons
 
 
 FONT = "font-family:-apple-system,'Segoe UI',Roboto,Arial,sans-serif"
@@ -341,7 +341,7 @@ def bidi(text: object) -> str:
 
 
 def page(title: str, *blocks: str) -> str:
-    """A smtp.whole HTML mail that is one column, at most 600 pixels wide."""
+    """A whole HTML mail that is one column, at most 600 pixels wide."""
     return PAGE.format(title=title, blocks="".join(BLOCK.format(block) for block in blocks if block))
 
 
@@ -523,7 +523,7 @@ class Rules:
 
 
 class Mail(NamedTuple):
-    """A mail that has arrived smtp.whole."""
+    """A mail that has arrived whole."""
 
     sender: str  # "" is the null sender
     recipients: list[str]
@@ -898,7 +898,7 @@ def _address(path: re.Match[bytes]) -> str:
 
 
 def strict_base64(text: bytes) -> bytes:
-    """Base64 in one line, without junk, every group smtp.whole. Raises binascii.Error."""
+    """Base64 in one line, without junk, every group whole. Raises binascii.Error."""
     if len(text) % 4:
         raise binascii.Error("length is not a multiple of four")
     return base64.b64decode(text, validate=True)
@@ -1166,8 +1166,8 @@ class Policy:
         mac = hmac.digest(self.secret, signed.encode("utf-8", "surrogateescape"), "sha256")[:10]
         return base64.b32encode(struct.pack(">I", expiry) + nonce + mac).decode("ascii").lower()
 
-    def verify(self, command: Command, sender: str, now: float, attachment: bytes | None) -> tuple[bytes, int] | None:
-        """Nonce and expiry of a command's signature when it is genuine and of this time, else None; used or not."""
+    def verify(self, command: Command, sender: str, now: float, attachment: bytes | None) -> int | None:
+        """The expiry of a command's signature when it is genuine and of this time, else None; used or not."""
         if not self.secret or not sender or len(command.token) != TOKEN_LETTERS or now < CLOCK_IS_SET:
             return None
         try:
@@ -1175,9 +1175,12 @@ class Policy:
         except (binascii.Error, ValueError):
             return None
         expiry, nonce = int.from_bytes(token[:4], "big"), token[4:10]
-        right = self.sign(command.words, sender, expiry, nonce, attachment)
-        genuine = hmac.compare_digest(right.encode(), command.token.encode())
-        return (nonce, expiry) if genuine and now <= expiry else None
+        # Mail programs add pictures and cards of their own: where the command makes no use of an attachment, a
+        # signature over nothing counts, too.
+        signed = {attachment} if command.verb == "UPDATE" else {attachment, None}
+        rights = [self.sign(command.words, sender, expiry, nonce, data) for data in signed]
+        genuine = any(hmac.compare_digest(right.encode(), command.token.encode()) for right in rights)
+        return expiry if genuine and now <= expiry else None
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -1200,15 +1203,15 @@ TABLES = """
 CREATE TABLE IF NOT EXISTS parameters(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS blocks(
   name TEXT PRIMARY KEY, data BLOB NOT NULL, sha256 TEXT NOT NULL, stored REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS signatures(nonce BLOB PRIMARY KEY, expiry INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS journal(seq INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, network TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS used(token TEXT PRIMARY KEY, expiry INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS commands(seq INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, network TEXT NOT NULL,
   command TEXT NOT NULL, result TEXT NOT NULL, refused INTEGER NOT NULL, mail BLOB, answered TEXT);
-CREATE INDEX IF NOT EXISTS journal_refused ON journal(refused, seq);
-CREATE INDEX IF NOT EXISTS journal_mail ON journal(mail) WHERE mail IS NOT NULL;
-CREATE INDEX IF NOT EXISTS journal_answered ON journal(answered, at) WHERE answered IS NOT NULL;
+CREATE INDEX IF NOT EXISTS commands_refused ON commands(refused, seq);
+CREATE INDEX IF NOT EXISTS commands_mail ON commands(mail) WHERE mail IS NOT NULL;
+CREATE INDEX IF NOT EXISTS commands_answered ON commands(answered, at) WHERE answered IS NOT NULL;
 """
-PRUNE = """DELETE FROM journal WHERE refused = :refused AND at < :before AND seq <
-  (SELECT seq FROM journal WHERE refused = :refused ORDER BY seq DESC LIMIT 1 OFFSET :keep - 1)"""
+PRUNE = """DELETE FROM commands WHERE refused = :refused AND at < :before AND seq <
+  (SELECT seq FROM commands WHERE refused = :refused ORDER BY seq DESC LIMIT 1 OFFSET :keep - 1)"""
 
 
 def label(text: str) -> str:
@@ -1307,9 +1310,9 @@ class Device:
         """Carry a command out, once, with its reply. Raises Refused; then nothing was done."""
         now, who = self.clock(), letter.sender or mail.sender
         key = hashlib.sha256(letter.content).digest() if letter.message_id else None
-        attached = the_attachment(letter.content) if command.verb == "UPDATE" else None
+        attached = the_attachment(letter.content) if command.verb == "UPDATE" or command.token else None
         with self.outbox.transaction() as db:
-            if db.execute("SELECT 1 FROM journal WHERE mail = ? AND at > ?", (key, now - MEMORY_SECONDS)).fetchone():
+            if db.execute("SELECT 1 FROM commands WHERE mail = ? AND at > ?", (key, now - MEMORY_SECONDS)).fetchone():
                 log.info("%s of %s came again: not carried out twice", command.words, who)
                 return
             request = Request(db, now, command, letter, peer, self.policy.access(peer), operator, attached)
@@ -1333,7 +1336,7 @@ class Device:
         """Note a command; its number. A flood of refused ones pushes out refused ones alone."""
         row = (at, who, network, command, result, refused, mail, answered)
         columns = "at, who, network, command, result, refused, mail, answered"
-        seq = db.execute(f"INSERT INTO journal({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid or 0
+        seq = db.execute(f"INSERT INTO commands({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid or 0
         keep, before = (REFUSED_LINES, math.inf) if refused else (LOG_LINES, at - MEMORY_SECONDS)
         db.execute(PRUNE, {"refused": refused, "before": before, "keep": keep})
         return seq
@@ -1349,10 +1352,10 @@ class Device:
     def check(self, request: Request) -> None:
         """Use a signature up. Raises Refused when the policy does not allow the command."""
         command, sender = request.command, request.letter.sender
-        signature = self.policy.verify(command, sender, request.now, request.attached)
-        if signature:
-            request.db.execute("DELETE FROM signatures WHERE expiry < ?", (request.now,))
-            if request.db.execute("INSERT OR IGNORE INTO signatures VALUES (?, ?)", signature).rowcount:
+        expiry = self.policy.verify(command, sender, request.now, request.attached)
+        if expiry:
+            request.db.execute("DELETE FROM used WHERE expiry < ?", (request.now,))
+            if request.db.execute("INSERT OR IGNORE INTO used VALUES (?, ?)", (command.token, expiry)).rowcount:
                 return
         if COMMANDS[command.verb].needs is Access.READ:
             return
@@ -1406,7 +1409,7 @@ class Device:
         return Answer(f"{name} = {values[name]}")
 
     def do_log(self, request: Request) -> Answer:
-        newest = "SELECT at, who, network, command, result FROM journal ORDER BY seq DESC LIMIT ?"
+        newest = "SELECT at, who, network, command, result FROM commands ORDER BY seq DESC LIMIT ?"
         rows = request.db.execute(newest, (LOG_LINES,))
         lines = [f"{iso(at)}  {who} from {network}  {command}  {result}" for at, who, network, command, result in rows]
         return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
@@ -1461,7 +1464,7 @@ class Device:
             return ""
         if to.lower() in map(str.lower, self.mailboxes) or to.lower().startswith(("mailer-daemon@", "postmaster@")):
             return ""
-        recent = "SELECT count(*) FROM journal WHERE answered = ? AND at > ? AND at <= ?"
+        recent = "SELECT count(*) FROM commands WHERE answered = ? AND at > ? AND at <= ?"
         (told,) = request.db.execute(recent, (to.lower(), request.now - 3600, request.now)).fetchone()
         return to if told < REPLIES_PER_HOUR else ""
 
@@ -1482,7 +1485,7 @@ class Device:
         return made
 
     def reply(self, request: Request, answer: Answer, to: str) -> bytes:
-        """The smtp.whole reply mail."""
+        """The whole reply mail."""
         letter, ours = request.letter, request.letter.message_id
         subject = letter.subject.rpartition(" ~")[0] if request.command.token else letter.subject
         thread = [*MESSAGE_ID.findall(letter.headers.get("references", ""))[-10:], *([ours] if ours else [])]
@@ -1494,7 +1497,7 @@ class Device:
         self, db: sqlite3.Connection, now: float, to: str, subject: str, answer: Answer,
         *, control: bool, headers: Mapping[str, str],
     ) -> bytes:  # fmt: skip
-        """A smtp.whole mail of the device; `control`: with buttons that change something."""
+        """A whole mail of the device; `control`: with buttons that change something."""
         text, files, status = answer.text or answer.result, answer.files, answer.status
         if status:
             text, shown = status_text(status), status_html(status, self.buttons(status, to, control, now))
@@ -1592,7 +1595,7 @@ class Maildir:
         self.numbers = itertools.count(1)
 
     def add(self, mail: Mail) -> None:
-        """Store the mail under its envelope; it is in `new` smtp.whole or not at all."""
+        """Store the mail under its envelope; it is in `new` whole or not at all."""
         now = time.time()
         name = f"{int(now)}.M{int(now % 1 * 1e6):06}P{os.getpid()}Q{next(self.numbers)}.{smtp.hostname()}"
         envelope = [f"Return-Path: <{mail.sender}>", *(f"Delivered-To: {who}" for who in mail.recipients), ""]

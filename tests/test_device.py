@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email
 import email.policy
 import hashlib
@@ -242,7 +243,7 @@ def test_log_holds_refused_commands_and_a_flood_of_them_hides_nothing(bench: Ben
     assert f"{OPS} from {OFFICE}  SET threshold=99  refused: 550 5.7.1 your network may only read" in lines[1]
     assert ["refused" in line for line in lines] == [True] * 10 + [False] * 10
     with bench.outbox.transaction() as db:
-        assert db.execute("SELECT count(*) FROM journal WHERE refused").fetchone() == (10,)
+        assert db.execute("SELECT count(*) FROM commands WHERE refused").fetchone() == (10,)
 
 
 def test_mail_that_the_maildir_cannot_take_is_still_answered_with_what_was_done(bench: Bench, folder: Path) -> None:
@@ -308,6 +309,21 @@ def test_state_survives_a_restart(folder: Path) -> None:
     second.outbox.close()
 
 
+def test_state_of_an_older_version_is_taken_over(folder: Path) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "device.db")) as db:
+        db.executescript("""
+            CREATE TABLE parameters(name TEXT PRIMARY KEY, value TEXT NOT NULL);
+            INSERT INTO parameters VALUES ('threshold', '77');
+            CREATE TABLE signatures(nonce BLOB PRIMARY KEY, expiry INTEGER NOT NULL);
+            CREATE TABLE journal(seq INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, network TEXT NOT NULL,
+              command TEXT NOT NULL, result TEXT NOT NULL, mail BLOB, answered TEXT);
+        """)
+    bench = Bench(folder, Policy(allow=networks(emb.PRIVATE)))
+    assert bench.value("threshold") == 77
+    assert bench.ask("CMD ARM") == "armed: off -> on" and "ARM" in bench.ask("CMD LOG")
+    bench.outbox.close()
+
+
 def test_maildir_keeps_the_newest(bench: Bench, folder: Path) -> None:
     for number in range(5):
         bench.send(f"hello {number}")
@@ -370,10 +386,10 @@ def test_policy_cell(folder: Path, who: str, cell: tuple[bool, str, str, str, st
             bench.send(subject, sender=sender, peer=peer, data=data)
             bench.replies()
         with bench.outbox.transaction() as db:
-            before = db.execute("SELECT count(*) FROM journal WHERE NOT refused").fetchone()
+            before = db.execute("SELECT count(*) FROM commands WHERE NOT refused").fetchone()
         said = bench.send(subject, sender=sender, peer=peer, data=data)
         with bench.outbox.transaction() as db:
-            done = db.execute("SELECT count(*) FROM journal WHERE NOT refused").fetchone() != before
+            done = db.execute("SELECT count(*) FROM commands WHERE NOT refused").fetchone() != before
         if who == "stranger":
             assert said.startswith("250") and not done, verb
         else:
@@ -394,6 +410,24 @@ def test_refused_signature_is_not_used_up(folder: Path) -> None:
     bench.now = NOW
     assert bench.ask(f"CMD ARM ~{token}") == "armed: off -> on"
     assert bench.send(f"CMD ARM ~{token}").startswith("550")
+    bench.outbox.close()
+
+
+def test_signature_is_known_again_by_all_of_it_and_not_by_its_nonce(folder: Path) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE), secret=SECRET))
+    arm = "CMD SET relay1=on ~nne5eaabencwpcnliwpaq7b4zmtmkyz4"
+    update = "CMD UPDATE firmware ~nne5eaabencwpcnllgeqymtmmfx4asje"
+    assert bench.ask(arm) == "relay1: off -> on"
+    assert bench.ask(update, data=b"hello").startswith("firmware: 5 bytes")
+    assert bench.send(arm).startswith("550") and bench.send(update, data=b"hello").startswith("550")
+    bench.outbox.close()
+
+
+def test_command_with_an_attachment_is_obeyed_when_signed_over_it(folder: Path) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE), secret=SECRET))
+    token = bench.device.policy.sign("RELAY 2 ON", OPS, int(NOW) + 60, b"123456", b"dat")
+    assert bench.send(f"CMD RELAY 2 ON ~{token}", data=b"tad").startswith("550")
+    assert bench.ask(f"CMD RELAY 2 ON ~{token}", data=b"dat") == "relay2: off -> on"
     bench.outbox.close()
 
 
