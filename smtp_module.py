@@ -333,6 +333,7 @@ def _date(second: int) -> str:
     return email.utils.formatdate(second, localtime=True)
 
 
+@functools.lru_cache(maxsize=64)
 def _domain(sender: str) -> str:
     domain = email.utils.parseaddr(sender)[1].rpartition("@")[2]
     return re.sub(r"[^A-Za-z0-9.-]", "", domain) or "localhost"
@@ -344,10 +345,11 @@ def message_id(key: str, sender: str) -> str:
 
 
 def _text_part(subtype: str, text: str) -> list[bytes]:
-    text = re.sub("\r\n|\r|\n", "\r\n", text)
+    text = text.replace("\n", "\r\n") if "\r" not in text else re.sub("\r\n|\r|\n", "\r\n", text)
     text += "" if text.endswith("\r\n") else "\r\n"
+    plain = text.isascii() and not any(odd in text for odd in ("\0", "\x7f", "--=_"))
     head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: "
-    if text.isascii() and not re.search("[\0\x7f]|--=_", text) and max(map(len, text.split("\r\n"))) < 900:
+    if plain and max(map(len, text.split("\r\n"))) < 900:
         return [f"{head}7bit\r\n\r\n{text}".encode("ascii")]
     encoded = base64.b64encode(text.encode("utf-8", "replace"))
     return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(encoded)]
@@ -457,10 +459,10 @@ OUR_STEPS = frozenset({"resolve", "connect", "tls", "greeting", "ehlo", "login",
 
 def judge(step: str, code: int, reply: bytes | str) -> Outcome:
     """The verdict for a reply code at a step. Anything that is not a clear yes or no is a later."""
+    if 200 <= code < 400:
+        return Outcome(Verdict.SENT, code, "", step)
     words = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else reply
     detail = printable(" ".join(words.split()))
-    if 200 <= code < 400:
-        return Outcome(Verdict.SENT, code, detail, step)
     enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", detail)
     status = enhanced[0] if enhanced else ""
     if code == 552 and step == "rcpt" and not status:  # old servers mean "too many recipients" (RFC 5321 4.5.3.1.10)
