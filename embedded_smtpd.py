@@ -164,7 +164,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
     for sock in sockets:
         sock.setblocking(False)
         address = sock.getsockname()
-        log.info("listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
+        always = max(logging.INFO, log.getEffectiveLevel())  # who started it waits for this line
+        log.log(always, "listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
     return sockets
 
 
@@ -1710,11 +1711,9 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
 
 
 def camera_name(recipient: str, facts: Mapping[str, str]) -> str:
-    local, plus, detail = recipient.partition("@")[0].partition("+")
-    if plus:
-        return detail
-    both = f"{facts['device']} {facts['number']}" if facts["device"] and facts["number"] else ""
-    return facts["name"] or both or local
+    local, _, detail = recipient.partition("@")[0].partition("+")
+    device = f"{facts['device']} {facts['number']}".strip() if facts["device"] else ""
+    return detail or facts["name"] or device or local
 
 
 def text_and_picture(content: bytes) -> tuple[str, Part | None]:
@@ -1790,7 +1789,11 @@ class RelayTransport:
     def deliver(self, envelope: smtp.Envelope) -> dict[str, smtp.Outcome]:
         event = json.loads(b"".join(envelope.data)) | ({"token": self.token} if self.token else {})
         try:
-            outcome = self._judge(self._ask(json.dumps(event).encode("ascii") + b"\n"))
+            said = self._ask(event)
+            if said.get("error") == "too_large" and event.pop("image_b64", None):
+                log.warning("%(event)s of %(camera)s is too large for the relay: it goes without its picture", event)
+                said = self._ask(event)
+            outcome = self._judge(said)
         except smtp.Unavailable as error:
             outcome = error.outcome
         except (OSError, ValueError) as error:
@@ -1799,10 +1802,10 @@ class RelayTransport:
             self.close()
         return dict.fromkeys(envelope.recipients, outcome)
 
-    def _ask(self, line: bytes) -> dict[str, Any]:
+    def _ask(self, event: Mapping[str, Any]) -> dict[str, Any]:
         self.open()
         assert self.file is not None
-        self.file.write(line)
+        self.file.write(json.dumps(event).encode("ascii") + b"\n")
         self.file.flush()
         answer = self.file.readline(RECV_BYTES)
         said = json.loads(answer) if answer.endswith(b"\n") else None
@@ -1814,7 +1817,7 @@ class RelayTransport:
         if said.get("ok") is True:
             return smtp.Outcome(smtp.Verdict.SENT)
         words = printable(f"{said.get('error')}: {said.get('detail')}")
-        if said.get("error") not in {"bad_json", "bad_event", "too_large"}:
+        if said.get("error") not in {"bad_event", "too_large"}:
             return self._later("data", words)
         log.error("the relay refused an event, it is dropped: %s", words)
         return smtp.Outcome(smtp.Verdict.REFUSED, detail=words, step="data")
@@ -1838,7 +1841,7 @@ def run(
     app: Device | DebugReceiver | CameraMails, *, courier: smtp.Courier | None = None,
 ) -> int:  # fmt: skip
     """Serve until the stop signal, with the courier at work; the exit code."""
-    server = Server(timeout=settings.read("DEVICE_TIMEOUT", smtp.duration, 60.0))
+    server = Server(timeout=settings.read("DEVICE_TIMEOUT", above_zero(smtp.duration), 60.0))
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, server.stop)
     trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
@@ -1859,10 +1862,10 @@ def run(
             variable, default = ("--port", 1025) if args.debug else ("DEVICE_PORT", 2525)
             host, number = settings.read("DEVICE_HOST", str, "localhost"), settings.read(variable, smtp.port, default)
             try:
-                server.listeners = listen(host, number)
-            except OSError as error:
-                log.error("cannot listen on %s port %d: %s", host, number, error.strerror or error)
-                return smtp.EX_UNAVAILABLE
+                server.listeners = listen(host.strip("[]"), number)
+            except (OSError, UnicodeError) as error:  # UnicodeError: no name looks like that
+                where = f"cannot listen on '{printable(host)}' port {number}"
+                raise ConfigError(f"DEVICE_HOST, {variable}: {where}: {getattr(error, 'strerror', error)}") from None
         if courier:
             courier.start()
             stack.callback(courier.stop)
@@ -1891,7 +1894,8 @@ def safely(act: Callable[..., bytes | None], *values: object, **named: object) -
 
 def run_debug(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> int:
     """--debug: every mail for any mailbox is shown."""
-    maildir = Maildir(Path(args.maildir)) if args.maildir else None
+    path = settings.read("--maildir", folder, None)
+    maildir = Maildir(path) if path else None
     app = DebugReceiver(sys.stderr if args.stdio else sys.stdout, maildir, args.quiet)
     code = run(settings, args, policy, replace(rules, user=b"", password=b"", any_login=True), app)
     app.idle(last=True)
@@ -1906,7 +1910,7 @@ def run_device(settings: Settings, args: argparse.Namespace, policy: Policy, rul
     for address in mailboxes:
         known |= {address.lower(), f"postmaster@{address.rpartition('@')[2]}".lower()}
     config = smtp.SMTPConfig.from_settings(settings)
-    state = Path(settings.read("DEVICE_STATE", str, "device-state"))
+    state = settings.read("DEVICE_STATE", folder, STATE)
     with contextlib.closing(Outbox(state / "device.db", schema=TABLES)) as outbox:
         device = Device(outbox, policy, mailboxes, maildir=Maildir(state / "mail", KEPT_MAILS))
         device.sender = settings.read("SMTP_FROM", str, mailboxes[0])
@@ -1920,27 +1924,25 @@ def run_device(settings: Settings, args: argparse.Namespace, policy: Policy, rul
 
 def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> int:
     """--to-relay: mails of cameras become events."""
-    host, _, number = args.to_relay.rpartition(":")
     try:
-        relay = functools.partial(RelayTransport, host.strip("[]") or "127.0.0.1", smtp.port(number))
+        host, number = host_and_port(args.to_relay)
     except ValueError as error:
-        raise ConfigError(f"--to-relay: {error}; write HOST:PORT") from None
-    token = settings.secret("ALERT_TOKEN")
-    state = Path(settings.read("DEVICE_STATE", str, "device-state"))
-    with contextlib.closing(Outbox(state / "to-relay.db")) as outbox:
+        raise ConfigError(f"--to-relay: {error}") from None
+    relay = functools.partial(RelayTransport, host, number, settings.secret("ALERT_TOKEN"))
+    with contextlib.closing(Outbox(settings.read("DEVICE_STATE", folder, STATE) / "to-relay.db")) as outbox:
         app = CameraMails(outbox)
         wait = functools.partial(smtp.Courier, retry_first=1, retry_max=RELAY_RETRY_SECONDS, max_age=math.inf)
-        courier = wait(outbox, app, lambda: relay(token))
+        courier = wait(outbox, app, relay)
         app.ring = courier.ring
         rules = replace(rules, lenient=True, any_login=not rules.user)
         return run(settings, args, policy, rules, app, courier=courier)
 
 
-def run_sign(args: argparse.Namespace, policy: Policy) -> int:
+def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> int:
     """--sign: print the Subject of a signed command."""
     words = " ".join(args.sign.split())
     words = words[4:] if words.upper().startswith("CMD ") else words
-    operator = args.operator or (policy.operators[0] if len(policy.operators) == 1 else "")
+    operator = settings.read("--operator", smtp.address, policy.operators[0] if len(policy.operators) == 1 else "")
     if not policy.secret:
         raise ConfigError("DEVICE_SECRET: missing; a signature needs the secret that the device has")
     if not operator:
@@ -1954,6 +1956,39 @@ def run_sign(args: argparse.Namespace, policy: Policy) -> int:
     expiry = int(time.time() + args.ttl)
     print(f"CMD {words} ~{policy.sign(words, operator, expiry, secrets.token_bytes(6), data)}")
     return smtp.EX_OK
+
+
+STATE = Path("device-state")
+
+
+def folder(text: str) -> Path:
+    """A folder, made where it is missing. Raises ValueError."""
+    path = Path(text)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"'{printable(text)}' is no folder that can be used: {error.strerror}") from None
+    return path
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """`localhost:5000`, `10.0.0.1:5000` or `[::1]:5000`. Raises ValueError."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([\w.-]+)):([0-9]{1,5})", text.strip(), re.ASCII)
+    if not found or not 0 < int(found[3]) < 65536:
+        raise ValueError(f"'{printable(text)}' is wrong; write HOST:PORT, an IPv6 address as [::1]:5000")
+    return found[1] or found[2], int(found[3])
+
+
+def above_zero(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A converter for what must be more than 0."""
+
+    def checked(text: str) -> Any:
+        value = convert(text)
+        if value <= 0:
+            raise ValueError(f"'{printable(text)}' is wrong; it must be more than 0")
+        return value
+
+    return checked
 
 
 def policy_from(settings: Settings) -> Policy:
@@ -1971,7 +2006,7 @@ def rules_from(settings: Settings, stdio: bool) -> Rules:
     user, password = settings.secret("DEVICE_USER"), settings.secret("DEVICE_PASS")
     if bool(user) != bool(password):
         raise ConfigError("DEVICE_USER and DEVICE_PASS: set both or neither")
-    limit = settings.read("DEVICE_MAX_MAIL", smtp.size, 16 << 20)
+    limit = settings.read("DEVICE_MAX_MAIL", above_zero(smtp.size), 16 << 20)
     cert, key = settings.read("DEVICE_TLS_CERT", str, ""), settings.read("DEVICE_TLS_KEY", str, "")
     tls = smtp.server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert or key else None
     return Rules(smtp.hostname(), limit, user=user.encode(), password=password.encode(), tls=None if stdio else tls)
@@ -2004,17 +2039,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     smtp.start_logging(args.log_level)
     flags = {"DEVICE_HOST": args.host, "DEVICE_PORT": args.port, "--port": args.port, "DEVICE_STATE": args.state}
+    flags |= {"--maildir": args.maildir, "--operator": args.operator}
     try:
         settings = Settings.load(flags, args.env_file)
         policy = policy_from(settings)
-        if args.sign:
-            return run_sign(args, policy)
-        mode = run_debug if args.debug else run_to_relay if args.to_relay else run_device
+        if args.sign is not None:
+            return run_sign(settings, args, policy)
+        mode = run_debug if args.debug else run_to_relay if args.to_relay is not None else run_device
         return mode(settings, args, policy, rules_from(settings, args.stdio))
-    except (ConfigError, smtp.SpoolError) as error:
+    except smtp.SpoolError as error:
+        log.error("DEVICE_STATE: %s", error)
+        return smtp.EX_TEMPFAIL
+    except (ConfigError, OSError) as error:
         log.error("%s", error)
-        codes = {ConfigError: smtp.EX_CONFIG, smtp.SpoolBusy: smtp.EX_TEMPFAIL}
-        return codes.get(type(error), smtp.EX_UNAVAILABLE)
+        return smtp.EX_CONFIG
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ def test_listens_on_every_address_of_a_name_and_on_both_families(start: Callable
 def test_port_that_is_taken_is_an_error_and_not_a_traceback(start: Callable[..., Program], tmp_path: Path) -> None:
     taken = debug(start).port
     second = Program(tmp_path, "--debug", "--port", str(taken), wait=False)
-    assert second.process.wait(PATIENCE) == 69
-    assert "cannot listen on localhost port" in second.logged("cannot.*").string
+    assert second.process.wait(PATIENCE) == 78
+    assert second.logged("DEVICE_HOST, --port: cannot listen on 'localhost' port")
     second.stop()
 
 
@@ -186,6 +186,14 @@ def test_port_that_is_taken_is_an_error_and_not_a_traceback(start: Callable[...,
         ({"DEVICE_TLS_CERT": "/nowhere"}, "DEVICE_TLS_CERT"),
         ({"DEVICE_MAX_MAIL": "many"}, "DEVICE_MAX_MAIL"),
         ({"DEVICE_TIMEOUT": "soon"}, "DEVICE_TIMEOUT"),
+        ({"DEVICE_TIMEOUT": "0"}, "DEVICE_TIMEOUT.*more than 0"),
+        ({"DEVICE_MAX_MAIL": "0"}, "DEVICE_MAX_MAIL.*more than 0"),
+        ({"DEVICE_HOST": "no such host"}, "DEVICE_HOST"),
+        ({"DEVICE_HOST": "a..b"}, "DEVICE_HOST"),
+        ({"DEVICE_HOST": "192.0.2.1"}, "DEVICE_HOST"),
+        ({"DEVICE_STATE": "/dev/null/x"}, "DEVICE_STATE"),
+        ({"DEVICE_ADDRESS": "x"}, "DEVICE_ADDRESS"),
+        ({"DEVICE_REPORT_TO": "x"}, "DEVICE_REPORT_TO"),
     ],
 )
 def test_wrong_setting_stops_the_start_and_names_the_variable(
@@ -195,6 +203,11 @@ def test_wrong_setting_stops_the_start_and_names_the_variable(
     assert program.process.wait(PATIENCE) == 78
     assert program.logged(names)
     program.stop()
+
+
+@pytest.mark.parametrize("level", ["debug", "error"])
+def test_where_it_listens_is_logged_whatever_the_level(start: Callable[..., Program], level: str) -> None:
+    assert debug(start, "--log-level", level).port
 
 
 def test_input_before_the_greeting_is_out_of_turn(start: Callable[..., Program]) -> None:
@@ -492,11 +505,23 @@ def test_signed_subject_of_the_command_line_controls_the_device(start: Callable[
     assert program.logged("UPDATE fw of ops@example.com")
 
 
-def test_sign_without_a_secret_says_what_is_missing(tmp_path: Path) -> None:
-    signer = Program(tmp_path, "--sign", "ARM", "--operator", "a@b.c", wait=False)
-    assert signer.logged("DEVICE_SECRET: missing")
-    assert signer.process.wait(PATIENCE) == 78
-    signer.stop()
+@pytest.mark.parametrize(
+    "flags, secret, says",
+    [
+        (("ARM", "--operator", "a@b.c"), "", "DEVICE_SECRET: missing"),
+        (("ARM",), "s", "--operator: missing"),
+        (("ARM", "--operator", "nonsense"), "s", "--operator: 'nonsense' is not a mail address"),
+        (("DANCE", "--operator", "a@b.c"), "s", "--sign: 'DANCE' is no command"),
+        (("ARM", "--operator", "a@b.c", "--file", "none"), "s", "--file: none"),
+    ],
+)
+def test_sign_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], secret: str, says: str
+) -> None:
+    monkeypatch.setenv("DEVICE_SECRET", secret)
+    assert emb.main(["--sign", *flags]) == 78
+    captured = capsys.readouterr()
+    assert says in captured.err and not captured.out
 
 
 def test_network_that_is_not_allowed_gets_554(start: Callable[..., Program]) -> None:

@@ -70,6 +70,9 @@ def written(text: str, subject: str = "Alert", encoding: str = "7bit") -> bytes:
             "Embedded Net DVR A1",
         ),
         (HIKVISION.replace("Tampering Alarm", "Video Signal Lost"), "CAMERA_DISCONNECTED", "Front door"),
+        ("EVENT TYPE: Motion Detected\nIPC NAME: Driveway\n", "MOTION_DETECTED", "Driveway"),
+        ("EVENT TYPE: Motion Detected\nDVR NAME: Shed\n", "MOTION_DETECTED", "Shed"),
+        ("Alarm Event: Video Loss\nAlarm Device Name: NVR\n", "CAMERA_DISCONNECTED", "NVR"),
         ("Alarm Event: Door opened\n", "DOOR_OPENED", "alerts"),
         ("Alarm Event: Device restart\n", "SYSTEM_RESTARTED", "alerts"),
         ("Alarm Event: Something new\n", "MOTION_DETECTED", "alerts"),
@@ -113,8 +116,9 @@ def test_alarm_that_ended_is_no_event(text: str, subject: str) -> None:
 def test_detail_of_the_address_names_the_camera_before_all_else() -> None:
     made = event_of(written(REOLINK), "alerts+north gate@localhost")
     assert made and made["camera"] == "north gate"
-    made = event_of(written("x"), "garage")
-    assert made and made["camera"] == "garage"
+    for recipient, camera in (("garage", "garage"), ("alerts+@x.org", "alerts"), ("+yard@x.org", "yard"), ("@", "camera")):
+        made = event_of(written("x"), recipient)
+        assert made and made["camera"] == camera
 
 
 @pytest.mark.parametrize("picture", [JPEG, PNG])
@@ -199,7 +203,7 @@ class Relay:
 @pytest.fixture
 def relay() -> Iterator[Relay]:
     made = Relay(
-        answers=({"ok": False, "error": "bad_event", "detail": "no"}, {"ok": False, "error": "busy", "detail": "later"})
+        answers=tuple({"ok": False, "error": error, "detail": "no"} for error in ("bad_event", "busy", "bad_json"))
     )
     yield made
     made.close()
@@ -215,12 +219,32 @@ def test_refused_event_is_dropped_and_every_other_is_handed_over(tmp_path: Path,
         smtp.login("any", "login")
         for camera in ("one", "two"):
             smtp.sendmail("cam", camera, written("x"))
-    events = relay.wait_for(3)
-    assert [event["camera"] for event in events] == ["one", "two", "two"]
-    assert events[1] == events[2] and events[0]["token"] == "t0ken" and events[0]["id"] != events[1]["id"]
+    events = relay.wait_for(4)
+    assert [event["camera"] for event in events] == ["one", "two", "two", "two"]
+    assert events[1] == events[2] == events[3] and events[0]["token"] == "t0ken" and events[0]["id"] != events[1]["id"]
     assert program.logged("refused an event.*bad_event")
     assert program.stop() == 0
     assert b"t0ken" not in (tmp_path / "state" / "to-relay.db").read_bytes()
+
+
+def test_alarm_that_is_too_large_for_the_relay_goes_without_its_picture(tmp_path: Path) -> None:
+    refusal = {"ok": False, "error": "too_large", "detail": "no"}
+    relay = Relay(answers=(refusal, {"ok": True, "status": "queued"}, refusal))
+    program = receiver(tmp_path, relay.port)
+    message = EmailMessage(policy=SMTP)
+    message.set_content(REOLINK)
+    with program.smtp() as smtp:
+        smtp.sendmail("cam", "bare", written("x" * 1000))
+        message.add_attachment(JPEG, maintype="image", subtype="jpeg")
+        relay.answers.insert(0, {"ok": True, "status": "queued"})
+        smtp.sendmail("cam", "alerts", message.as_bytes())
+    events = relay.wait_for(3)
+    assert [(event["camera"], "image_b64" in event) for event in events] == [
+        ("bare", False), ("Garage", True), ("Garage", False)
+    ]  # fmt: skip
+    assert events[1]["id"] == events[2]["id"]
+    assert program.stop() == 0
+    relay.close()
 
 
 def test_event_is_kept_while_the_relay_is_away(tmp_path: Path) -> None:
@@ -251,7 +275,17 @@ def test_old_camera_that_quits_with_the_final_dot_gets_through(tmp_path: Path, r
     program.stop()
 
 
-def test_wrong_target_stops_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "target", ["nowhere", ":5000", "localhost:0", "::1:5000", "[::1:5000", "a b:5000", "localhost:65536", "localhost:", ""]
+)
+def test_wrong_target_stops_the_start(target: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(SystemExit):
         emb.main(["--to-relay"])
-    assert emb.main(["--to-relay", "nowhere", "--port", "0"]) == 78
+    assert emb.main(["--to-relay", target, "--port", "0"]) == 78
+
+
+@pytest.mark.parametrize(
+    "target, host", [("localhost:5000", "localhost"), ("10.0.0.1:5000", "10.0.0.1"), ("[::1]:5000", "::1")]
+)
+def test_target_is_a_name_or_an_address_and_a_port(target: str, host: str) -> None:
+    assert emb.host_and_port(target) == (host, 5000)
