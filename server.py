@@ -59,7 +59,8 @@ SEND_TIMEOUT_S = 30  # a peer that does not read its answers is not answered any
 HANDSHAKE_TIMEOUT_S = 10.0
 BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries; it caps this at somaxconn
 READ_BYTES = 64 << 10  # malloc maps larger buffers anew for each read
-BATCH_BYTES = 4 << 20  # what has arrived is read up to this before it is committed
+BATCH_BYTES = 4 << 20  # what has arrived is read up to this, or to so many lines, before it is committed
+LINES_AT_ONCE = 1000
 UNFINISHED_MAX_BYTES = 256 << 20  # shared by all connections: half-sent lines must not fill the memory
 UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a line outside the shared budget
 THREAD_STACK_BYTES = 512 << 10
@@ -559,6 +560,7 @@ class Lines:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._finished = 0  # bytes on the shared budget of lines that are whole, but not answered yet
         self._too_large = Refusal("too_large", f"the line is longer than {limit} bytes")
         self._forget()
 
@@ -602,7 +604,8 @@ class Lines:
 
     def _finish(self, last: bytes) -> bytes:
         line = b"".join((*self._pieces, last)) if self._length <= self._limit + 1 else bytes(self._limit + 2)
-        self.drop()
+        self._finished += self._charged
+        self._forget()
         return line
 
     def _charge(self, number: int) -> bool:
@@ -617,14 +620,21 @@ class Lines:
             Lines.held_by_all -= self._charged
         self._charged = 0
 
+    def answered(self) -> None:
+        """The whole lines are done with."""
+        if self._finished:
+            with Lines._budget:
+                Lines.held_by_all -= self._finished
+            self._finished = 0
+
     def late(self, patience: float) -> bool:
         """Has the unfinished line come for longer than `patience` seconds, and more slowly than a line may?"""
         return bool(self.began) and time.monotonic() - self.began > patience + self._length / SLOWEST_BYTES_S
 
     def drop(self) -> None:
-        """Forget the unfinished line."""
-        if self._charged:
-            self._uncharge()
+        """Forget it all."""
+        self.answered()
+        self._uncharge()
         self._forget()
 
 
@@ -662,11 +672,17 @@ class Connection:
             for chunk in self._arrived():
                 more = bool(chunk)
                 lines += self._lines.feed(chunk) if chunk else self._lines.end(self._relay.stopping)
+                if len(lines) >= LINES_AT_ONCE:
+                    break
         except OSError as error:  # it counts after the lines that came before it
             log.debug("a connection ended: %s", error)
             more = False
-        answers, closes = self._relay.take(lines)
-        self._say(answers)
+        closes = False
+        while lines and not closes:  # a chunk may hold very many tiny lines
+            answers, closes = self._relay.take(lines[:LINES_AT_ONCE])
+            del lines[:LINES_AT_ONCE]
+            self._say(answers)
+        self._lines.answered()
         return more and not closes
 
     def _arrived(self) -> Iterator[bytes]:
