@@ -1065,8 +1065,8 @@ class Part(NamedTuple):
 SLOW_CHARSETS = {"idna", "punycode"}  # no mail is written in them; they take time that grows with the square
 
 
-def parts(content: bytes) -> list[Part]:
-    """The leaves of a mail in order. Raises Refused."""
+def parts(content: bytes, cut: bool = False) -> list[Part]:
+    """The leaves of a mail in order; `cut`: also of one that ends before its last delimiter. Raises Refused."""
     found: list[Part] = []
     todo = [(0, len(content), 0)]
     while todo:
@@ -1077,7 +1077,7 @@ def parts(content: bytes) -> list[Part]:
             raise Refused(CANNOT_PARSE)
         try:
             if headers.get_content_maintype() == "multipart":
-                inner = sections(content, body, end, headers.get_boundary("").encode())
+                inner = sections(content, body, end, headers.get_boundary("").encode(), cut)
                 todo += [(at, to, depth + 1) for at, to in reversed(inner)]
             else:
                 attached = headers.get_content_disposition() == "attachment"
@@ -1090,8 +1090,8 @@ def parts(content: bytes) -> list[Part]:
     return found
 
 
-def sections(content: bytes, start: int, end: int, boundary: bytes) -> list[tuple[int, int]]:
-    """Where the parts of a multipart begin and end; a missing last delimiter is forgiven. Raises Refused."""
+def sections(content: bytes, start: int, end: int, boundary: bytes, cut: bool) -> list[tuple[int, int]]:
+    """Where the parts of a multipart begin and end. Raises Refused when there is no last delimiter, unless `cut`."""
     if not 0 < len(boundary) <= 70:
         raise Refused(CANNOT_PARSE)
     pattern = re.compile(rb"--" + re.escape(boundary) + rb"(--)?[ \t]*(?:\r\n|$)")
@@ -1105,6 +1105,9 @@ def sections(content: bytes, start: int, end: int, boundary: bytes) -> list[tupl
         begun = -1 if mark[1] else mark.end()
         if mark[1] or len(spans) > PARTS:
             break
+    else:
+        if not cut:
+            raise Refused(CANNOT_PARSE)
     return spans + ([(begun, end)] if begun >= 0 else [])
 
 
@@ -1651,7 +1654,7 @@ def shown_mail(mail: Mail, number: int) -> str:
     try:
         headers, _ = read_headers(content, 0, len(content))
         lines += [f"{name}: {decode_words(value)}" for name, value in headers.items()] + [""]
-        for part in parts(content):
+        for part in parts(content, cut=True):
             if part.kind == "text/plain" and not part.is_attachment:
                 lines += part.text().splitlines()
             else:
@@ -1720,7 +1723,7 @@ def text_and_picture(content: bytes) -> tuple[str, Part | None]:
     """The first text of a mail and its first picture, whatever its label says. What cannot be read is passed over."""
     text, html_text, picture = "", "", None
     try:
-        found = parts(content)
+        found = parts(content, cut=True)
     except Refused:
         return content.partition(b"\r\n\r\n")[2].decode("utf-8", "replace"), None
     for part in found:
@@ -1842,8 +1845,6 @@ def run(
 ) -> int:  # fmt: skip
     """Serve until the stop signal, with the courier at work; the exit code."""
     server = Server(timeout=settings.read("DEVICE_TIMEOUT", above_zero(smtp.duration), 60.0))
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, server.stop)
     trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
 
     @functools.lru_cache(maxsize=256)
@@ -1857,23 +1858,38 @@ def run(
             log.warning("%s is in no network that may talk to this device", link.address)
         converse(link, session, functools.partial(safely, app.deliver, peer=link.address))
 
-    with contextlib.closing(server), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        on_stop_signals(server.stop)
+        stack.callback(on_stop_signals, signal.SIG_IGN)  # the interpreter itself would die of one while it ends
+        stack.callback(server.close)
         if not args.stdio:
-            variable, default = ("--port", 1025) if args.debug else ("DEVICE_PORT", 2525)
-            host, number = settings.read("DEVICE_HOST", str, "localhost"), settings.read(variable, smtp.port, default)
-            try:
-                server.listeners = listen(host.strip("[]"), number)
-            except (OSError, UnicodeError) as error:  # UnicodeError: no name looks like that
-                where = f"cannot listen on '{printable(host)}' port {number}"
-                raise ConfigError(f"DEVICE_HOST, {variable}: {where}: {getattr(error, 'strerror', error)}") from None
+            server.listeners = listen_as_set(settings, args.debug)
         if courier:
             courier.start()
             stack.callback(courier.stop)
+        smtp.notify("READY=1")
+        stack.callback(smtp.notify, "STOPPING=1")
         if args.stdio:
             attend(Link(Stdio(), "127.0.0.1", server))
         else:
             server.serve(attend, functools.partial(safely, app.idle))
     return smtp.EX_OK
+
+
+def on_stop_signals(act: Callable[..., object] | signal.Handlers) -> None:
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, act)
+
+
+def listen_as_set(settings: Settings, debug: bool) -> list[socket.socket]:
+    """Listen where the settings say. Raises ConfigError."""
+    variable, default = ("--port", 1025) if debug else ("DEVICE_PORT", 2525)
+    host, number = settings.read("DEVICE_HOST", str, "localhost"), settings.read(variable, smtp.port, default)
+    try:
+        return listen(host.strip("[]"), number)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name looks like that
+        where = f"cannot listen on '{printable(host)}' port {number}"
+        raise ConfigError(f"DEVICE_HOST, {variable}: {where}: {getattr(error, 'strerror', error)}") from None
 
 
 def safely(act: Callable[..., bytes | None], *values: object, **named: object) -> bytes:

@@ -342,6 +342,31 @@ def test_stop_signal_ends_a_session_and_the_program(start: Callable[..., Program
         assert sock.recv(100).startswith(b"421 4.3.2")
 
 
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no such sockets, no systemd")
+@pytest.mark.parametrize("flags", [(), ("--to-relay", "localhost:1")])
+def test_service_manager_is_told_of_start_and_stop(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE)
+        program = Program(tmp_path, "--port", "0", *flags, NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert manager.recv(100) == b"READY=1"
+        with program.smtp() as smtp:
+            assert smtp.noop()[0] == 250
+        assert program.stop() == 0
+        assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_stop_signal_right_after_the_start_and_a_second_one_are_a_clean_end(tmp_path: Path) -> None:
+    for pause in range(8):
+        program = Program(tmp_path, "--port", "0")
+        time.sleep(pause / 500)  # another moment each time
+        began = time.monotonic()
+        program.process.send_signal(signal.SIGTERM)
+        time.sleep(pause / 500)
+        program.process.send_signal(signal.SIGTERM)
+        assert program.stop() == 0 and time.monotonic() - began < 5
+
+
 def test_flood_of_connections_leaves_nothing_behind(start: Callable[..., Program]) -> None:
     program = debug(start)
     for _ in range(30):

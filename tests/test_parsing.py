@@ -154,6 +154,11 @@ def test_attachment_is_decoded_byte_for_byte(section: bytes, data: bytes) -> Non
     assert the_attachment(mixed(section, TEXT)) == data
 
 
+def test_parts_of_a_mail_that_was_cut_off_can_still_be_looked_at() -> None:
+    content = mixed(TEXT, attached(b"aGVsbG8=", b"base64")).partition(b"\r\n--bb--")[0]
+    assert [part.data() for part in parts(content, cut=True)] == [b"hello"] * 2
+
+
 def test_attachment_inside_nested_parts_is_found() -> None:
     inner = mixed(TEXT, attached(b"aGVsbG8=", b"base64"), boundary=b"in")
     assert the_attachment(mixed(inner)) == b"hello"
@@ -179,6 +184,9 @@ def test_none_or_several_attachments_are_none(sections: tuple[bytes, ...]) -> No
         b"Content-Type: multipart/mixed\r\n\r\n",
         mixed(TEXT, boundary=b"x" * 71),
         mixed(*[TEXT] * 101),
+        mixed(attached(b"aGVsbG8=", b"base64")).partition(b"--bb--")[0],
+        mixed(attached(b"hello", b"7bit")).partition(b"\r\n--bb--")[0],
+        mixed(mixed(TEXT, boundary=b"in").partition(b"--in--")[0], attached(b"hello", b"7bit")),
     ],
 )
 def test_attachment_that_is_not_exact_is_refused(content: bytes) -> None:
