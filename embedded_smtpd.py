@@ -92,6 +92,7 @@ KEPT_MAILS = 1000
 RELAY_SECONDS = 30.0  # longest wait for the relay
 RELAY_RETRY_SECONDS = 30.0
 META_LINES = 32  # of one event
+STATE = Path("device-state")  # where everything durable lies
 
 
 # ─────────────────────────────────────── Socket communication ───────────────────────────────────────
@@ -1203,6 +1204,7 @@ def networks(text: str) -> tuple[Network, ...]:
 # One SQLite file. A command, its effect, its used signature, its line in the journal and its reply are one
 # transaction, durable before the 250: exactly once follows from that.
 
+# A table whose columns change gets a new name: IF NOT EXISTS leaves one of an older version as it is.
 TABLES = """
 CREATE TABLE IF NOT EXISTS parameters(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS blocks(
@@ -1972,9 +1974,6 @@ def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> in
     expiry = int(time.time() + args.ttl)
     print(f"CMD {words} ~{policy.sign(words, operator, expiry, secrets.token_bytes(6), data)}")
     return smtp.EX_OK
-
-
-STATE = Path("device-state")
 
 
 def folder(text: str) -> Path:
