@@ -1600,6 +1600,8 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
         except smtp.SpoolError as error:
             log.error("%s", error)
     log.info("stopping")
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)  # a second one must not end what the first has begun
     smtp.notify("STOPPING=1")
     relay.stop(STOP_S / 2)
     with contextlib.suppress(smtp.SpoolError):

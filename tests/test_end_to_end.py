@@ -80,8 +80,11 @@ class Process:
     def port(self) -> int:
         return int(until(lambda: re.search(r"listening on \S+:(\d+)", "".join(self.log)))[1])
 
-    def end(self, number: int = signal.SIGTERM) -> int:
+    def signal(self, number: int) -> None:
         self._process.send_signal(number)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.signal(number)
         return self.wait()
 
     def wait(self) -> int:
@@ -239,6 +242,15 @@ def test_a_signal_ends_the_relay_in_time_with_exit_0(start: Any, mailbox: Mailbo
         began = time.monotonic()
         assert process.end(number) == 0
         assert time.monotonic() - began < 5
+
+
+def test_signals_in_a_row_still_end_the_relay_with_exit_0(start: Any, mailbox: Mailbox) -> None:
+    process = relay(start, mailbox)
+    process.port()
+    for _ in range(20):
+        process.signal(signal.SIGTERM)
+        time.sleep(0.005)
+    assert process.wait() == 0
 
 
 def test_systemd_is_told_when_the_relay_is_ready_and_when_it_stops(start: Any, mailbox: Mailbox, tmp_path: Path) -> None:
