@@ -80,11 +80,11 @@ class Process:
     def port(self) -> int:
         return int(until(lambda: re.search(r"listening on \S+:(\d+)", "".join(self.log)))[1])
 
-    def signal(self, number: int) -> None:
+    def hit(self, number: int) -> None:
         self._process.send_signal(number)
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        self.signal(number)
+        self.hit(number)
         return self.wait()
 
     def wait(self) -> int:
@@ -248,7 +248,7 @@ def test_signals_in_a_row_still_end_the_relay_with_exit_0(start: Any, mailbox: M
     process = relay(start, mailbox)
     process.port()
     for _ in range(20):
-        process.signal(signal.SIGTERM)
+        process.hit(signal.SIGTERM)
         time.sleep(0.005)
     assert process.wait() == 0
 
