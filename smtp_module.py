@@ -75,6 +75,7 @@ LINGER_S = 1.0  # a connection is kept this long after the last mail: the next s
 PROBE_MAX_S = 60.0  # an unreachable server is tried at least once a minute: a router comes back unannounced
 TICK_S = 0.5  # requests of the command line and retries are noticed within this
 HOUSEKEEPING_S = 60.0
+BRISK_S = 0.25  # a batch that goes out within this is quick
 BATCH_MAILS = 32  # mails frozen by one commit
 PAGE_ROWS = 200  # read at once
 DAY_S = 86400.0
@@ -1726,6 +1727,7 @@ class Courier:
         self._ready: deque[Mail] = deque()  # frozen, to be carried next
         self._busy: set[int] = set()  # what is in _ready or under way, and nobody else may take
         self._batch, self._batch_began = 1, 0.0
+        self._carrying = 0  # senders at work
         self._history = outbox.begun(clock() - owner.window) if owner.window else History()
         self._fresh: int | None = None  # the newest row at the last look, while there is a backlog
         self._replan()
@@ -1819,7 +1821,7 @@ class Courier:
         planned anew.
         """
         with self._lock:
-            if not self._ready and not self._due():
+            if self._brisk() or (not self._ready and not self._due()):
                 return False
         if not self._opened(transport):
             return False
@@ -1827,7 +1829,8 @@ class Courier:
             if not self._ready and self._due():
                 self._freeze()
             mail = self._ready.popleft() if self._ready else None
-            if self._ready:
+            self._carrying += mail is not None
+            if self._ready and not self._brisk():
                 with self._ringing:
                     self._nudge()
         if mail:
@@ -1835,8 +1838,13 @@ class Courier:
                 self._carry(mail, transport)
             finally:
                 with self._lock:
+                    self._carrying -= 1
                     self._busy.discard(mail.number)
         return True
+
+    def _brisk(self) -> bool:
+        """Is another sender at work, and so quickly that a second one would only take the interpreter from it?"""
+        return bool(self._carrying) and self._batch == BATCH_MAILS and time.monotonic() - self._batch_began < BRISK_S
 
     def _opened(self, transport: Transport) -> bool:
         began = time.monotonic()
@@ -1913,7 +1921,7 @@ class Courier:
     def _freeze(self) -> None:
         """Freeze what is due; batches grow while they go out quickly, and shrink when they do not."""
         took, self._batch_began = time.monotonic() - self._batch_began, time.monotonic()
-        if took < 0.25:
+        if took < BRISK_S:
             self._batch = min(BATCH_MAILS, self._batch * 2)
         elif took > 1:
             self._batch = max(1, self._batch // 2)
