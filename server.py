@@ -186,7 +186,7 @@ class Quiet:
         days, _, hours = re.sub(r"\s*-\s*", "-", text).rpartition(" ")
         start, dash, end = hours.partition("-")
         if not dash or start == end:
-            raise ValueError("it needs two times; write them like 22:00-07:00, or 00:00-24:00 for the whole day")
+            raise ValueError("it needs two times; write them like 22:00-07:00")
         return cls(weekdays(days), clock_time(start), dt.time() if end == "24:00" else clock_time(end))
 
     def window(self, day: dt.date) -> tuple[float, float] | None:

@@ -534,7 +534,8 @@ ADVICE = (
      "The server turns this machine away: port 25 of a provider is for servers; use 587 or 465 with a login."),
     ("greeting|ehlo|login|mail", "", "^4",
      "The server is busy or wants us to come back later; that happens by itself."),
-    ("rcpt", "", "relay", "The server wants a login before it takes mail for others: set SMTP_USER and SMTP_PASS."),
+    ("rcpt", "", "relay",
+     "The server takes no mail for others from us: log in (SMTP_USER, SMTP_PASS), or check the recipient's address."),
     ("rcpt", "", "^55[013]", "The server does not take mail for this recipient: check the address."),
 )  # fmt: skip
 
