@@ -152,7 +152,7 @@ def film(path: Path, seconds: int = 60) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def motion() -> Iterator[Motion]:
     if not (shutil.which("motion") and shutil.which("ffmpeg")):
         pytest.skip("not installed: motion, ffmpeg")
