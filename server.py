@@ -35,6 +35,7 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -61,6 +62,7 @@ BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries;
 READ_BYTES = 64 << 10  # malloc maps larger buffers anew for each read
 BATCH_BYTES = 4 << 20  # what has arrived is read up to this, or to so many lines, before it is committed
 LINES_AT_ONCE = 1000
+DISK_ROOM_BYTES = 64 << 20
 UNFINISHED_MAX_BYTES = 256 << 20  # shared by all connections: half-sent lines must not fill the memory
 UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a line outside the shared budget
 THREAD_STACK_BYTES = 512 << 10
@@ -787,7 +789,8 @@ class Relay:
             receipts = self._outbox.put([event.item for event in events])
         except smtp.SpoolError as error:
             full = isinstance(error, smtp.SpoolFull)
-            if full and len(events) > 1:  # what fits is taken
+            if full and len(events) > 1 and shutil.disk_usage(self._outbox.path.parent).free > DISK_ROOM_BYTES:
+                # ALERT_SPOOL_MAX is reached: what fits is taken. A full disk's last room is for bookkeeping.
                 return [receipt for event in events for receipt in self._journal([event])]
             self._complain(error)
             sentence = "no room is left for alerts; try again later" if full else "the disk failed; try again later"
