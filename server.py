@@ -50,7 +50,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import smtp_module as smtp
 from smtp_module import ConfigError, Draft, Envelope, History, Item, Mail, NewItem, Outbox, Plan, Settings, Waiting
@@ -1274,54 +1274,30 @@ WORDS = {
 URGENT = {"DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED"}
 RED, BLUE, GREEN = "#b3261e", "#1f4e79", "#2e6b3f"
 
-PAGE = """<!DOCTYPE html>
-<html lang="{lang}" dir="{dir}"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light"></head>
-<body style="margin:0;padding:0;background:#eef1f4">
-<table role="presentation" dir="{dir}" align="center" width="640" cellpadding="0" cellspacing="0"
- style="width:100%;max-width:640px;margin:0 auto;background:#ffffff;color:#1c2733;
-font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif">
-<tr><td bgcolor="{colour}" style="padding:14px 16px;background:{colour};color:#ffffff">
-<div style="font-size:22px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
-<div style="font-size:19px;line-height:1.4;word-break:break-word"><bdi>{where}</bdi></div>
-<div style="font-size:16px;line-height:1.5"><bdi>{when}</bdi></div></td></tr>
-{pictures}<tr><td style="padding:10px 10px 16px">
-<table width="100%" cellpadding="0" cellspacing="0" style="font-size:15px;line-height:1.4">
-{rows}</table>
-{notes}</td></tr>
-</table></body></html>
-"""
-PICTURE = """<td width="{share}%" style="padding:2px 0;vertical-align:top">
-<img src="cid:{cid}" alt="{caption}" width="{width}" style="display:block;width:100%;height:auto;border:0">
-{below}</td>"""
-CAPTION = '<div style="padding:2px 6px;font-size:13px;color:#4f5b66"><bdi>{caption}</bdi></div>'
-CELL = '<td style="padding:5px 6px;border-bottom:1px solid #e3e8ec;vertical-align:top;{style}"><bdi>{text}</bdi></td>'
-LINK = '<a href="{link}" style="color:#1f4e79">{link}</a>'
-NOTE = '<p style="margin:10px 6px 0;font-size:14px;line-height:1.5;color:{colour}"><bdi>{text}</bdi></p>\n'
 
-
-@dataclass(frozen=True)
-class Shown:
-    """An event as its reader sees it."""
+class Shown(NamedTuple):
+    """An event as its reader sees it: `when` it was, and what a clock on the wall said then."""
 
     id: str
     event: str
     camera: str
-    when: dt.datetime
     content: Mapping[str, Any]
+    when: dt.datetime
+    day: str
+    clock: str
+    offset: str
 
     @classmethod
     def of(cls, item: Item) -> Shown:
-        content = json.loads(item.payload)
+        content = _decode(item.payload.decode("utf-8"))
         stamp = content.get("timestamp")
-        when = event_time(stamp) if stamp else dt.datetime.fromtimestamp(item.arrived, dt.UTC)
-        return cls(item.id, content["event"], content["camera"], when, content)
-
-    def local(self, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-        return f"{self.when.astimezone():{form}}"
+        when = dt.datetime.fromisoformat(stamp) if stamp else dt.datetime.fromtimestamp(item.arrived, dt.UTC)
+        local = when.astimezone().isoformat(" ", "seconds")  # strftime takes four times as long
+        day, clock, offset = local[:10], local[11:19], local[19:].replace(":", "")
+        return cls(item.id, content["event"], content["camera"], content, when, day, clock, offset)
 
     def utc(self) -> str:
-        return f"{self.when:%Y-%m-%dT%H:%M:%SZ}"
+        return f"{self.when.isoformat()[:19]}Z"
 
 
 @dataclass
@@ -1346,17 +1322,15 @@ class Renderer:
 
     def __init__(self, config: RelayConfig) -> None:
         self._config = config
-        self._lang = LANGS.index(config.lang)
+        lang = LANGS.index(config.lang)
+        self._words = {key: words[lang] for key, words in WORDS.items()}
+        self._events = {name: words[lang] for name, words in EVENT_WORDS.items()}
         self._address = smtp.address(config.sender)
         self._domain = self._address.rpartition("@")[2]
 
-    def word(self, key: str, **values: object) -> str:
-        """The words for a key."""
-        return WORDS[key][self._lang].format(**values)
-
     def event(self, name: str) -> str:
         """The words for an event; one that is not known stands for itself."""
-        return EVENT_WORDS[name][self._lang] if name in EVENT_WORDS else name
+        return self._events.get(name, name)
 
     def render(self, mail: Mail, items: Sequence[Item]) -> Envelope:
         """The mail as it goes out."""
@@ -1368,40 +1342,42 @@ class Renderer:
         else:
             letter = self._digest(mail, shown, items)
         if mail.failed:
-            letter.alarm = f"{self.word('failed', count=mail.failed)}\n{mail.why}"
+            letter.alarm = f"{self._words['failed'].format(count=mail.failed)}\n{mail.why}"
         data = smtp.compose_pieces(
             sender=self._config.sender,
             to=mail.recipients,
             subject=letter.subject,
             text=draw_text(letter),
-            html=draw_page(letter, LANGS[self._lang]),
-            attachments=(*(part for _, part in letter.pictures), *letter.files),
+            html=draw_page(letter, self._config.lang),
+            attachments=[*(part for _, part in letter.pictures), *letter.files],
             message_id=smtp.message_id(letter.key, self._address),
             headers={"Auto-Submitted": "auto-generated", **letter.headers},
         )
         return Envelope(self._address, mail.recipients, data)
 
     def _alert(self, mail: Mail, shown: Shown, item: Item) -> Letter:
-        content = shown.content
+        words, content = self._words, shown.content
         rows = [
-            (self.word("event"), shown.event),
-            (self.word("camera"), shown.camera),
-            (self.word("time"), f"{shown.local('%Y-%m-%d %H:%M:%S %z')}\n{shown.utc()} (UTC)"),
-            *((key[:100], _plain(value)) for key, value in content.get("meta", {}).items()),
+            (words["event"], shown.event),
+            (words["camera"], shown.camera),
+            (words["time"], f"{shown.day} {shown.clock} {shown.offset}\n{shown.utc()} (UTC)"),
         ]
+        if meta := content.get("meta"):
+            rows += [(key[:100], _plain(value)) for key, value in meta.items()]
         if "last_seen" in content:
-            rows.append((self.word("last_seen"), f"{event_time(content['last_seen']).astimezone():%Y-%m-%d %H:%M:%S}"))
+            last_seen = dt.datetime.fromisoformat(content["last_seen"]).astimezone()
+            rows.append((words["last_seen"], last_seen.isoformat(" ")[:19]))
         if "gone_s" in content:
-            rows.append((self.word("gone"), self._span(content["gone_s"])))
+            rows.append((words["gone"], self._span(content["gone_s"])))
         if link := content.get("image_url", ""):
-            rows.append((self.word("link"), link))
+            rows.append((words["link"], link))
         if why := content.get("dropped") or (mail.bare and "image" in content and "too_big"):
-            rows.append((self.word("dropped"), self.word(why)))
-        thread = hashlib.sha256(f"{shown.camera}\n{shown.local('%Y-%m-%d')}".encode()).hexdigest()[:32]
+            rows.append((words["dropped"], words[why]))
+        thread = hashlib.sha256(f"{shown.camera}\n{shown.day}".encode()).hexdigest()[:32]
         return Letter(
             subject=f"DVR ALERT: {shown.event} - {shown.camera}",
             key=f"alert:{shown.id}",
-            head=(self.event(shown.event), shown.camera, shown.local("%H:%M:%S, %Y-%m-%d")),
+            head=(self.event(shown.event), shown.camera, f"{shown.clock}, {shown.day}"),
             colour=RED if shown.event in URGENT else BLUE,
             rows=rows,
             link=link,
@@ -1416,117 +1392,142 @@ class Renderer:
             if picture := item.picture():
                 kind, cid = picture_type(picture)[0], f"picture{len(found)}@{self._domain}"
                 part = smtp.Attachment(shown.content["image"], kind, base64=picture, cid=cid)
-                found.append((f"{shown.local('%H:%M:%S')}, {self.event(shown.event)}, {shown.camera}", part))
+                found.append((f"{shown.clock}, {self.event(shown.event)}, {shown.camera}", part))
                 if len(found) == DIGEST_PICTURES:
                     break
         return found
 
     def _span(self, seconds: float) -> str:
         """A length of time for people."""
-        *units, smallest = zip(self.word("units").split(), (86400, 3600, 60, 1), strict=True)
+        *units, smallest = zip(self._words["units"].split(), (86400, 3600, 60, 1), strict=True)
         unit, size = next(((unit, size) for unit, size in units if seconds >= 2 * size), smallest)
         return f"{seconds / size:.0f} {unit}"
 
     def _digest(self, mail: Mail, shown: list[Shown], items: Sequence[Item]) -> Letter:
+        words = self._words
         pairs = sorted(zip(shown, items, strict=True), key=lambda pair: pair[0].when)
         shown = [one for one, _ in pairs]
-        count = len(shown)
+        first, last, count = shown[0], shown[-1], len(shown)
         cameras, events = _few(one.camera for one in shown), _few(one.event for one in shown)
         letter = Letter(
             subject=f"DVR ALERT: {count} alerts - {events} - {cameras}",
             key="digest:" + "\n".join(sorted(one.id for one in shown)),
             head=(
-                f"{self.word('alerts', count=count)}: {_few(self.event(one.event) for one in shown)}",
+                f"{words['alerts'].format(count=count)}: {_few(self.event(one.event) for one in shown)}",
                 cameras,
-                f"{shown[0].local()} - {shown[-1].local()}",
+                f"{first.day} {first.clock} - {last.day} {last.clock}",
             ),
             colour=RED if any(one.event in URGENT for one in shown) else BLUE,
-            rows=[(one.local("%m-%d %H:%M:%S"), self.event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
+            rows=[(f"{one.day[5:]} {one.clock}", self.event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
             pictures=self._pictures(mail, reversed(pairs)),
             files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown))],
         )
         if count > DIGEST_ROWS:
-            letter.notes.append(self.word("more", shown=DIGEST_ROWS, count=count))
+            letter.notes.append(words["more"].format(shown=DIGEST_ROWS, count=count))
         if mail.bare and any("image" in one.content for one in shown):
-            letter.notes.append(f"{self.word('dropped')}: {self.word('too_big')}")
+            letter.notes.append(f"{words['dropped']}: {words['too_big']}")
         return letter
 
     def _summary(self, shown: Shown) -> Letter:
-        meta, day = shown.content["meta"], shown.local("%Y-%m-%d")
+        words, meta = self._words, shown.content["meta"]
         lanes = [(split_lane(lane), number) for lane, number in meta["lanes"]]
         return Letter(
-            subject=f"DVR summary: {day} - {meta['received']} alerts, {meta['queued']} waiting,"
+            subject=f"DVR summary: {shown.day} - {meta['received']} alerts, {meta['queued']} waiting,"
             f" {meta['failed']} failed, {len(meta['silent'])} silent",
             key=f"summary:{shown.id}",
-            head=(self.word("summary"), smtp.hostname(), shown.local("%H:%M, %Y-%m-%d")),
+            head=(words["summary"], smtp.hostname(), f"{shown.clock[:5]}, {shown.day}"),
             colour=RED if meta["failed"] or meta["silent"] else GREEN,
             rows=[
-                (self.word("received"), str(meta["received"])),
-                (self.word("queued"), str(meta["queued"])),
-                (self.word("failures"), f"{meta['failed']}\n{meta['why']}".strip()),
-                (self.word("silent"), ", ".join(meta["silent"]) or self.word("none")),
+                (words["received"], str(meta["received"])),
+                (words["queued"], str(meta["queued"])),
+                (words["failures"], f"{meta['failed']}\n{meta['why']}".strip()),
+                (words["silent"], ", ".join(meta["silent"]) or words["none"]),
                 *((f"{self.event(event)}, {camera}", str(number)) for (event, camera), number in lanes),
             ],
-            notes=[self.word("absence")],
+            notes=[words["absence"]],
         )
 
 
 def draw_text(letter: Letter) -> str:
     """The plain text of a mail."""
-    rows = [(": " if len(row) == 2 else "  ").join(row) for row in letter.rows]
-    blocks = ["\n".join(letter.head), "\n".join(row.replace("\n", "\n  ") for row in rows), *letter.notes, letter.alarm]
-    lines = "\n\n".join(filter(None, blocks)).split("\n")
-    return "".join(f"{_clean(line)}\n" for line in lines)
+    rows = [(": " if len(row) == 2 else "  ").join(row).replace("\n", "\n  ") for row in letter.rows]
+    blocks = ["\n".join(letter.head), "\n".join(rows), *letter.notes, letter.alarm]
+    return _clean("\n\n".join(filter(None, blocks))) + "\n"
 
 
 def draw_page(letter: Letter, lang: str) -> str:
-    """The HTML of a mail: every value is escaped here, and only here."""
+    """The HTML of a mail. Every value goes through `_escape`."""
+    direction, colour = "rtl" if lang == "fa" else "ltr", letter.colour
     what, where, when = map(_escape, letter.head)
-    return PAGE.format(
-        lang=lang,
-        dir="rtl" if lang == "fa" else "ltr",
-        colour=letter.colour,
-        what=what,
-        where=where,
-        when=when,
-        pictures="".join(_picture_rows(letter.pictures)),
-        rows="".join(_table_row(row, letter.link) for row in letter.rows),
-        notes="".join(NOTE.format(colour="#4f5b66", text=_escape(note)) for note in letter.notes)
-        + (NOTE.format(colour=RED, text=_escape(letter.alarm)) if letter.alarm else ""),
-    )
+    rows = "".join([_table_row(row, letter.link) for row in letter.rows])
+    notes = "".join([_note(note, "#4f5b66") for note in letter.notes])
+    alarm = _note(letter.alarm, RED) if letter.alarm else ""
+    return f"""<!DOCTYPE html>
+<html lang="{lang}" dir="{direction}"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light"></head>
+<body style="margin:0;padding:0;background:#eef1f4">
+<table role="presentation" dir="{direction}" align="center" width="640" cellpadding="0" cellspacing="0"
+ style="width:100%;max-width:640px;margin:0 auto;background:#ffffff;color:#1c2733;
+font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif">
+<tr><td bgcolor="{colour}" style="padding:14px 16px;background:{colour};color:#ffffff">
+<div style="font-size:22px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
+<div style="font-size:19px;line-height:1.4;word-break:break-word"><bdi>{where}</bdi></div>
+<div style="font-size:16px;line-height:1.5"><bdi>{when}</bdi></div></td></tr>
+{_picture_rows(letter.pictures)}<tr><td style="padding:10px 10px 16px">
+<table width="100%" cellpadding="0" cellspacing="0" style="font-size:15px;line-height:1.4">
+{rows}</table>
+{notes}{alarm}</td></tr>
+</table></body></html>
+"""
 
 
-def _picture_rows(pictures: Sequence[tuple[str, smtp.Attachment]]) -> Iterator[str]:
+def _picture_rows(pictures: Sequence[tuple[str, smtp.Attachment]]) -> str:
     """The newest over the whole width, the others side by side below it."""
+    drawn = ""
     for row in filter(None, (pictures[:1], pictures[1:])):
-        yield '<tr><td><table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>\n'
+        drawn += '<tr><td><table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>\n'
         for caption, part in row:
             text = _escape(caption)
-            below = CAPTION.format(caption=text) if len(pictures) > 1 else ""
-            yield PICTURE.format(
-                share=100 // len(row), cid=part.cid, caption=text, width=640 // len(row), below=below
-            )
-        yield "</tr></table></td></tr>\n"
+            drawn += f"""<td width="{100 // len(row)}%" style="padding:2px 0;vertical-align:top">
+<img src="cid:{part.cid}" alt="{text}" width="{640 // len(row)}" style="display:block;width:100%;height:auto;border:0">
+"""
+            if len(pictures) > 1:
+                drawn += f'<div style="padding:2px 6px;font-size:13px;color:#4f5b66"><bdi>{text}</bdi></div>'
+            drawn += "</td>"
+        drawn += "</tr></table></td></tr>\n"
+    return drawn
 
 
 def _table_row(row: Sequence[str], link: str) -> str:
-    cells = []
-    for number, cell in enumerate(row):
+    cells, colour = "", "color:#5f6b76"
+    for cell in row:
         text = _escape(cell)
-        label = "color:#5f6b76" if not number else ""
-        short = "white-space:nowrap" if len(cell) < 26 else "word-break:break-word"
-        shown = LINK.format(link=text) if link and number and cell == link else text
-        cells.append(CELL.format(style=f"{short};{label}", text=shown))
-    return f"<tr>{''.join(cells)}</tr>\n"
+        if link and cell == link and cells:
+            text = f'<a href="{text}" style="color:#1f4e79">{text}</a>'
+        wrap = "white-space:nowrap" if len(cell) < 26 else "word-break:break-word"
+        style = f"padding:5px 6px;border-bottom:1px solid #e3e8ec;vertical-align:top;{wrap};{colour}"
+        cells += f'<td style="{style}"><bdi>{text}</bdi></td>'
+        colour = ""
+    return f"<tr>{cells}</tr>\n"
+
+
+def _note(text: str, colour: str) -> str:
+    return (
+        f'<p style="margin:10px 6px 0;font-size:14px;line-height:1.5;color:{colour}"><bdi>{_escape(text)}</bdi></p>\n'
+    )
 
 
 def _escape(text: str) -> str:
     """What stands in a <bdi>: no markup, and each line with a direction of its own."""
-    return "</bdi><br><bdi>".join(html.escape(_clean(line)) for line in text.split("\n"))
+    return html.escape(_clean(text)).replace("\n", "</bdi><br><bdi>")
 
 
 def _clean(text: str) -> str:
-    return text if text.isprintable() else smtp.UNPRINTABLE.sub(" ", text)
+    """Line breaks stay; what hides or reorders text does not."""
+    if text.isprintable():
+        return text
+    lines = [line if line.isprintable() else smtp.UNPRINTABLE.sub(" ", line) for line in text.split("\n")]
+    return "\n".join(lines)
 
 
 def _plain(value: object) -> str:

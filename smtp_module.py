@@ -346,11 +346,13 @@ def message_id(key: str, sender: str) -> str:
 
 
 def _text_part(subtype: str, text: str) -> list[bytes]:
-    text = text.replace("\n", "\r\n") if "\r" not in text else re.sub("\r\n|\r|\n", "\r\n", text)
-    text += "" if text.endswith("\r\n") else "\r\n"
-    plain = text.isascii() and not any(odd in text for odd in ("\0", "\x7f", "--=_"))
+    if "\r" in text:
+        text = re.sub("\r\n|\r", "\n", text)
+    lines = text.removesuffix("\n").split("\n")
+    text = "\r\n".join((*lines, ""))
+    plain = text.isascii() and "\0" not in text and "\x7f" not in text and "--=_" not in text
     head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: "
-    if plain and max(map(len, text.split("\r\n"))) < 900:
+    if plain and max(map(len, lines)) < 900:
         return [f"{head}7bit\r\n\r\n{text}".encode("ascii")]
     encoded = base64.b64encode(text.encode("utf-8", "replace"))
     return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(encoded)]
@@ -366,14 +368,14 @@ def _file_part(part: Attachment) -> list[bytes]:
     return [head.encode("ascii"), *part.lines()]
 
 
-def _multipart(subtype: str, parts: Sequence[list[bytes]]) -> list[bytes]:
+def _multipart(subtype: bytes, parts: Sequence[list[bytes]]) -> list[bytes]:
     if len(parts) == 1:
         return parts[0]
-    boundary = f"=_{random.getrandbits(96):024x}"  # in no text that is not encoded, and Base64 has no "_"
-    pieces = [f'Content-Type: multipart/{subtype}; boundary="{boundary}"\r\n\r\n'.encode("ascii")]
+    boundary = b"=_%024x" % random.getrandbits(96)  # in no text that is not encoded, and Base64 has no "_"
+    pieces = [b'Content-Type: multipart/%b; boundary="%b"\r\n\r\n' % (subtype, boundary)]
     for part in parts:
-        pieces += [f"--{boundary}\r\n".encode("ascii"), *part, b"\r\n"]
-    return [*pieces, f"--{boundary}--\r\n".encode("ascii")]
+        pieces += [b"--%b\r\n" % boundary, *part, b"\r\n"]
+    return [*pieces, b"--%b--\r\n" % boundary]
 
 
 def compose_pieces(
@@ -396,7 +398,7 @@ def compose_pieces(
     alternatives = [_text_part("plain", text)] + ([_text_part("html", html)] if html else [])
     shown = [_file_part(part) for part in attachments if part.cid and html]
     others = [_file_part(part) for part in attachments if not (part.cid and html)]
-    related = _multipart("related", [_multipart("alternative", alternatives), *shown])
+    related = _multipart(b"related", [_multipart(b"alternative", alternatives), *shown])
     lines = [
         f"Date: {_date(int(time.time() if date is None else date))}",
         f"From: {header_address(sender)}",
@@ -407,7 +409,7 @@ def compose_pieces(
         *(f"{name}: {header_text(name, value)}" for name, value in (headers or {}).items()),
         "MIME-Version: 1.0\r\n",
     ]
-    return ["\r\n".join(lines).encode("ascii", "replace"), *_multipart("mixed", [related, *others])]
+    return ["\r\n".join(lines).encode("ascii", "replace"), *_multipart(b"mixed", [related, *others])]
 
 
 def compose(**parts: Any) -> bytes:

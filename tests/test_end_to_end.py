@@ -52,7 +52,9 @@ class Mailbox:
 
     def wait(self, number: int, seconds: float = 20.0) -> list[Any]:
         with self._arrived:
-            assert self._arrived.wait_for(lambda: len(self.mails) >= number, seconds), f"{len(self.mails)} of {number} mails"
+            assert self._arrived.wait_for(lambda: len(self.mails) >= number, seconds), (
+                f"{len(self.mails)} of {number} mails"
+            )
             return list(self.mails)
 
     def stop(self) -> None:
@@ -160,7 +162,9 @@ def queue(folder: Path) -> list[dict[str, Any]]:
 def test_an_event_with_a_picture_becomes_a_mail_with_the_picture(start: Any, mailbox: Mailbox, tmp_path: Path) -> None:
     (tmp_path / "snap.png").write_bytes(PNG)
     port = relay(start, mailbox).port()
-    done = client(tmp_path, port, "--event", "DOOR_OPENED", "--camera", "حیاط 🏠", "--image", "snap.png", "--meta", "zone=4")
+    done = client(
+        tmp_path, port, "--event", "DOOR_OPENED", "--camera", "حیاط 🏠", "--image", "snap.png", "--meta", "zone=4"
+    )
     assert done.returncode == 0, done.stderr
     (mail,) = mailbox.wait(1)
     assert mail["Subject"] == "DVR ALERT: DOOR_OPENED - حیاط 🏠"
@@ -177,7 +181,9 @@ def test_alerts_wait_while_the_mail_server_is_away_and_go_out_when_it_is_back(st
     away = socket.create_server(("127.0.0.1", 0))
     port = away.getsockname()[1]
     away.close()
-    process = relay(start, None, SMTP_HOST="127.0.0.1", SMTP_PORT=str(port), ALERT_RETRY_FIRST="0.2", ALERT_RETRY_MAX="0.5")
+    process = relay(
+        start, None, SMTP_HOST="127.0.0.1", SMTP_PORT=str(port), ALERT_RETRY_FIRST="0.2", ALERT_RETRY_MAX="0.5"
+    )
     said = send(process.port(), *({"event": "E", "camera": "c", "id": f"n{n}"} for n in range(5)))
     assert [answer["status"] for answer in said] == ["queued"] * 5
     held = until(lambda: [row for row in queue(tmp_path) if row["state"] == "held"])
@@ -212,7 +218,11 @@ def test_a_refused_alert_fails_is_told_of_and_can_be_retried(start: Any, mailbox
     send(port, {"event": "E", "camera": "c", "id": "good"})
     assert "no thanks" in mailbox.wait(1)[0].get_body(("plain",)).get_content()
     subprocess.run(
-        [sys.executable, str(ROOT / "smtp_module.py"), "retry", "bad"], cwd=tmp_path, check=True, timeout=30, capture_output=True
+        [sys.executable, str(ROOT / "smtp_module.py"), "retry", "bad"],
+        cwd=tmp_path,
+        check=True,
+        timeout=30,
+        capture_output=True,
     )
     assert mailbox.wait(2)[1]["X-Alert-Id"] == "bad"
 
@@ -253,7 +263,9 @@ def test_signals_in_a_row_still_end_the_relay_with_exit_0(start: Any, mailbox: M
     assert process.wait() == 0
 
 
-def test_systemd_is_told_when_the_relay_is_ready_and_when_it_stops(start: Any, mailbox: Mailbox, tmp_path: Path) -> None:
+def test_systemd_is_told_when_the_relay_is_ready_and_when_it_stops(
+    start: Any, mailbox: Mailbox, tmp_path: Path
+) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "notify"))
         told.settimeout(20)
@@ -300,7 +312,11 @@ def test_a_wrong_setting_stops_the_start_with_78_and_names_it(start: Any, enviro
 
 def test_no_password_or_token_reaches_the_log(start: Any, mailbox: Mailbox) -> None:
     process = relay(start, mailbox, "--log-level", "debug", ALERT_TOKEN="s3cret-token")
-    send(process.port(), {"event": "E", "camera": "c", "token": "s3cret-token"}, {"event": "E", "camera": "c", "token": "s3cret-wrong"})
+    send(
+        process.port(),
+        {"event": "E", "camera": "c", "token": "s3cret-token"},
+        {"event": "E", "camera": "c", "token": "s3cret-wrong"},
+    )
     mailbox.wait(1)
     process.end()
     assert "s3cret" not in "".join(process.log)

@@ -604,7 +604,7 @@ def fuzz(rounds: int, seed: int) -> dict[str, int]:
             parsed = parse(line)
             json.loads(server.answer(smtp.Receipt(parsed.item.id, new=True), parsed))
             shown = server.Shown.of(smtp.Item(1, parsed.item.id, parsed.item.lane, NOW, parsed.item.payload))
-            assert shown.camera == parsed.camera and shown.local() and shown.utc()
+            assert shown.camera == parsed.camera and shown.day and shown.utc()
     return counts
 
 

@@ -394,7 +394,9 @@ def test_client_cannot_write_the_daily_mail() -> None:
             server.parse_line(line.encode(), b"", 0.0)
 
 
-def test_a_camera_seen_only_just_before_a_restart_is_still_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_camera_seen_only_just_before_a_restart_is_still_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     station = Station(tmp_path, Clock(monkeypatch), "*=10s")
     station.watch.heard("new")
     station.wait(1)
