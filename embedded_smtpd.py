@@ -199,6 +199,17 @@ class Stdio:
     def close(self) -> None: ...
 
 
+def looker(sock: socket.socket | Stdio) -> Callable[[], object]:
+    """A function that says, without waiting, whether there is something to receive."""
+    if sys.platform != "win32":
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return functools.partial(poll.poll, 0)
+    if isinstance(sock, Stdio):
+        return bool  # `select` knows no files there
+    return lambda: select.select([sock], [], [], 0)[0]
+
+
 class Link:
     """One peer: reads and writes that keep to deadlines of the clock, however slowly the bytes drip.
 
@@ -209,7 +220,7 @@ class Link:
         self, sock: socket.socket | Stdio, address: str, server: Server, clock: Callable[[], float] = time.monotonic
     ):
         self.sock, self.address, self.server, self.clock = sock, address, server, clock
-        self.looks = sys.platform != "win32" or isinstance(sock, socket.socket)  # `select` knows no files there
+        self.waiting = looker(sock)
         self.since = clock()  # the last line came, or the present answer was ready
         self.ends = self.since + SESSION_SECONDS
 
@@ -235,7 +246,7 @@ class Link:
 
     def early(self) -> bytes:
         """What the peer has sent before its turn, mostly b""."""
-        if self.looks and select.select([self.sock], [], [], 0)[0]:
+        if self.waiting():
             with contextlib.suppress(BlockingIOError, TimeoutError):
                 return self.sock.recv(RECV_BYTES)
         return b""
@@ -279,18 +290,18 @@ class Link:
 def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes]) -> None:
     """Carry one session from its greeting to its end."""
     try:
-        while (event := session.next_event()) is not CLOSED:
-            if event is NEED_DATA:
+        while (due := session.due) is not None or session.state is not State.CLOSED:
+            if due is None:
                 session.receive(link.receive())
-            elif event is START_TLS and session.rules.tls:
-                link.start_tls(session.rules.tls)
-                session.tls_started()
-            elif not session.honest and (early := link.early()):
+            elif not session.stands and (early := link.early()):
                 session.receive(early)
-            elif isinstance(event, Mail):
-                session.complete(deliver(event))
+            elif isinstance(due, Mail):
+                session.complete(deliver(due))
             else:
                 link.send(session.take_reply())
+                if session.state is State.HANDSHAKE and session.rules.tls:
+                    link.start_tls(session.rules.tls)
+                    session.tls_started()
     except TimeoutError:
         session.abort(SHUTTING_DOWN if link.server.stopping else TIMED_OUT)
     except OSError as error:
@@ -438,26 +449,16 @@ def test_card(camera: int, now: float) -> bytes:
 # replies are tables; a refused command changes nothing.
 
 
-class State(enum.IntEnum):
+class State(enum.Enum):
     START = enum.auto()  # greeted, no HELO yet
     READY = enum.auto()
     SENDER = enum.auto()
     RECIPIENT = enum.auto()
     CREDENTIALS = enum.auto()  # in the middle of AUTH
-    CONTENT = enum.auto()  # between 354 and the final dot
-    WAITING = enum.auto()  # for the application to answer a mail
+    CONTENT = enum.auto()  # between 354 and the answer to the final dot
     HANDSHAKE = enum.auto()
     CLOSED = enum.auto()
 
-
-class Signal(enum.Enum):
-    REPLY = enum.auto()  # send what `take_reply` gives
-    NEED_DATA = enum.auto()
-    START_TLS = enum.auto()
-    CLOSED = enum.auto()
-
-
-REPLY, NEED_DATA, START_TLS, CLOSED = Signal
 
 READY_FOR_TLS = b"220 2.0.0 ready for TLS\r\n"
 GOODBYE = b"221 2.0.0 goodbye\r\n"
@@ -541,8 +542,8 @@ class Mail(NamedTuple):
 class Session:
     """One SMTP session without input or output.
 
-    Feed it with `receive`, ask `next_event`, send what `take_reply` gives. A Mail wants `complete`, START_TLS wants
-    `tls_started`.
+    `due` is what is to be done next: a reply to send (`take_reply`), a Mail to deliver (`complete`), or None: read
+    on (`receive`). In the state HANDSHAKE, with nothing due, it is TLS's turn (`tls_started`).
     """
 
     def __init__(
@@ -551,60 +552,52 @@ class Session:
         self.rules = rules
         self.private = private  # over loopback or TLS: a password may be said
         self.trace = trace
-        self.honest = False  # the reply that is due tells what was done: it stands, whatever comes in
-        self.state = State.START
         self.user: bytes | None = None
-        self._secure = self._esmtp = self._ended = False
+        self._secure = self._esmtp = False
         self._buffer = b""
         self._skipped = self._errors = 0
         self._answer: Step = Session._login
         self._challenge = b""
         self._forget_mail()
-        self._mail_due = Mail("", [], b"")
-        self._reply = b"220 %s ESMTP\r\n" % rules.hostname.encode("ascii", "replace")
-        if refused:
-            self._settle(NO_SERVICE, State.CLOSED)
+        self.state: State
+        self.due: bytes | Mail | None
+        self.stands: bool  # what is due is said, whatever comes in: it tells what was done
+        greeting = b"220 %s ESMTP\r\n" % rules.hostname.encode("ascii", "replace")
+        self._settle(*(NO_SERVICE, State.CLOSED) if refused else (greeting, State.START))
 
     # What the socket side calls
 
+    def receive(self, data: bytes) -> None:
+        """Take the next bytes, b"" at the end. Bytes before their turn end the session."""
+        if self.due is not None:
+            self._take_early(data)
+        elif not data:
+            self.state = State.CLOSED
+        elif self.state is State.CONTENT:
+            self._read_content(data)
+        elif self.state is not State.CLOSED:
+            self._buffer += data
+            self._read_line()
+
     def take_reply(self) -> bytes:
         """The reply to send now, b"" when none is due; then it is the peer's turn."""
-        reply, self._reply, self.honest = self._reply, b"", False
+        reply = self.due if isinstance(self.due, bytes) else b""
+        self.due, self.stands = None, False
         if self.trace:
             for line in reply.splitlines():
                 self.trace(f"S: 334 {shown(line[4:])}" if line[:4] == b"334 " else f"S: {line.decode('ascii')}")
+        if self._buffer:
+            self._read_line()  # a QUIT that came with the final dot
         return reply
-
-    def receive(self, data: bytes) -> None:
-        """Take the next bytes, b"" at the end. Bytes before their turn end the session."""
-        if not data:
-            self._ended = True
-        elif self._reply or self.state is State.WAITING:
-            self._take_early(data)
-        elif self.state is not State.CLOSED:
-            self._buffer += data
-
-    def next_event(self) -> Mail | Signal:
-        """What there is to do now: send a reply, read on, answer a Mail, shake hands or close."""
-        if not self._reply and self._buffer and self.state < State.WAITING:
-            self._read_content() if self.state is State.CONTENT else self._read_line()
-        if self._reply:
-            return REPLY
-        if self.state is State.WAITING:
-            return self._mail_due
-        if self.state is State.HANDSHAKE:
-            return START_TLS
-        return CLOSED if self._ended or self.state is State.CLOSED else NEED_DATA
 
     def complete(self, reply: bytes) -> None:
         """Give the application's answer to the mail; MAIL is needed before the next one."""
         self._forget_mail()
         self._settle(reply, State.READY)
-        self.honest = True
+        self.stands = True
 
     def tls_started(self) -> None:
         """Everything that was said in the clear is forgotten (RFC 3207 section 4.2)."""
-        self._buffer = b""
         self._esmtp = False
         self.user = None
         self._secure = self.private = True
@@ -612,41 +605,41 @@ class Session:
 
     def abort(self, reply: bytes) -> None:
         """End the session with `reply`, unless one is due that must be heard."""
-        if not self.honest:
-            self._reply = reply
-        self.honest = True
+        if not self.stands:
+            self.due = reply
+        self._buffer = b""
+        self.stands = True
         self.state = State.CLOSED
 
     # Lines and content
 
     def _read_line(self) -> None:
-        buffer = self._buffer
-        end = buffer.find(b"\n") + 1
+        line, end, self._buffer = self._buffer.partition(b"\n")
         answering = self.state is State.CREDENTIALS
-        longest = AUTH_LINE_BYTES if answering or buffer[:4].upper() == b"AUTH" else LINE_BYTES
+        longest = AUTH_LINE_BYTES if answering or line[:4].upper() == b"AUTH" else LINE_BYTES
+        too_long = self._skipped or len(line) > longest + 1
         if not end:
-            if len(buffer) > longest + 1 or self._skipped:
-                self._skipped += len(buffer)
-                self._buffer = buffer[-1:]
-                if self._skipped > SKIPPED_BYTES:
-                    self.abort(ENDLESS_LINE)
+            if too_long:
+                self._skipped += len(line)
+                line = line[-1:]
+            self._buffer = line
+            if self._skipped > SKIPPED_BYTES:
+                self.abort(ENDLESS_LINE)
             return
-        line, self._buffer = buffer[:end], buffer[end:]
-        if self._skipped or end > longest + 2:
-            self._skipped = 0
+        self._skipped = 0
+        if too_long:
             self._settle(*(ANSWER_TOO_LONG, State.READY) if answering else (LINE_TOO_LONG, self.state))
-        elif line[-2:] != b"\r\n":
+        elif not line.endswith(b"\r"):
             self._settle(BARE_LF, self.state)
         else:
-            self._settle(*self._obey(line[:-2]))
+            self._settle(*self._obey(line[:-1]))
         if self._buffer:
             self._take_early()
 
-    def _read_content(self) -> None:
-        content, before = self._content, max(0, len(self._content) - 4)
-        content += self._buffer
-        self._buffer = b""
-        end = content.find(END_OF_MAIL, before)
+    def _read_content(self, data: bytes) -> None:
+        content, known = self._content, max(0, len(self._content) - 4)
+        content += data
+        end = content.find(END_OF_MAIL, known)
         if end < 0:
             if len(content) > self.rules.max_mail + 8:  # the first two and the last four may not count
                 self._lost += len(content) - 4
@@ -654,28 +647,26 @@ class Session:
                 if self._lost > 4 * self.rules.max_mail + SKIPPED_BYTES:
                     self.abort(TOO_BIG)
             return
-        self._buffer = bytes(content[end + 5 :])
+        early = bytes(content[end + 5 :])
         del content[end + 2 :], content[:2]
         if self.trace:
             self.trace(f"C: ({len(content)} bytes of mail)")
-        if self._buffer:
-            self._take_early()
-        bare = not content.count(b"\r\n") == content.count(b"\r") == content.count(b"\n")
+        if early:
+            self._take_early(early)
+        bare = has_bare_ends(content)
         if self.state is State.CLOSED:
-            return
-        if self._lost or len(content) > self.rules.max_mail:
+            pass
+        elif self._lost or len(content) > self.rules.max_mail:
             self.complete(TOO_BIG)
         elif b"\0" in content or (bare and not self.rules.lenient):
             self.complete(BARE_BYTES)
         else:
-            self.state = State.WAITING
-            self._mail_due = Mail(self._sender, self._recipients, content, bare)
+            self.due = Mail(self._sender, self._recipients, content, bare)
 
     def _take_early(self, data: bytes = b"") -> None:
         """Input before its turn ends the session; but some cameras send QUIT with the final dot."""
         self._buffer += data
         if not (self.rules.lenient and self._buffer.upper() == b"QUIT\r\n"):
-            self._buffer = b""
             self.abort(TOO_EARLY)
 
     def _settle(self, reply: bytes, state: State) -> None:
@@ -684,9 +675,9 @@ class Session:
             self._errors += 1
             if self._errors >= ERRORS:
                 reply, state = TOO_MANY_ERRORS, State.CLOSED
-        self._reply = reply
+        self.due = reply
         self.state = state
-        self.honest = state is State.CLOSED
+        self.stands = state is State.CLOSED
 
     def _forget_mail(self) -> None:
         self._sender = ""
@@ -704,19 +695,19 @@ class Session:
         if state is State.CREDENTIALS:
             reply = self._step(line)
             return reply, state if reply.startswith(b"334") else State.READY
-        command = VERBS.get(verb)
+        if verb not in VERBS:
+            return UNKNOWN_COMMAND, state
         if line.translate(None, COMMAND_BYTES):
             eight_bit = verb in {b"MAIL", b"RCPT"} and not line.isascii()
-            return (EIGHT_BIT_ADDRESS if eight_bit else BAD_CHARACTERS if command else UNKNOWN_COMMAND), state
-        if command is None:
-            return UNKNOWN_COMMAND, state
-        act, moves = command
-        if state not in moves:
+            return EIGHT_BIT_ADDRESS if eight_bit else BAD_CHARACTERS, state
+        act, moves = VERBS[verb]
+        after = moves.get(state)
+        if after is None:
             return OUT_OF_ORDER, state
         reply = act(self, argument)
         if reply.startswith(b"334"):
             return reply, State.CREDENTIALS
-        return reply, moves[state] if reply < b"4" else state
+        return reply, after if reply < b"4" else state
 
     def _trace_line(self, line: bytes, verb: bytes, argument: bytes) -> None:
         assert self.trace is not None
@@ -897,6 +888,13 @@ def _address(path: re.Match[bytes]) -> str:
     """The address of a path; a source route is left out (RFC 5321 appendix C)."""
     address = (path[1] or path[2] or b"").decode("ascii")
     return address.partition(":")[2] if address.startswith("@") else address
+
+
+def has_bare_ends(content: bytearray) -> bool:
+    """Whether a CR or LF stands alone. The decoder of text files notes the line ends that it meets, and is quick."""
+    decoder = io.IncrementalNewlineDecoder(None, translate=False)
+    decoder.decode(content.decode("latin-1"), final=True)
+    return decoder.newlines not in {None, "\r\n"}
 
 
 def strict_base64(text: bytes) -> bytes:

@@ -37,18 +37,16 @@ class Peer:
 
     def said(self) -> str:
         replies = b""
-        while True:
-            event = self.session.next_event()
-            if event is device.REPLY:
-                replies += self.session.take_reply()
-            elif isinstance(event, Mail):
-                self.mails.append(event)
+        while (due := self.session.due) is not None:
+            if isinstance(due, Mail):
+                self.mails.append(due)
                 self.session.complete(self.answer)
-            elif event is device.START_TLS:
-                self.session.tls_started()
-                self.started_tls = True
             else:
-                return replies.decode("ascii")
+                replies += self.session.take_reply()
+        if self.session.state is State.HANDSHAKE:
+            self.session.tls_started()
+            self.started_tls = True
+        return replies.decode("ascii")
 
     def send(self, data: bytes) -> str:
         pieces = [data[at : at + self.step] for at in range(0, len(data), self.step)] if self.step else [data]
@@ -168,9 +166,8 @@ def test_command_with_a_tail_out_of_turn_ends_the_session(
 def test_input_before_the_greeting_replaces_it() -> None:
     session = Session(RULES)
     session.receive(b"EHLO x\r\n")
-    assert session.next_event() is device.REPLY
     assert session.take_reply().startswith(b"554 5.5.0")
-    assert session.next_event() is device.CLOSED
+    assert session.due is None and session.state is State.CLOSED
 
 
 def test_network_that_is_not_allowed_is_refused_in_the_greeting() -> None:
@@ -287,7 +284,6 @@ def test_mail_that_drips_in_costs_little_more_than_its_bytes() -> None:
     tracemalloc.start()
     for _ in range(20_000):
         peer.session.receive(b"x")
-        peer.session.next_event()
     ours = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*embedded_smtpd.py")])
     tracemalloc.stop()  # other threads of this process have memory of their own
     assert sum(trace.size for trace in ours.traces) < 100_000
@@ -334,7 +330,7 @@ def test_input_while_the_application_thinks_unmakes_the_mail() -> None:
     peer = Peer()
     peer.open_mail()
     peer.session.receive(b"x\r\n.\r\n")
-    assert isinstance(peer.session.next_event(), Mail)
+    assert isinstance(peer.session.due, Mail)
     peer.session.receive(b"NOOP\r\n")
     assert peer.session.state is State.CLOSED
     assert peer.said().startswith("554")
@@ -348,7 +344,7 @@ def test_what_is_cut_off_by_the_end_of_the_connection_does_nothing(sent: bytes) 
     peer.send(sent)
     peer.session.receive(b"")
     assert peer.said() == "" and not peer.mails
-    assert peer.session.next_event() is device.CLOSED
+    assert peer.closed
 
 
 def test_many_mails_in_one_session_leave_nothing_behind() -> None:
