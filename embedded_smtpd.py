@@ -52,7 +52,7 @@ import sys
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -1789,7 +1789,11 @@ class RelayTransport:
             except OSError as error:
                 raise smtp.Unavailable(self._later("connect", error)) from None
 
-    def deliver(self, envelope: smtp.Envelope) -> dict[str, smtp.Outcome]:
+    def deliver(self, envelopes: Iterable[smtp.Envelope]) -> Iterator[dict[str, smtp.Outcome]]:
+        for envelope in envelopes:
+            yield dict.fromkeys(envelope.recipients, self._hand_over(envelope))
+
+    def _hand_over(self, envelope: smtp.Envelope) -> smtp.Outcome:
         event = json.loads(b"".join(envelope.data)) | ({"token": self.token} if self.token else {})
         try:
             said = self._ask(event)
@@ -1803,7 +1807,7 @@ class RelayTransport:
             outcome = self._later("data", error)
         if outcome.ours:
             self.close()
-        return dict.fromkeys(envelope.recipients, outcome)
+        return outcome
 
     def _ask(self, event: Mapping[str, Any]) -> dict[str, Any]:
         self.open()

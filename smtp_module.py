@@ -75,7 +75,7 @@ LINGER_S = 1.0  # a connection is kept this long after the last mail: the next s
 PROBE_MAX_S = 60.0  # an unreachable server is tried at least once a minute: a router comes back unannounced
 TICK_S = 0.5  # requests of the command line and retries are noticed within this
 HOUSEKEEPING_S = 60.0
-BRISK_S = 0.25  # a batch that goes out within this is quick
+BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; what is left of it after this goes back
 BATCH_MAILS = 32  # mails frozen by one commit
 PAGE_ROWS = 200  # read at once
 DAY_S = 86400.0
@@ -716,8 +716,9 @@ class Transport(Protocol):
     def open(self) -> None:
         """Connect, if not connected. Raises Unavailable."""
 
-    def deliver(self, envelope: Envelope) -> dict[str, Outcome]:
-        """One transaction; an outcome for each recipient. Trouble of network or server is an outcome, never raised."""
+    def deliver(self, envelopes: Iterable[Envelope]) -> Iterator[dict[str, Outcome]]:
+        """One transaction each, in order; for each an outcome a recipient. Trouble of network or server is an outcome,
+        never raised."""
 
     def close(self) -> None:
         """End the connection politely, if there is one."""
@@ -805,35 +806,24 @@ class Dialogue(smtplib.SMTP):
             self._masked = False
         self._report("login", user)
 
-    def ask(self, commands: Sequence[str]) -> Iterator[tuple[int, bytes]]:
-        """The reply to each command; all are sent at once where the server offers PIPELINING (RFC 2920)."""
-        together = self.has_extn("pipelining")
-        if together:
-            self.send("".join(f"{command}\r\n" for command in commands))
+    def ask(self, commands: Sequence[str], *, asked: bool) -> Iterator[tuple[int, bytes]]:
+        """The reply to each command. `asked`: they were sent already, all at once."""
         for command in commands:
-            if not together:
+            if not asked:
                 self.putcmd(command)
-            elif self._config.trace:
-                self._config.trace(f"C: {command}")
             yield self.getreply()
 
-    def content(self, pieces: Sequence[bytes], length: int) -> tuple[int, bytes]:
-        """Send the mail and the dot; the reply."""
+    def write(self, pieces: Sequence[bytes]) -> None:
+        """Send pieces; small ones as one packet."""
         assert self.sock is not None
-        if self._config.trace:
-            self._config.trace(f"C: ({length} bytes of mail, then the dot)")
-        self.step, self.patience_s = "dot", FINAL_DOT_TIMEOUT_S
         self.sock.settimeout(self._config.timeout_s)
+        if sum(map(len, pieces)) < PIECE:
+            pieces = [b"".join(pieces)]
         try:
-            if length < PIECE:
-                self.sock.sendall(b"".join((*pieces, b".\r\n")))
-            else:
-                for piece in pieces[:-1]:
-                    self.sock.sendall(piece)
-                self.sock.sendall(pieces[-1] + b".\r\n")
+            for piece in pieces:
+                self.sock.sendall(piece)
         except ConnectionError:  # a server that hangs up in the middle of a mail has often said why
             self.patience_s = 1.0
-        return self.getreply()
 
     def putcmd(self, cmd: str, args: str = "") -> None:
         if self._config.trace:
@@ -881,12 +871,48 @@ class Dialogue(smtplib.SMTP):
 TROUBLE = (OSError, smtplib.SMTPException, ValueError)  # all that a dialogue raises
 
 
+class Parcel:
+    """An envelope made ready for the wire: dot-stuffed, its length known."""
+
+    def __init__(self, envelope: Envelope) -> None:
+        self.envelope = envelope
+        self.pieces = dot_stuffed(envelope.data)
+        self.length = sum(map(len, self.pieces))
+
+    def commands(self, smtp: Dialogue) -> list[str]:
+        """MAIL with what the server understands, RCPT… and DATA."""
+        parameters = f" SIZE={self.length}" * smtp.has_extn("size")
+        if smtp.has_extn("8bitmime") and not all(map(bytes.isascii, self.pieces)):
+            parameters += " BODY=8BITMIME"
+        recipients = [f"RCPT TO:<{name}>" for name in self.envelope.recipients]
+        return [f"MAIL FROM:<{self.envelope.sender}>{parameters}", *recipients, "DATA"]
+
+
+class Lookahead:
+    """Parcels, made one or two before their turn: while the server works on another."""
+
+    def __init__(self, envelopes: Iterable[Envelope]) -> None:
+        self._source = map(Parcel, envelopes)
+        self._made: deque[Parcel] = deque()
+
+    def see(self, number: int) -> Parcel | None:
+        """The next parcel (1), or the one after it (2)."""
+        self._made.extend(itertools.islice(self._source, max(0, number - len(self._made))))
+        return self._made[number - 1] if len(self._made) >= number else None
+
+    def take(self) -> Parcel | None:
+        """The next parcel, which is no longer ahead."""
+        return self._made.popleft() if self.see(1) else None
+
+
 class SMTPTransport:
     """One connection to the configured server, kept while there is work."""
 
     def __init__(self, config: SMTPConfig, report: Callable[[str, str], None] = lambda step, words: None) -> None:
         self._config, self._report = config, report
         self._smtp: Dialogue | None = None
+        self._begun: Parcel | None = None  # its commands went with the dot of the one before
+        self._begins_early = True
 
     def open(self) -> None:
         """Connect and log in, unless connected. Raises Unavailable."""
@@ -900,57 +926,96 @@ class SMTPTransport:
             raise Unavailable(replace(judge_error(smtp.step, error), ours=True)) from None
         self._smtp = smtp
 
-    def deliver(self, envelope: Envelope) -> dict[str, Outcome]:
-        """One transaction. A kept connection that the server has closed meanwhile is opened anew, once."""
+    def deliver(self, envelopes: Iterable[Envelope]) -> Iterator[dict[str, Outcome]]:
+        """One transaction each. The commands of the next mail go with the final dot of this one where the server
+        offers PIPELINING (RFC 2920 3.1), and the mail after it is asked for while the server works."""
+        ahead = Lookahead(envelopes)
+        try:
+            while parcel := ahead.take():
+                yield self._delivered(parcel, ahead)
+        finally:
+            if self._begun:  # nobody wants it any more, and the server waits for its content
+                self._drop()
+
+    def _delivered(self, parcel: Parcel, ahead: Lookahead) -> dict[str, Outcome]:
+        """A kept connection that the server has closed meanwhile is opened anew, once."""
         kept = self._smtp is not None
         try:
             self.open()
-            return self._transaction(envelope)
+            return self._transaction(parcel, ahead)
         except Unavailable as error:
             outcome = error.outcome
         except TROUBLE as error:
             assert self._smtp is not None
             step = self._smtp.step
+            if self._begun is parcel and isinstance(error, TimeoutError):  # it swallows what comes with the dot
+                self._begins_early = False
             self._drop()
             if kept and step == "mail":
-                return self.deliver(envelope)
+                return self._delivered(parcel, ahead)
             outcome = judge_error(step, error)
-        return dict.fromkeys(envelope.recipients, outcome)
+        return dict.fromkeys(parcel.envelope.recipients, outcome)
 
-    def _transaction(self, envelope: Envelope) -> dict[str, Outcome]:
+    def _transaction(self, parcel: Parcel, ahead: Lookahead) -> dict[str, Outcome]:
         smtp = self._smtp
         assert smtp is not None
         smtp.step, smtp.patience_s = "mail", self._config.timeout_s
-        pieces = dot_stuffed(envelope.data)
-        length = sum(map(len, pieces))
-        limit = smtp.esmtp_features.get("size", "")
-        if limit.isdigit() and 0 < int(limit[:18]) < length:
-            too_big = judge("mail", 552, f"5.3.4 {length} bytes, the server takes {limit[:18]}")
-            return dict.fromkeys(envelope.recipients, too_big)
+        if too_big := self._too_big(parcel):
+            return dict.fromkeys(parcel.envelope.recipients, too_big)
         if smtp.dirty:
             smtp.docmd("RSET")
         smtp.dirty = True
-        parameters = f" SIZE={length}" * bool(limit)
-        if smtp.has_extn("8bitmime") and not all(map(bytes.isascii, pieces)):
-            parameters += " BODY=8BITMIME"
-        outcomes, data = self._addressed(smtp, envelope, parameters)
+        if self._begun is not parcel and smtp.has_extn("pipelining"):
+            smtp.write([self._packet(parcel)])
+        ahead.see(1)
+        outcomes, data = self._addressed(smtp, parcel)
+        self._begun = None
         taken = [name for name, outcome in outcomes.items() if outcome.verdict is Verdict.SENT]
-        if data.code == 354:
-            final = judge("dot", *smtp.content(pieces, length)) if taken else judge("dot", *smtp.docmd("."))
+        if data.code == 354 and not taken:
+            data = judge("dot", *smtp.docmd("."))
             smtp.dirty = False
-        else:
-            final = data
-        return outcomes | dict.fromkeys(taken, final)
+        elif data.code == 354:
+            data = self._content(smtp, parcel, ahead)
+        return outcomes | dict.fromkeys(taken, data)
 
-    def _addressed(self, smtp: Dialogue, envelope: Envelope, parameters: str) -> tuple[dict[str, Outcome], Outcome]:
-        """MAIL, RCPT… and DATA: the outcome for each recipient, and for DATA; 354: the server waits for the mail.
+    def _too_big(self, parcel: Parcel) -> Outcome | None:
+        assert self._smtp is not None
+        limit = self._smtp.esmtp_features.get("size", "")
+        if not limit.isdigit() or not 0 < int(limit[:18]) < parcel.length:
+            return None
+        return judge("mail", 552, f"5.3.4 {parcel.length} bytes, the server takes {limit[:18]}")
+
+    def _packet(self, parcel: Parcel) -> bytes:
+        """All the commands that begin a transaction."""
+        assert self._smtp is not None
+        commands = parcel.commands(self._smtp)
+        if trace := self._config.trace:
+            for command in commands:
+                trace(f"C: {command}")
+        return "".join(f"{command}\r\n" for command in commands).encode("ascii")
+
+    def _content(self, smtp: Dialogue, parcel: Parcel, ahead: Lookahead) -> Outcome:
+        """The mail, the dot, and with it what begins the next transaction; the outcome of the dot."""
+        if self._config.trace:
+            self._config.trace(f"C: ({parcel.length} bytes of mail, then the dot)")
+        following = ahead.see(1) if self._begins_early and smtp.has_extn("pipelining") else None
+        if following and not self._too_big(following):
+            self._begun = following
+        last = b".\r\n" + (self._packet(following) if self._begun and following else b"")
+        smtp.step, smtp.patience_s = "dot", FINAL_DOT_TIMEOUT_S
+        smtp.write([*parcel.pieces, last])
+        ahead.see(2)
+        outcome = judge("dot", *smtp.getreply())
+        smtp.dirty = False
+        return outcome
+
+    def _addressed(self, smtp: Dialogue, parcel: Parcel) -> tuple[dict[str, Outcome], Outcome]:
+        """The outcome of MAIL and RCPT for each recipient, and that of DATA; 354: the server waits for the mail.
 
         After a refusal the rest is only asked if it is under way already.
         """
-        names = envelope.recipients
-        recipients = [f"RCPT TO:<{name}>" for name in names]
-        replies = smtp.ask([f"MAIL FROM:<{envelope.sender}>{parameters}", *recipients, "DATA"])
-        together = smtp.has_extn("pipelining")
+        names, together = parcel.envelope.recipients, smtp.has_extn("pipelining")
+        replies = smtp.ask(parcel.commands(smtp), asked=together)
         mail = judge("mail", *next(replies))
         if mail.verdict is not Verdict.SENT:
             rest = [mail]
@@ -997,7 +1062,7 @@ class SMTPTransport:
     def _drop(self) -> None:
         if self._smtp is not None:
             self._smtp.close()
-            self._smtp = None
+            self._smtp = self._begun = None
 
 
 def dot_stuffed(pieces: Sequence[bytes]) -> list[bytes]:
@@ -1727,8 +1792,7 @@ class Courier:
         self._idle = {True: 0, False: 0}
         self._rings = 1
         self._lock = threading.Lock()  # guards all that follows
-        self._ready: deque[Mail] = deque()  # frozen, to be carried next
-        self._busy: set[int] = set()  # what is in _ready or under way, and nobody else may take
+        self._busy: set[int] = set()  # mails that a sender has, and nobody else may take
         self._batch, self._batch_began = 1, 0.0
         self._carrying = 0  # senders at work
         self._history = outbox.begun(clock() - owner.window) if owner.window else History()
@@ -1807,42 +1871,34 @@ class Courier:
         try:
             yield
         except SpoolError as error:
-            if str(error) != self._complaint and not self._stopping.is_set():
-                self._complaint = str(error)
-                log.error("%s", error)
+            self._complain(error)
             self._stopping.wait(pause)
         except Exception:
             log.exception("%s stumbled; it goes on", threading.current_thread().name)
             self._stopping.wait(pause)
 
-    # one mail
+    def _complain(self, error: SpoolError) -> None:
+        if str(error) != self._complaint and not self._stopping.is_set():
+            self._complaint = str(error)
+            log.error("%s", error)
+
+    # a few mails
 
     def step(self, transport: Transport) -> bool:
-        """Carry one mail that is due, if there is one; False if there was nothing to do.
+        """Carry what is due, a few mails at a time; False if there was nothing to do.
 
         The connection comes before anything is frozen: what waits for a server that is away stays free to be
         planned anew.
         """
         with self._lock:
-            if self._brisk() or (not self._ready and not self._due()):
+            if self._brisk() or not self._due():
                 return False
         if not self._opened(transport):
             return False
         with self._lock:
-            if not self._ready and self._due():
-                self._freeze()
-            mail = self._ready.popleft() if self._ready else None
-            self._carrying += mail is not None
-            if self._ready and not self._brisk():
-                with self._ringing:
-                    self._nudge()
-        if mail:
-            try:
-                self._carry(mail, transport)
-            finally:
-                with self._lock:
-                    self._carrying -= 1
-                    self._busy.discard(mail.number)
+            mails = self._freeze() if self._due() else []
+        if mails:
+            self._carry(mails, transport)
         return True
 
     def _brisk(self) -> bool:
@@ -1921,49 +1977,82 @@ class Courier:
             rows = self._outbox.waiting(max(self._seen, since))
             self._drafts = self._owner.plan(rows, self._history, now, max(1, most // 4)).drafts + self._drafts
 
-    def _freeze(self) -> None:
-        """Freeze what is due; batches grow while they go out quickly, and shrink when they do not."""
-        took, self._batch_began = time.monotonic() - self._batch_began, time.monotonic()
-        if took < BRISK_S:
-            self._batch = min(BATCH_MAILS, self._batch * 2)
-        elif took > 1:
-            self._batch = max(1, self._batch // 2)
+    def _freeze(self) -> list[Mail]:
+        """Freeze what is due and take it."""
         now = self._clock()
         frozen = self._outbox.freeze(self._drafts, now) if self._drafts else []
         for draft in self._drafts if self._owner.window else ():
             self._history.kinds[draft.kind] = now
             self._history.lanes.update(dict.fromkeys(draft.lanes, now))
-        self._ready.extend((*frozen, *self._retries))
-        self._busy.update(mail.number for mail in self._ready)
+        mails = [*frozen, *self._retries]
+        self._busy.update(mail.number for mail in mails)
         self._drafts, self._retries = [], []
+        return mails
 
     # delivering
 
-    def _carry(self, mail: Mail, transport: Transport) -> None:
+    def _carry(self, mails: Sequence[Mail], transport: Transport) -> None:
+        """Deliver these. What takes too long is left to whoever comes next; batches grow while they go out quickly."""
+        with self._lock:
+            self._carrying += 1
+            self._batch_began = began = time.monotonic()
+            with self._ringing:
+                self._nudge()
+        under_way: deque[tuple[Mail, Sequence[Item]]] = deque()
+
+        def envelopes() -> Iterator[Envelope]:
+            for mail in mails:
+                if self._stopping.is_set() or time.monotonic() - began > BATCH_S:
+                    return
+                if made := self._made(mail):
+                    items, envelope = made
+                    under_way.append((mail, items))
+                    yield envelope
+
+        try:
+            for outcomes in transport.deliver(envelopes()):
+                if not self._conclude(*under_way.popleft(), outcomes):
+                    break
+        finally:
+            took = time.monotonic() - began
+            with self._lock:
+                self._carrying -= 1
+                self._busy.difference_update(mail.number for mail in mails)
+                if took < BRISK_S:
+                    self._batch = min(BATCH_MAILS, self._batch * 2)
+                elif took > BATCH_S:
+                    self._batch = max(1, self._batch // 2)
+
+    def _made(self, mail: Mail) -> tuple[Sequence[Item], Envelope] | None:
+        """The mail as it goes out; None: it does not. Never raises: another mail may be under way."""
         try:
             items = self._outbox.load(mail)
-            envelope = self._owner.render(mail, items) if items and mail.recipients else None
+            if items and mail.recipients:
+                return items, self._owner.render(mail, items)
+            self._settle(mail, {})  # all of it was dropped meanwhile, or everybody has it
         except Damaged as error:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
-            return self._outbox.quarantine(error.seq)
-        except SpoolError:
-            raise
+            with self._stumbling():
+                self._outbox.quarantine(error.seq)
+        except SpoolError as error:
+            self._complain(error)
         except Exception as error:  # one that cannot be composed must not stop the others
             log.exception("a mail cannot be composed; it counts as failed")
             poison = Outcome(Verdict.REFUSED, 0, f"cannot be composed: {type(error).__name__}", "compose")
-            return self._settle(mail, dict.fromkeys(mail.recipients, poison))
-        if envelope is None:  # all of it was dropped meanwhile, or everybody has it
-            return self._settle(mail, {})
-        began = time.monotonic()
-        outcomes = transport.deliver(envelope)
+            self._settle(mail, dict.fromkeys(mail.recipients, poison))
+        return None
+
+    def _conclude(self, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> bool:
+        """Write down and tell what became of a mail; False: everything waits."""
         ours = [outcome for outcome in outcomes.values() if outcome.ours]
         if len(ours) < len(outcomes):
             self._settle(mail, outcomes)
-            self._tell(mail, items, outcomes, time.monotonic() - began)
+            self._tell(items, outcomes)
         if ours:
             self._hold_back(ours[0])
         else:
             self._release()
+        return not ours
 
     def _settle(self, mail: Mail, outcomes: Mapping[str, Outcome]) -> None:
         now = self._clock()
@@ -1981,11 +2070,11 @@ class Courier:
             with self._lock:
                 self._wake = 0.0  # its place in the budget is free
 
-    def _tell(self, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome], seconds: float) -> None:
+    def _tell(self, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> None:
         what = items[0].id if len(items) == 1 else f"{len(items)} items"
         for name, outcome in outcomes.items():
             if outcome.verdict is Verdict.SENT:
-                log.info("sent %s to %s in %.3f s", what, name, seconds)
+                log.info("sent %s to %s", what, name)
             else:
                 log.warning("%s to %s: %s (%s)", what, name, outcome, outcome.verdict.value)
 
@@ -2004,8 +2093,6 @@ class Courier:
             self._hold, self._held_at_open = outcome, False
             pause = self._pause()
             self._hold_until = time.monotonic() + pause
-            self._busy -= {mail.number for mail in self._ready}
-            self._ready.clear()
             self._batch = 1
             self._replan()
         say = log.debug if same else log.error
@@ -2141,7 +2228,7 @@ def send_now(envelope: Envelope, config: SMTPConfig) -> None:
     """One transaction over a connection of its own. Raises SendError."""
     transport = SMTPTransport(config)
     try:
-        outcomes = transport.deliver(envelope)
+        (outcomes,) = transport.deliver([envelope])
     finally:
         transport.close()
     wrong = [outcome for outcome in outcomes.values() if outcome.verdict is not Verdict.SENT]

@@ -99,7 +99,11 @@ class Post:
         if self.away:
             raise Unavailable(self.away)
 
-    def deliver(self, envelope: Envelope) -> dict[str, Outcome]:
+    def deliver(self, envelopes: Iterable[Envelope]) -> Iterator[dict[str, Outcome]]:
+        for envelope in envelopes:
+            yield self.deliver_one(envelope)
+
+    def deliver_one(self, envelope: Envelope) -> dict[str, Outcome]:
         ids = b"".join(envelope.data).decode()
         self.tried.append(ids)
         self.before(ids)

@@ -31,7 +31,7 @@ def config(port: int, **settings: Any) -> SMTPConfig:
 def deliver(port: int, *recipients: str, data: list[bytes] | None = None, **settings: Any) -> dict[str, Outcome]:
     transport = SMTPTransport(config(port, **settings))
     try:
-        return transport.deliver(Envelope("relay@example.com", recipients or TO, data or MAIL))
+        return next(transport.deliver([Envelope("relay@example.com", recipients or TO, data or MAIL)]))
     finally:
         transport.close()
 
@@ -69,7 +69,7 @@ def test_one_connection_carries_many_mails(scripted: Callable[..., Scripted]) ->
     server = scripted()
     transport = SMTPTransport(config(server.port))
     for _ in range(3):
-        assert one(transport.deliver(Envelope("", TO, MAIL))).verdict is SENT
+        assert one(next(transport.deliver([Envelope("", TO, MAIL)]))).verdict is SENT
     transport.close()
     assert (server.connections, len(server.mails)) == (1, 3)
     assert server.verbs()[-1] == "QUIT"
@@ -230,8 +230,8 @@ def test_when_nobody_is_taken_nothing_is_sent_and_the_connection_serves_on(
     if not extensions:
         server.answers["DATA"] = []  # it is never asked
     transport = SMTPTransport(config(server.port))
-    assert one(transport.deliver(Envelope("", TO, MAIL))).verdict is REFUSED
-    assert one(transport.deliver(Envelope("", TO, MAIL))).verdict is SENT
+    assert one(next(transport.deliver([Envelope("", TO, MAIL)]))).verdict is REFUSED
+    assert one(next(transport.deliver([Envelope("", TO, MAIL)]))).verdict is SENT
     transport.close()
     assert len(server.mails) == 1 and server.connections == 1
     assert ("RSET" in server.verbs()) != (bool(extensions) and data.startswith(b"354"))  # else the dot has ended it
@@ -281,8 +281,8 @@ def test_what_is_no_answer_is_a_later(
 def test_421_on_a_kept_connection_is_tried_once_more_on_a_new_one(scripted: Callable[..., Scripted]) -> None:
     server = scripted(answers={"MAIL": [b"250 ok\r\n", b"421 too many mails on this connection\r\n"]})
     transport = SMTPTransport(config(server.port))
-    assert one(transport.deliver(Envelope("", TO, MAIL))).verdict is SENT
-    assert one(transport.deliver(Envelope("", TO, MAIL))).verdict is SENT
+    assert one(next(transport.deliver([Envelope("", TO, MAIL)]))).verdict is SENT
+    assert one(next(transport.deliver([Envelope("", TO, MAIL)]))).verdict is SENT
     transport.close()
     assert (server.connections, len(server.mails)) == (2, 2)
 
@@ -290,9 +290,9 @@ def test_421_on_a_kept_connection_is_tried_once_more_on_a_new_one(scripted: Call
 def test_a_kept_connection_that_the_server_closed_is_opened_anew(scripted: Callable[..., Scripted]) -> None:
     server = scripted()
     transport = SMTPTransport(config(server.port))
-    transport.deliver(Envelope("", TO, MAIL))
+    next(transport.deliver([Envelope("", TO, MAIL)]))
     server.open[0].shutdown(2)
-    assert one(transport.deliver(Envelope("", TO, MAIL))).verdict is SENT
+    assert one(next(transport.deliver([Envelope("", TO, MAIL)]))).verdict is SENT
     transport.close()
     assert server.connections == 2
 
@@ -335,6 +335,117 @@ def test_the_dot_taken_but_not_answered_is_a_later(scripted: Callable[..., Scrip
 def test_whatever_quit_is_answered_the_mail_counts_as_sent(scripted: Callable[..., Scripted]) -> None:
     for answer in (CLOSE, b"500 no\r\n", b"garbage\r\n"):
         assert one(deliver(scripted(answers={"QUIT": answer}).port)).verdict is SENT
+
+
+# many mails over one connection
+
+
+def letters(*names: str) -> list[Envelope]:
+    return [Envelope("relay@example.com", (f"{name}@example.com",), [b"Subject: %b\r\n\r\nx\r\n" % name.encode()])
+            for name in names]  # fmt: skip
+
+
+def deliver_all(port: int, *names: str, **settings: Any) -> list[Outcome]:
+    transport = SMTPTransport(config(port, **settings))
+    try:
+        return [one(outcomes) for outcomes in transport.deliver(letters(*names))]
+    finally:
+        transport.close()
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_many_mails_go_in_order_over_one_connection(scripted: Callable[..., Scripted], pipelining: bool) -> None:
+    server = scripted(extensions=("PIPELINING",) * pipelining)
+    assert [outcome.code for outcome in deliver_all(server.port, "a", "b", "c")] == [250, 250, 250]
+    assert [(mail.recipients, mail.content) for mail in server.mails] == [
+        ([f"{name}@example.com"], b"Subject: %b\r\n\r\nx\r\n" % name.encode()) for name in "abc"
+    ]
+    assert server.verbs() == ["EHLO", *["MAIL", "RCPT", "DATA"] * 3, "QUIT"] and server.connections == 1
+
+
+def test_the_next_mail_begins_in_the_packet_of_the_dot_only_where_that_is_allowed(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for extensions, early in ((("PIPELINING",), 2), ((), 0)):
+        packets: list[bytes] = []
+        real = smtp.Dialogue.write
+
+        def write(self: smtp.Dialogue, pieces: Any, real: Any = real, packets: list[bytes] = packets) -> None:
+            packets.append(b"".join(pieces))
+            real(self, pieces)
+
+        monkeypatch.setattr(smtp.Dialogue, "write", write)
+        deliver_all(scripted(extensions=extensions).port, "a", "b", "c")
+        monkeypatch.setattr(smtp.Dialogue, "write", real)
+        assert sum(b"\r\n.\r\nMAIL FROM" in packet for packet in packets) == early
+
+
+def test_the_mail_after_the_next_is_made_while_the_server_works(scripted: Callable[..., Scripted]) -> None:
+    made: list[str] = []
+    seen: list[int] = []
+
+    def envelopes() -> Iterator[Envelope]:
+        for envelope in letters("a", "b", "c", "d"):
+            made.append(envelope.recipients[0])
+            yield envelope
+
+    server = scripted()
+    transport = SMTPTransport(config(server.port))
+    for _ in transport.deliver(envelopes()):
+        seen.append(len(made))
+    transport.close()
+    assert seen == [3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("place", ["MAIL", "RCPT", "DATA", "."])
+def test_what_is_refused_in_the_middle_costs_only_itself(scripted: Callable[..., Scripted], place: str) -> None:
+    usual = {"MAIL": b"250 ok\r\n", "RCPT": b"250 ok\r\n", "DATA": b"354 go\r\n", ".": b"250 ok\r\n"}[place]
+    server = scripted(answers={place: [usual, b"550 5.7.1 no\r\n"]})
+    assert [outcome.code for outcome in deliver_all(server.port, "a", "b", "c", "d")] == [250, 550, 250, 250]
+    assert [mail.recipients for mail in server.mails] == [["a@example.com"], ["c@example.com"], ["d@example.com"]]
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("place", ["MAIL", "RCPT", "DATA", "."])
+@pytest.mark.parametrize("fault", [CLOSE, b"421 enough\r\n"])
+def test_a_connection_that_ends_between_two_mails_loses_none(
+    scripted: Callable[..., Scripted], place: str, fault: bytes
+) -> None:
+    usual = {"MAIL": b"250 ok\r\n", "RCPT": b"250 ok\r\n", "DATA": b"354 go\r\n", ".": b"250 ok\r\n"}[place]
+    server = scripted(answers={place: [usual, fault]})
+    found = [outcome.verdict for outcome in deliver_all(server.port, "a", "b", "c")]
+    assert found == [SENT, SENT if place == "MAIL" else LATER, SENT]
+    assert len(server.mails) == found.count(SENT) and server.connections == 2
+
+
+def test_a_server_that_loses_what_comes_with_the_dot_is_no_longer_hurried(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(swallows=1)
+    found = deliver_all(server.port, "a", "b", "c", "d", timeout_s=0.3)
+    assert [outcome.code for outcome in found] == [250] * 4
+    assert [mail.recipients[0][0] for mail in server.mails] == ["a", "b", "c", "d"]
+    assert server.connections == 2
+
+
+def test_who_stops_in_the_middle_leaves_no_mail_half_begun(scripted: Callable[..., Scripted]) -> None:
+    server = scripted()
+    transport = SMTPTransport(config(server.port))
+    delivering = transport.deliver(letters("a", "b", "c"))
+    assert one(next(delivering)).verdict is SENT
+    delivering.close()  # type: ignore[attr-defined]
+    assert [one(outcomes).verdict for outcomes in transport.deliver(letters("d"))] == [SENT]
+    transport.close()
+    assert [mail.recipients[0][0] for mail in server.mails] == ["a", "d"]
+    assert server.connections == 2
+
+
+def test_a_mail_too_big_for_the_server_is_not_begun(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(extensions=("PIPELINING", "SIZE 1000"))
+    big = Envelope("", TO, [b"x" * 900 + b"\r\n", b"y" * 900 + b"\r\n"])
+    transport = SMTPTransport(config(server.port))
+    found = [one(outcomes) for outcomes in transport.deliver([*letters("a"), big, *letters("c")])]
+    transport.close()
+    assert [(outcome.code, outcome.too_big) for outcome in found] == [(250, False), (552, True), (250, False)]
+    assert len(server.mails) == 2 and server.connections == 1
 
 
 # time and size

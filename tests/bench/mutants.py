@@ -53,8 +53,8 @@ MUTANTS = {
     "M1": Mutant("answers before the commit", "power loss", power_fails, ((RELAY, PUT, TAKE_LATER),)),
     "M2": Mutant("synchronous=NORMAL", "power loss", power_fails, tuple(powerloss.CONTROL)),
     "M3": Mutant("marks a mail as sent before its 250", "kill -9 after the dot", faults.killed_after_the_dot, (
-        (MAIL, r"(began = time\.monotonic\(\)\n)(\s+)(outcomes = transport\.deliver)",
-         r"\1\2self._settle(mail, dict.fromkeys(mail.recipients, Outcome(Verdict.SENT)))\n\2\3"),
+        (MAIL, r"(\n +)(yield envelope\n)",
+         r"\1self._settle(mail, dict.fromkeys(mail.recipients, Outcome(Verdict.SENT)))\1\2"),
     )),
     "M4": Mutant("a 4xx counts as sent", "451 to the dot", partial(soak, scripts=("dot:451*3",)), (
         (MAIL, LATER, r"\1SENT"),
