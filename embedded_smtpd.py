@@ -52,7 +52,7 @@ import sys
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -199,17 +199,6 @@ class Stdio:
     def close(self) -> None: ...
 
 
-def looker(sock: socket.socket | Stdio) -> Callable[[], object]:
-    """A function that says, without waiting, whether there is something to receive."""
-    if sys.platform != "win32":
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return functools.partial(poll.poll, 0)
-    if isinstance(sock, Stdio):
-        return bool  # `select` knows no files there
-    return lambda: select.select([sock], [], [], 0)[0]
-
-
 class Link:
     """One peer: reads and writes that keep to deadlines of the clock, however slowly the bytes drip.
 
@@ -220,7 +209,7 @@ class Link:
         self, sock: socket.socket | Stdio, address: str, server: Server, clock: Callable[[], float] = time.monotonic
     ):
         self.sock, self.address, self.server, self.clock = sock, address, server, clock
-        self.waiting = looker(sock)
+        self.looks = sys.platform != "win32" or isinstance(sock, socket.socket)  # `select` knows no files there
         self.since = clock()  # the last line came, or the present answer was ready
         self.ends = self.since + SESSION_SECONDS
 
@@ -246,7 +235,7 @@ class Link:
 
     def early(self) -> bytes:
         """What the peer has sent before its turn, mostly b""."""
-        if self.waiting():
+        if self.looks and select.select([self.sock], [], [], 0)[0]:
             with contextlib.suppress(BlockingIOError, TimeoutError):
                 return self.sock.recv(RECV_BYTES)
         return b""
@@ -449,7 +438,7 @@ def test_card(camera: int, now: float) -> bytes:
 # replies are tables; a refused command changes nothing.
 
 
-class State(enum.Enum):
+class State(enum.IntEnum):
     START = enum.auto()  # greeted, no HELO yet
     READY = enum.auto()
     SENDER = enum.auto()
@@ -539,6 +528,9 @@ class Mail(NamedTuple):
         return re.sub(rb"\r\n|\r|\n", b"\r\n", data) if self.mend else data
 
 
+Exchange = Generator[bytes, bytes, bytes]
+
+
 class Session:
     """One SMTP session without input or output.
 
@@ -546,9 +538,7 @@ class Session:
     on (`receive`). In the state HANDSHAKE, with nothing due, it is TLS's turn (`tls_started`).
     """
 
-    def __init__(
-        self, rules: Rules, private: bool = True, refused: bool = False, trace: Callable[[str], None] | None = None
-    ):
+    def __init__(self, rules: Rules, private: bool = True, trace: Callable[[str], None] | None = None):
         self.rules = rules
         self.private = private  # over loopback or TLS: a password may be said
         self.trace = trace
@@ -556,14 +546,12 @@ class Session:
         self._secure = self._esmtp = False
         self._buffer = b""
         self._skipped = self._errors = 0
-        self._answer: Step = Session._login
-        self._challenge = b""
+        self._exchange: Exchange
+        self._said = b""
         self._forget_mail()
-        self.state: State
-        self.due: bytes | Mail | None
-        self.stands: bool  # what is due is said, whatever comes in: it tells what was done
-        greeting = b"220 %s ESMTP\r\n" % rules.hostname.encode("ascii", "replace")
-        self._settle(*(NO_SERVICE, State.CLOSED) if refused else (greeting, State.START))
+        self.state = State.START
+        self.due: bytes | Mail | None = b"220 %s ESMTP\r\n" % rules.hostname.encode("ascii", "replace")
+        self.stands = False  # what is due is said, whatever comes in: it tells what was done
 
     # What the socket side calls
 
@@ -581,7 +569,7 @@ class Session:
 
     def take_reply(self) -> bytes:
         """The reply to send now, b"" when none is due; then it is the peer's turn."""
-        reply = self.due if isinstance(self.due, bytes) else b""
+        self._said = reply = self.due if isinstance(self.due, bytes) else b""
         self.due, self.stands = None, False
         if self.trace:
             for line in reply.splitlines():
@@ -693,7 +681,7 @@ class Session:
         if self.trace:
             self._trace_line(line, verb, argument)
         if state is State.CREDENTIALS:
-            reply = self._step(line)
+            reply = self._proceed(line)
             return reply, state if reply.startswith(b"334") else State.READY
         if verb not in VERBS:
             return UNKNOWN_COMMAND, state
@@ -713,7 +701,7 @@ class Session:
         assert self.trace is not None
         mechanism, _, initial = argument.partition(b" ")
         if self.state is State.CREDENTIALS:
-            self.trace("C: " + shown(line, secret=self._answer is not Session._login))
+            self.trace("C: " + shown(line, secret=self._said != ASK_USER))
         elif verb == b"AUTH" and initial:
             said = shown(initial, secret=mechanism.upper() != b"LOGIN")
             self.trace(f"C: AUTH {mechanism.decode('ascii', 'replace')} {said}")
@@ -752,27 +740,22 @@ class Session:
         path = MAIL_PATH.fullmatch(argument)
         if path is None:
             return BAD_ADDRESS
-        if path[3] and (refusal := self._check_parameters(path[3].upper().split())):
+        if path[3] and (refusal := self._check_parameters(path[3])):
             return refusal
-        self._sender = _address(path)
+        self._sender = (path[1] or path[2] or b"").decode("ascii")
         return SENDER_OK
 
-    def _check_parameters(self, parameters: Sequence[bytes]) -> bytes:
+    def _check_parameters(self, text: bytes) -> bytes:
         """The refusal that the parameters of MAIL deserve, or b""."""
-        if len({parameter.partition(b"=")[0] for parameter in parameters}) < len(parameters):
-            return BAD_ARGUMENT
-        for parameter in parameters:
-            name, _, value = parameter.partition(b"=")
-            if name == b"SIZE":
-                if not re.fullmatch(rb"[0-9]{1,20}", value):
-                    return BAD_ARGUMENT
-                if int(value) > self.rules.max_mail:
-                    return TOO_BIG
-            elif name == b"BODY":
-                if value not in {b"7BIT", b"8BITMIME"}:
-                    return BAD_ARGUMENT
-            elif name != b"AUTH" or not value or not self._mechanisms():
+        seen = set()
+        for name, _, value in (word.partition(b"=") for word in text.upper().split()):
+            if name not in MAIL_PARAMETERS or (name == b"AUTH" and not self._mechanisms()):
                 return UNKNOWN_PARAMETER
+            if name in seen or not MAIL_PARAMETERS[name].fullmatch(value):
+                return BAD_ARGUMENT
+            if name == b"SIZE" and int(value) > self.rules.max_mail:
+                return TOO_BIG
+            seen.add(name)
         return b""
 
     def _rcpt(self, argument: bytes) -> bytes:
@@ -781,7 +764,7 @@ class Session:
             return BAD_ADDRESS
         if path[3]:
             return UNKNOWN_PARAMETER
-        address = _address(path)
+        address = (path[1] or path[2] or b"").decode("ascii")
         if not self.rules.mailbox(address):
             return NO_MAILBOX
         if len(self._recipients) >= RECIPIENTS:
@@ -795,7 +778,7 @@ class Session:
         self._forget_mail()
         return OK
 
-    # AUTH (RFC 4954): a mechanism is its first step, which says what the next step is
+    # AUTH (RFC 4954): a mechanism yields what it asks, gets the answers decoded, and returns its verdict
 
     def _auth(self, argument: bytes) -> bytes:
         if not self._mechanisms():
@@ -807,42 +790,40 @@ class Session:
         mechanism, _, initial = argument.partition(b" ")
         if not mechanism:
             return BAD_ARGUMENT
-        first = MECHANISMS.get(mechanism.upper())
-        if first is None:
+        begin = MECHANISMS.get(mechanism.upper())
+        if begin is None:
             return UNKNOWN_MECHANISM
         if mechanism.upper().decode() not in self._mechanisms():
             return TLS_FIRST
-        self._answer, self._challenge = first, b""
-        return self._step(initial) if initial else first(self, None)
+        self._exchange = begin(self)
+        asked = next(self._exchange)
+        if not initial:
+            return asked
+        return self._proceed(initial) if begin is not Session._cram else BAD_ARGUMENT
 
-    def _step(self, line: bytes) -> bytes:
+    def _proceed(self, line: bytes) -> bytes:
         if line == b"*":
             return CANCELLED
         try:
-            return self._answer(self, b"" if line == b"=" else strict_base64(line))
+            return self._exchange.send(b"" if line == b"=" else strict_base64(line))
         except binascii.Error:
             return BAD_BASE64
+        except StopIteration as verdict:
+            reply: bytes = verdict.value
+            return reply
 
-    def _login(self, user: bytes | None) -> bytes:
-        if user is None:
-            return ASK_USER
-        self._answer = lambda session, password: session._enter(user, password or b"")
-        return ASK_PASSWORD
+    def _login(self) -> Exchange:
+        user = yield ASK_USER
+        return self._enter(user, (yield ASK_PASSWORD))
 
-    def _plain(self, answer: bytes | None) -> bytes:
-        if answer is None:
-            return ASK_PLAIN
-        parts = answer.split(b"\0")
-        return self._enter(parts[1], parts[2]) if len(parts) == 3 else BAD_ARGUMENT
+    def _plain(self) -> Exchange:
+        _, *login = (yield ASK_PLAIN).split(b"\0")
+        return self._enter(*login) if len(login) == 2 else BAD_ARGUMENT
 
-    def _cram(self, answer: bytes | None) -> bytes:
-        if answer is None:
-            self._challenge = f"<{secrets.token_hex(8)}@{self.rules.hostname}>".encode()
-            return b"334 " + base64.b64encode(self._challenge) + b"\r\n"
-        if not self._challenge:
-            return BAD_ARGUMENT  # CRAM-MD5 has no initial response
-        user, _, digest = answer.rpartition(b" ")
-        proof = hmac.new(self.rules.password, self._challenge, "md5").hexdigest().encode()
+    def _cram(self) -> Exchange:
+        challenge = f"<{secrets.token_hex(8)}@{self.rules.hostname}>".encode()
+        user, _, digest = (yield b"334 " + base64.b64encode(challenge) + b"\r\n").rpartition(b" ")
+        proof = hmac.new(self.rules.password, challenge, "md5").hexdigest().encode()
         return self._enter(user, digest.lower(), proof)
 
     def _enter(self, user: bytes, proof: bytes, expected: bytes | None = None) -> bytes:
@@ -856,8 +837,10 @@ class Session:
 
 
 END_OF_MAIL = b"\r\n.\r\n"
-Step = Callable[[Session, bytes | None], bytes]
-MECHANISMS: dict[bytes, Step] = {b"LOGIN": Session._login, b"PLAIN": Session._plain, b"CRAM-MD5": Session._cram}
+MECHANISMS = {b"LOGIN": Session._login, b"PLAIN": Session._plain, b"CRAM-MD5": Session._cram}
+MAIL_PARAMETERS = {
+    b"SIZE": re.compile(rb"[0-9]{1,20}"), b"BODY": re.compile(rb"7BIT|8BITMIME"), b"AUTH": re.compile(rb".+")
+}  # fmt: skip
 
 _ANY = (State.START, State.READY, State.SENDER, State.RECIPIENT)
 _STAY = {state: state for state in _ANY}
@@ -879,15 +862,10 @@ VERBS: dict[bytes, tuple[Callable[[Session, bytes], bytes], dict[State, State]]]
     b"QUIT": (lambda session, argument: GOODBYE, dict.fromkeys(_ANY, State.CLOSED)),
 }
 COMMAND_BYTES = b"\t" + bytes(range(0x20, 0x7F))
-_PATH = rb"""[ \t]*(?:<((?:[^<>"\s]++|"(?:[^"\\]|\\.)*+")*+)>|([^<>"\s]++))(?:[ \t]+(.*?))?[ \t]*"""
+# a source route before the address is left out (RFC 5321 appendix C)
+_PATH = rb"""[ \t]*(?:<(?:@[^<>\s:]*:)?((?:[^<>"\s]++|"(?:[^"\\]|\\.)*+")*+)>|([^<>"\s]++))(?:[ \t]+(.*?))?[ \t]*"""
 MAIL_PATH = re.compile(rb"FROM:" + _PATH, re.IGNORECASE)
 RCPT_PATH = re.compile(rb"TO:(?!<>)" + _PATH, re.IGNORECASE)
-
-
-def _address(path: re.Match[bytes]) -> str:
-    """The address of a path; a source route is left out (RFC 5321 appendix C)."""
-    address = (path[1] or path[2] or b"").decode("ascii")
-    return address.partition(":")[2] if address.startswith("@") else address
 
 
 def has_bare_ends(content: bytearray) -> bool:
@@ -1857,10 +1835,11 @@ def run(
 
     def attend(link: Link) -> None:
         access, private = known(link.address)
-        session = Session(rules, private=private, refused=access is Access.NONE, trace=trace)
         if access is Access.NONE:
             log.warning("%s is in no network that may talk to this device", link.address)
-        converse(link, session, functools.partial(safely, app.deliver, peer=link.address))
+            link.close(NO_SERVICE)
+        else:
+            converse(link, Session(rules, private, trace), functools.partial(safely, app.deliver, peer=link.address))
 
     with contextlib.ExitStack() as stack:
         on_stop_signals(server.stop)

@@ -170,11 +170,6 @@ def test_input_before_the_greeting_replaces_it() -> None:
     assert session.due is None and session.state is State.CLOSED
 
 
-def test_network_that_is_not_allowed_is_refused_in_the_greeting() -> None:
-    peer = Peer(refused=True)
-    assert peer.greeting.startswith("554") and peer.closed
-
-
 def test_ehlo_offers_what_there_is_and_never_pipelining() -> None:
     assert Peer().say(HELLO) == "250-dev\r\n250-SIZE 1000\r\n250-8BITMIME\r\n250-ENHANCEDSTATUSCODES\r\n250 HELP\r\n"
     offered = Peer(dataclasses.replace(LOCKED, tls=CONTEXT)).say(HELLO)
