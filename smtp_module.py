@@ -1228,6 +1228,7 @@ class Outbox:
         self._schema, self._size_max = SCHEMA + schema, size_max
         self._lock = threading.RLock()
         self._gathered: deque[_Ticket] = deque()
+        self._ticked: deque[tuple[Mail, float]] = deque()  # sent and noted; the next commit settles them
         self._closed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1236,6 +1237,8 @@ class Outbox:
             raise SpoolError(f"{self.path}: {error.strerror}") from None
         try:
             self._db = self._open_sound()
+            self._ticks = os.open(f"{self.path}.sent", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            self._read_ticks()
         except (sqlite3.Error, OSError) as error:
             os.close(self._owned)
             raise SpoolError(f"{self.path}: {error}") from None
@@ -1246,6 +1249,7 @@ class Outbox:
             if not self._closed:
                 self._closed = True
                 self._db.close()
+                os.close(self._ticks)
                 os.close(self._owned)
 
     # opening, damage, loss
@@ -1330,8 +1334,15 @@ class Outbox:
                     self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                     self._durable = durable
                 self._db.execute("BEGIN IMMEDIATE")
+                ticked = tuple(self._ticked)
+                for mail, when in ticked:
+                    self._settle(mail, when)
                 yield self._db
                 self._db.execute("COMMIT")
+                for _ in ticked:
+                    self._ticked.popleft()
+                if ticked and not self._ticked:
+                    os.ftruncate(self._ticks, 0)
             except BaseException as error:
                 with contextlib.suppress(sqlite3.Error):
                     if self._db.in_transaction:
@@ -1492,15 +1503,17 @@ class Outbox:
 
     def due(self, now: float, latest: float, busy: Collection[int], most: int) -> list[Mail]:
         """Frozen mails to try again now. One that is due later than `latest` is due now: the clock was set back."""
+        found = self._mails("(next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(busy))
+        return [mail for mail in found if mail.number not in busy][:most]
+
+    def _mails(self, which: str, *values: object) -> list[Mail]:
         sql = "SELECT mail, kind, items, recipients, failed, why, tries, waited, bare, taken, refused FROM mails"
-        rows = self._rows(
-            f"{sql} WHERE state = 1 AND (next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(busy)
-        )
         return [
             Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), failed, why, tries, waited, bool(bare),
                  tuple(json.loads(taken)), json.loads(refused))
-            for number, kind, items, to, failed, why, tries, waited, bare, taken, refused in rows if number not in busy
-        ][:most]  # fmt: skip
+            for number, kind, items, to, failed, why, tries, waited, bare, taken, refused
+            in self._rows(f"{sql} WHERE state = 1 AND {which}", *values)
+        ]  # fmt: skip
 
     # rendering and settling
 
@@ -1529,31 +1542,57 @@ class Outbox:
         return number, why or ""
 
     def settle(self, mail: Mail, now: float) -> None:
-        """Write down how an attempt ended. Needs no disk sync: a power cut at worst makes the attempt happen again."""
+        """Write down how an attempt ended. Needs no disk sync: a power cut at worst makes the attempt happen again.
+
+        A mail that everybody has is only ticked off, in a file beside the spool, so that the end of this process
+        repeats nothing; the next commit settles it, or `flush`.
+        """
+        self._ticked.append((mail, now))
+        if mail.state != SENT:
+            return self.flush()
+        try:
+            os.write(self._ticks, b"%d\n" % mail.number)
+        except OSError as error:
+            raise SpoolError(f"{self.path}.sent: {error.strerror}") from None
+
+    def flush(self) -> None:
+        """Settle what is only ticked off."""
+        if self._ticked:
+            with self.transaction(durable=False):
+                pass
+
+    def _read_ticks(self) -> None:
+        """What the last owner had no time to settle."""
+        for number in re.findall(rb"\d+", Path(f"{self.path}.sent").read_bytes()):
+            for mail in self._mails("mail = ?", int(number)):
+                sent = replace(mail, state=SENT, recipients=(), taken=(*mail.taken, *mail.recipients))
+                self._ticked.append((sent, time.time()))
+        self.flush()
+        os.ftruncate(self._ticks, 0)
+
+    def _settle(self, mail: Mail, now: float) -> None:
         over = None if mail.state == FROZEN else now
         row = (mail.state, mail.next, mail.tries, mail.waited, mail.bare, mail.error, over)
         lists = map(json.dumps, (mail.recipients, mail.taken, mail.refused))
-        with self.transaction(durable=False) as db:
-            db.execute(
-                "UPDATE mails SET state = ?, next = ?, tries = ?, waited = ?, bare = ?, error = ?, settled = ?,"
-                " recipients = ?, taken = ?, refused = ? WHERE mail = ?", (*row, *lists, mail.number),
-            )  # fmt: skip
-            if mail.state == FROZEN:
-                return
-            change = "state = 2, settled = ?, error = NULL, payload = NULL, picture = NULL"
-            values: tuple[object, ...] = (now,)
-            if mail.state == FAILED:  # who has it is added to those who had it in an earlier life
-                change = (
-                    "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
-                )
-                change += " json_each(coalesce(items.taken, '[]')) UNION ALL SELECT value FROM json_each(?)))"
-                values = (mail.error, json.dumps(mail.taken))
-            seqs = [(*values, seq) for seq in mail.items]
-            number = db.executemany(f"UPDATE items SET {change} WHERE seq = ? AND state = 1", seqs).rowcount
-            if mail.failed and not mail.taken:  # nobody has read what it told of
-                db.execute("UPDATE items SET told = 0 WHERE settled IS NULL AND state = 3 AND told = ?", (mail.number,))
-            self._counts[WAITING] -= number
-            self._counts[mail.state] += number
+        self._db.execute(
+            "UPDATE mails SET state = ?, next = ?, tries = ?, waited = ?, bare = ?, error = ?, settled = ?,"
+            " recipients = ?, taken = ?, refused = ? WHERE mail = ?", (*row, *lists, mail.number),
+        )  # fmt: skip
+        if mail.state == FROZEN:
+            return
+        change = "state = 2, settled = ?, error = NULL, payload = NULL, picture = NULL"
+        values: tuple[object, ...] = (now,)
+        if mail.state == FAILED:  # who has it is added to those who had it in an earlier life
+            change = "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
+            change += " json_each(coalesce(items.taken, '[]')) UNION ALL SELECT value FROM json_each(?)))"
+            values = (mail.error, json.dumps(mail.taken))
+        seqs = [(*values, seq) for seq in mail.items]
+        number = self._db.executemany(f"UPDATE items SET {change} WHERE seq = ? AND state = 1", seqs).rowcount
+        if mail.failed and not mail.taken:  # nobody has read what it told of
+            undo = "UPDATE items SET told = 0 WHERE settled IS NULL AND state = 3 AND told = ?"
+            self._db.execute(undo, (mail.number,))
+        self._counts[WAITING] -= number
+        self._counts[mail.state] += number
 
     def note(self, **remarks: object) -> None:
         """Leave remarks for `queue`."""
@@ -2013,7 +2052,10 @@ class Courier:
             for outcomes in transport.deliver(envelopes()):
                 if not self._conclude(*under_way.popleft(), outcomes):
                     break
+                if time.monotonic() - began > BRISK_S:
+                    self._insist(self._outbox.flush)
         finally:
+            self._insist(self._outbox.flush)
             took = time.monotonic() - began
             with self._lock:
                 self._carrying -= 1
@@ -2057,18 +2099,21 @@ class Courier:
     def _settle(self, mail: Mail, outcomes: Mapping[str, Outcome]) -> None:
         now = self._clock()
         after = conclude(mail, outcomes, now, backoff(mail.tries, self._first, self._most), self._max_age)
-        while True:  # what was sent must be written down before anything else, or it is sent twice
+        self._insist(lambda: self._outbox.settle(after, now))
+        if after.state == FAILED and self._owner.limit:
+            with self._lock:
+                self._wake = 0.0  # its place in the budget is free
+
+    def _insist(self, write: Callable[[], None]) -> None:
+        """What was sent must be written down before anything else, or it is sent twice."""
+        while True:
             try:
-                self._outbox.settle(after, now)
-                break
+                return write()
             except SpoolError as error:
                 if self._stopping.is_set():
                     return
                 log.error("%s", error)
                 self._stopping.wait(TICK_S)
-        if after.state == FAILED and self._owner.limit:
-            with self._lock:
-                self._wake = 0.0  # its place in the budget is free
 
     def _tell(self, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> None:
         what = items[0].id if len(items) == 1 else f"{len(items)} items"

@@ -156,6 +156,7 @@ def test_a_settled_id_is_remembered_and_forgotten_after_seven_days(outbox: Outbo
 def send_all(outbox: Outbox, now: float = 0.0) -> None:
     for mail in outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], now):
         outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, now, 1.0, 9.0), now)
+    outbox.flush()
 
 
 def test_settled_rows_lose_their_payload(outbox: Outbox) -> None:
@@ -478,6 +479,72 @@ def test_failures_are_told_once_and_again_when_the_telling_mail_failed(outbox: O
     assert outbox.untold() == (0, "")
 
 
+# what was sent, and not settled yet
+
+OWNER = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import smtp_module as smtp
+outbox = smtp.Outbox(sys.argv[1])
+outbox.put([smtp.NewItem(name, "lane", b"x") for name in "abc"])
+mails = outbox.freeze([smtp.Draft((row.seq,), ("x@y.z", "v@w.z")) for row in outbox.waiting()], 0.0)
+said = {{name: smtp.Outcome(smtp.Verdict.SENT, 250) for name in mails[0].recipients}}
+for mail in mails[:2]:
+    outbox.settle(smtp.conclude(mail, said, 0.0, 1.0, 9.0), 5.0)
+os._exit(9)
+"""
+
+
+def test_the_end_of_the_process_repeats_nothing_that_was_ticked_off(spool: Path) -> None:
+    subprocess.run([sys.executable, "-c", OWNER, str(spool)], check=False)
+    for _ in range(2):
+        with contextlib.closing(Outbox(spool)) as outbox:
+            assert outbox.counts() == {"queued": 1, "sent": 2, "failed": 0}
+            assert [mail.number for mail in outbox.due(1.0, 9.0, (), 9)] == [3]
+            assert outbox._rows("SELECT taken FROM mails WHERE mail = 1") == [('["x@y.z", "v@w.z"]',)]
+    assert Path(f"{spool}.sent").read_bytes() == b""
+
+
+def test_ticks_that_are_rubbish_or_of_other_mails_do_nothing(spool: Path) -> None:
+    subprocess.run([sys.executable, "-c", OWNER, str(spool)], check=False)
+    Path(f"{spool}.sent").write_bytes(b"\0\xff-\n77\n\n1\n1\n999999999999999999\n")
+    with contextlib.closing(Outbox(spool)) as outbox:
+        assert outbox.counts() == {"queued": 2, "sent": 1, "failed": 0}
+
+
+def test_one_commit_settles_all_that_was_ticked_off(outbox: Outbox) -> None:
+    outbox.put([item(str(n)) for n in range(20)])
+    said: list[str] = []
+    mails = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
+    outbox._db.set_trace_callback(said.append)
+    for mail in mails:
+        outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, 0.0, 1.0, 9.0), 0.0)
+    assert said == []
+    assert [receipt.new for receipt in outbox.put([item("3"), item("new")])] == [False, True]
+    assert said.count("COMMIT") == 1 and outbox.counts() == {"queued": 1, "sent": 20, "failed": 0}
+    assert Path(f"{outbox.path}.sent").read_bytes() == b""
+
+
+def test_a_drop_does_not_undo_what_was_ticked_off(outbox: Outbox) -> None:
+    outbox.put([item("a"), item("b")])
+    mail, _ = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
+    outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, 0.0, 1.0, 9.0), 0.0)
+    assert outbox.drop() == 1
+    assert outbox.counts() == {"queued": 0, "sent": 1, "failed": 0}
+
+
+def test_a_tick_that_cannot_be_written_is_an_error_and_settled_all_the_same(outbox: Outbox) -> None:
+    outbox.put([item("a")])
+    (mail,) = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
+    sound, outbox._ticks = outbox._ticks, os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(SpoolError, match="sent"):
+        outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, 0.0, 1.0, 9.0), 0.0)
+    os.close(outbox._ticks)
+    outbox._ticks = sound
+    outbox.flush()
+    assert outbox.counts() == {"queued": 0, "sent": 1, "failed": 0}
+
+
 # the queue as others see it
 
 
@@ -487,7 +554,7 @@ def test_the_queue_is_read_without_writing_while_in_use_and_after(spool: Path) -
         assert [row["id"] for row in smtp.read_queue(spool)] == ["a"]
     before = sorted(path.name for path in spool.parent.iterdir())
     assert [row["id"] for row in smtp.read_queue(spool)] == ["a"]
-    assert sorted(path.name for path in spool.parent.iterdir()) == before == ["alerts.db", "alerts.db.lock"]
+    assert sorted(path.name for path in spool.parent.iterdir()) == before == ["alerts.db", "alerts.db.lock", "alerts.db.sent"]
 
 
 def test_the_queue_of_a_killed_owner_can_be_read(spool: Path) -> None:
