@@ -16,8 +16,8 @@ reconnection, so the relay takes it once, however often it had to be sent. With 
 handed over is on disk here before the client first waits, and goes first next time.
 
 Cameras start one process an event, so one event must cost little more than the start of an interpreter that has json
-and socket (1.3 times at most). Hence the flags are read by a table of our own (argparse would add a tenth), dataclasses
-and typing are not loaded at all, and ssl, random and signal only where they are needed.
+and socket. Hence a table of our own reads the flags (argparse would add a tenth), and what only some runs need (ssl,
+random, signal) is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # imports leave no garbage; looking for it would cost 1.3 ms; loops turn it on again
 
-import io
 import json
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -41,7 +41,7 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING without loading typing
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import Any
+    from typing import Any, TextIO
 
 __version__ = "1.0.0"
 
@@ -55,8 +55,8 @@ IMAGE_MAX_BYTES = (12 << 20) - (64 << 10)  # in Base64 a larger one is over the 
 SLOWEST_BYTES_S = 128 * 1024  # each of these makes a deadline a second longer: slow uplinks get pictures through
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0  # doubled from one to the other: a relay restarts within a second or two
 CLOSING_S = 2.0  # after Ctrl-C, outstanding answers are waited for this long
-LONGEST_WAIT_S = 3600.0  # for one system call: a socket's own limit is 24 days
-PROGRESS_S = 0.2  # between two looks of the progress line
+LONGEST_S = 20 * 86400.0  # of any setting: a socket cannot wait longer than 24 days
+LOOK_S = 0.2  # between two progress lines, and between two looks whether a signal has come
 
 REFUSED = ("bad_json", "bad_event", "too_large")  # about the line: sending it again would not help
 
@@ -69,35 +69,17 @@ class Stop(Exception):
         self.code = code
 
 
-class Lost(Exception):
-    """The connection is of no use any more; `retry`: another one soon may be."""
-
-    def __init__(self, reason: object, *, retry: bool = True, code: int = EX_TEMPFAIL) -> None:
-        super().__init__(reason)
-        self.retry, self.code = retry, code
-
-
 # ───────────────────────────────────────────── Settings ─────────────────────────────────────────────
 # A flag wins over the environment, the environment over .env.
 
 
 def seconds(text: str) -> float:
     """`90`, `0.5`, `5m`, `1h`, `5d` -> seconds."""
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:].lower(), 0)
-    try:
-        value = float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 1e9:
-        raise ValueError(f"{text!r} is not a duration; write 90 (seconds), 0.5, 5m, 1h or 5d")
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text.lower())
+    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else math.inf
+    if value > LONGEST_S:
+        raise ValueError(f"{text!r} is not a duration up to 20d; write 90 (seconds), 0.5, 5m, 1h or 5d")
     return value
-
-
-def some_seconds(text: str) -> float:
-    """Seconds, more than 0."""
-    if not seconds(text):
-        raise ValueError(f"{text!r} leaves no time; give more than 0")
-    return seconds(text)
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -116,12 +98,9 @@ def key_value(text: str) -> dict[str, str | float]:
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ValueError(f"{text!r} is not KEY=VALUE")
-    try:
-        number = json.loads(value) if len(value) <= 20 else None
-    except ValueError:
-        number = None
-    if isinstance(number, int | float) and math.isfinite(number) and json.dumps(number) == value:
-        return {clean(key): number}
+    is_json = re.fullmatch(r"true|false|-?(0|[1-9][0-9]{0,15})(\.[0-9]{1,15})?", value)
+    if is_json and json.dumps(json.loads(value)) == value:
+        return {clean(key): json.loads(value)}
     return {clean(key): clean(value)}
 
 
@@ -144,7 +123,7 @@ FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
     "token": ("T", "", clean, "the relay's secret; in ALERT_TOKEN other users do not see it"),
     "loop": ("SECONDS", None, seconds, "an event every so often until Ctrl-C; 0: as fast as the relay answers"),
     "count": ("N", 0, whole(1, 10**11), "end after N events, or heartbeats where there are no events"),
-    "timeout": ("S", 10.0, some_seconds, "how long a try may take: connecting and the answer"),
+    "timeout": ("S", 10.0, seconds, "how long a try may take: connecting and the answer"),
     "retries": ("N", 3, whole(0, 10**6), "how often to try again, waiting longer each time"),
     "outbox": ("DIR", "", str, "keep there what could not be handed over; it goes first next time"),
     "heartbeat": ("SECONDS", 0.0, seconds, "say so often that the camera lives; without --loop, no events"),
@@ -159,6 +138,10 @@ FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
 }
 VARIABLES = {"host": "ALERT_HOST", "port": "ALERT_PORT", "token": "ALERT_TOKEN"}
 
+EXIT_CODES = """
+exit: 0 all accepted; 2 usage; 65 refused by the relay; 75 not handed over, try again (also when kept in
+      the outbox); 77 unauthorized; 78 a setting is wrong"""
+
 
 def help_text() -> str:
     """--help, made from the table that reads the flags."""
@@ -166,10 +149,7 @@ def help_text() -> str:
     for flag, (word, default, _, text) in FLAGS.items():
         usage = f"--{flag.replace('_', '-')} {word}"
         lines.append(f"  {usage:<20} {text}{f' (default: {default})' if default else ''}")
-    return "\n".join(lines) + (
-        "\n\nexit: 0 all accepted; 2 usage; 65 refused by the relay; 75 not handed over, try again (also when kept in"
-        "\n      the outbox); 77 unauthorized; 78 a setting is wrong"
-    )
+    return "\n".join([*lines, EXIT_CODES])
 
 
 def unquoted(text: str) -> str:
@@ -203,24 +183,22 @@ def read_flags(argv: Iterable[str]) -> dict[str, Any]:
 
 def read_env_file(path: str) -> dict[str, str]:
     """`KEY=value` lines; `#` comments, optional quotes and `export`. "": ./.env, if it is there. Raises Stop."""
-    name, values = path or ".env", {}
+    if not path and not os.path.exists(".env"):
+        return {}
+    path, values = path or ".env", {}
     try:
-        with open(name, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except (OSError, ValueError) as error:
-        if not path and isinstance(error, FileNotFoundError):
-            return {}
-        raise Stop(EX_CONFIG, f"settings file {name}: {explain(error)}") from None
+        raise Stop(EX_CONFIG, f"settings file {path}: {explain(error)}") from None
     for number, line in enumerate(lines, 1):
         key, equals, value = (part.strip() for part in line.strip().removeprefix("export ").partition("="))
         if not key or key.startswith("#"):
             continue
         if not equals:
-            raise Stop(EX_CONFIG, f"settings file {name}, line {number}: not KEY=value")
-        if value[:1] in ("'", '"') and (end := value.find(value[0], 1)) > 0:
-            values[key] = value[1:end]
-        else:
-            values[key] = "" if value.startswith("#") else value.partition(" #")[0].rstrip()
+            raise Stop(EX_CONFIG, f"settings file {path}, line {number}: not KEY=value")
+        quoted = re.match(r"""(["'])(.*?)\1""", value)
+        values[key] = quoted[2] if quoted else re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()
     return values
 
 
@@ -238,6 +216,8 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     options = Options(**{name: row[1] for name, row in FLAGS.items()} | given)
     if options.key and not options.cert:
         raise Stop(EX_USAGE, "--key needs --cert")
+    if not options.timeout:
+        raise Stop(EX_USAGE, "--timeout 0 leaves no time; give more")
     if options.loop is None and options.heartbeat and "event" in given:
         raise Stop(EX_USAGE, "--heartbeat alone sends no event; add --loop SECONDS, or leave --event out")
     if options.loop is None and not options.heartbeat:  # one event is a loop of one
@@ -248,13 +228,10 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
 
 
 # ────────────────────────────────────────────── Events ──────────────────────────────────────────────
-# Pure: values in, values out.
 
 
 class Line:
     """An event or a heartbeat on its way to the relay; `kept` names the file that keeps it, if one does."""
-
-    __slots__ = ("content", "kept", "wire")
 
     def __init__(self, content: dict[str, Any], token: str, kept: str = "") -> None:
         self.content, self.kept = content, kept
@@ -292,47 +269,38 @@ def utc(now: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{thousandths:03d}Z"
 
 
-def parse_answer(raw: bytes) -> dict[str, Any]:
-    """The answer in a line of the relay. Raises Lost: who says anything else is no relay."""
+def read_picture(path: str) -> bytes:
+    """The picture as it is now (-: standard input); empty, with a warning, where there is none to be had."""
     try:
-        answer = json.loads(raw.decode())
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
-        said = raw[:80].decode("utf-8", "replace")
-        raise Lost(f"this is no answer of an alert relay (is it the right port?): {said}")
-    return answer
-
-
-def printable(value: object, limit: int = 500) -> str:
-    """Text of others on one line, harmless to a terminal, bounded. Persian and emoji need U+200C and U+200D."""
-    text = str(value)[:limit]
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            data = file.read(IMAGE_MAX_BYTES + 1)
+        if not 0 < len(data) <= IMAGE_MAX_BYTES:
+            raise ValueError("it is too big" if data else "it is empty")
+    except (OSError, ValueError) as error:
+        tell(f"warning: --image {path}: {explain(error)}; the event goes without it")
+        return b""
+    return data
 
 
 class Ticker:
     """The deadlines start, start + interval, …, `left` of them; missed ones are skipped: no drift and no burst."""
 
     def __init__(self, interval: float, left: float, start: float) -> None:
-        self.interval, self.left, self.start, self.index = interval, left, start, 0
+        self.interval, self.left = interval, left
         self.due = start if left else math.inf
 
     def take(self, now: float) -> None:
         """The tick that was due by `now` is done."""
         self.left -= 1
-        if self.interval:
-            self.index = max(self.index + 1, math.ceil((now - self.start) / self.interval))
-        self.due = self.start + self.index * self.interval if self.left else math.inf
+        missed = max(0.0, (now - self.due) // self.interval) if self.interval else 0.0
+        self.due = self.due + (1 + missed) * self.interval if self.left else math.inf
 
     def stop(self) -> None:
         self.left, self.due = 0, math.inf
 
 
 # ──────────────────────────────────────────── Connection ────────────────────────────────────────────
+# Whatever ends a connection is an OSError.
 
 
 def explain(error: Exception) -> str:
@@ -353,67 +321,70 @@ def tls_context(options: Options) -> ssl.SSLContext | None:
         return None
     import ssl  # noqa: PLC0415
 
+    used = f"--cafile {options.cafile}"
     try:
         context = ssl.create_default_context(cafile=options.cafile or None)
-    except OSError as error:
-        raise Stop(EX_USAGE, f"--cafile {options.cafile}: {explain(error)}") from None
-    if options.cafile:  # Python 3.13 asks for extensions that a CA made with `openssl req -x509` does not have
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    if options.cert:
-        try:  # the empty password makes an encrypted key an error here instead of a question on the terminal
+        if options.cafile:  # Python 3.13 asks for extensions that a CA made with `openssl req -x509` does not have
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        if options.cert:
+            used = f"--cert {options.cert}, --key {options.key}"
+            # the empty password makes an encrypted key an error here instead of a question on the terminal
             context.load_cert_chain(options.cert, options.key or None, password="")
-        except OSError as error:
-            raise Stop(EX_USAGE, f"--cert {options.cert}, --key {options.key}: {explain(error)}") from None
+    except OSError as error:
+        raise Stop(EX_USAGE, f"{used}: {explain(error)}") from None
     return context
 
 
 class Connection:
-    """One connection to the relay, at the first of its addresses that takes one. What ends it is raised as Lost."""
+    """One connection to the relay, at the first of its addresses that takes one."""
 
     def __init__(self, options: Options, tls: ssl.SSLContext | None) -> None:
         # A host as bytes: for a str, Python would load its tables of international names first.
         host: Any = options.host.encode() if options.host.isascii() else options.host
         try:
             self.socket = socket.create_connection((host, options.port), options.timeout)
-            try:
-                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if tls:
-                    self.socket = tls.wrap_socket(self.socket, server_hostname=options.host)
-            except BaseException:
-                self.socket.close()
-                raise
-        except (OSError, ValueError) as error:
-            raise Lost(explain(error), retry=not hasattr(error, "verify_message")) from None
+        except ValueError as error:
+            raise ConnectionError(f"this is no name of a host: {error}") from None
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_hostname=options.host)
         self.rest = b""  # of an answer that has not ended yet
         self.hint = "" if tls else " without an answer (does it want --tls?)"
 
     def send(self, data: bytes, deadline: float) -> None:
         """Everything, by `deadline` (monotonic)."""
         view = memoryview(data)
-        try:
-            while view:
-                self.socket.settimeout(max(0.001, deadline - time.monotonic()))
-                view = view[self.socket.send(view[:CHUNK_BYTES]) :]
-        except OSError as error:
-            raise Lost(explain(error)) from None
+        while view:
+            self.socket.settimeout(max(0.001, deadline - time.monotonic()))
+            view = view[self.socket.send(view) :]
 
     def receive(self, wait: float) -> list[bytes]:
         """The answer lines that come within `wait` seconds, as soon as there are any; none is no error."""
+        self.socket.settimeout(max(0.001, wait))
         try:
-            self.socket.settimeout(max(0.001, wait))
             data = self.socket.recv(CHUNK_BYTES)
         except TimeoutError:
             return []
-        except OSError as error:
-            raise Lost(explain(error)) from None
         if not data:
-            raise Lost(f"the relay closed the connection{self.hint}")
+            raise ConnectionError(f"the relay closed the connection{self.hint}")
         *lines, self.rest = (self.rest + data).split(b"\n")
         if lines:
             self.hint = ""
         if len(self.rest) > ANSWER_MAX_BYTES:
-            raise Lost("the relay's answer has no end")
+            raise ConnectionError("the relay's answer has no end")
         return lines
+
+
+def parse_answer(raw: bytes) -> dict[str, Any]:
+    """The answer in a line of the relay. Raises ConnectionError: who says anything else is no relay."""
+    try:
+        answer = json.loads(raw.decode())
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
+        said = raw[:80].decode("utf-8", "replace")
+        raise ConnectionError(f"this is no answer of an alert relay (is it the right port?): {said}")
+    return answer
 
 
 # ────────────────────────────────────────────── Outbox ──────────────────────────────────────────────
@@ -493,27 +464,23 @@ class Outbox:
     def load(self, name: str) -> dict[str, Any]:
         """The event of a file; empty where there is none any more, or none that can be read: that is moved aside."""
         try:
-            with open(os.path.join(self.folder, name), "rb") as file:
-                content = json.loads(file.read().decode())
-            if isinstance(content, dict):
-                return content
-            problem = "not a JSON object"
+            with open(os.path.join(self.folder, name), encoding="utf-8") as file:
+                content = json.load(file)
+            if not isinstance(content, dict):
+                raise ValueError("not a JSON object")
         except FileNotFoundError:
             return {}  # another client has handed it over
         except (OSError, ValueError, RecursionError) as error:
-            problem = explain(error)
-        tell(f"--outbox {self.folder}: {name} is damaged: {problem}")
-        self.done(name, refused=True)
-        return {}
+            tell(f"--outbox {self.folder}: {name} is damaged: {explain(error)}")
+            self.done(name, refused=True)
+            return {}
+        return content
 
     def done(self, name: str, *, refused: bool = False) -> None:
-        """Forget an event that the relay has. One that it will never take is moved aside, so that it blocks nothing.
-
-        Should a power cut undo this, the event goes again and the relay answers `duplicate`.
-        """
+        """Forget an event that the relay has. One that it will never take is moved aside, so that it blocks nothing."""
         path = os.path.join(self.folder, name)
         self.mine.discard(name)
-        try:
+        try:  # should a power cut undo this, the event goes again and the relay answers `duplicate`
             if refused:
                 os.replace(path, path + ".refused")
                 tell(f"moved aside: {path}.refused")
@@ -538,24 +505,6 @@ def sync_folder(folder: str) -> None:
 # ────────────────────────────────────────────── Sending ─────────────────────────────────────────────
 
 
-def say(text: str) -> None:
-    """A line on standard output. A reader that has gone (`| head -1`) or a full disk stops no alert."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def tell(text: str, *, end: str = "\n") -> None:
-    """A sentence on standard error; on a terminal in place of the progress line."""
-    if sys.stderr:
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-        try:
-            print(f"{clear}client.py: {printable(text)}", end=end, file=sys.stderr, flush=True)
-        except OSError:
-            pass
-
-
 class Sender:
     """Makes what is due, keeps a window of lines on their way, matches the answers in order.
 
@@ -564,22 +513,20 @@ class Sender:
     """
 
     connection: Connection | None = None
-    window_bytes = 0  # of all lines on their way
+    sent = 0  # how many lines of the window this connection was given
+    window_bytes = 0
     failures = 0  # in a row
     retry_at = deadline = 0.0  # when to connect again; when the next answer must be here
-    stdin_picture: bytes | None = None
     made = accepted = refused = lost = 0
-    code = EX_OK
+    unauthorized = False
     signals = 0
-    waiting = stopped = False
-    shown_at = 0.0
 
-    def __init__(self, options: Options, tls: ssl.SSLContext | None, outbox: Outbox) -> None:
-        self.options, self.tls, self.outbox = options, tls, outbox
+    def __init__(self, options: Options) -> None:
+        self.options, self.tls, self.outbox = options, tls_context(options), Outbox(options.outbox)
         self.peer = f"{options.host} port {options.port}"
+        self.stdin_picture = read_picture("-") if options.image == "-" else b""
         self.backlog: deque[str] = deque()  # names of kept events, to be handed over before new ones
-        self.unsent: deque[Line] = deque()
-        self.unanswered: deque[Line] = deque()
+        self.window: list[Line] = []  # on their way, the oldest first
 
         self.start = time.monotonic()
         count = options.count or math.inf
@@ -589,21 +536,23 @@ class Sender:
         self.leading = self.beats if alone else self.events  # the run ends with these
         self.elastic = options.loop == 0  # events are made as fast as the relay acknowledges
 
-        self.progress = self.elastic and bool(sys.stderr) and sys.stderr.isatty()
-        self.quiet = self.progress and bool(sys.stdout) and sys.stdout.isatty()  # no line an event under it
+        progress = self.elastic and bool(sys.stderr) and sys.stderr.isatty()
+        self.looks = Ticker(LOOK_S, math.inf if progress else 0, self.start)
+        self.quiet = progress and bool(sys.stdout) and sys.stdout.isatty()  # no line an event under the progress line
 
     def run(self) -> int:
         """Until everything is answered or given up. Returns the exit code."""
-        while True:
-            self.fill()
-            if not (self.leading.left or self.backlog or self.unsent or self.unanswered):
-                break
+        self.fill()
+        while self.leading.left or self.backlog or self.window:
             try:
                 self.step()
-            except Lost as lost:
-                self.recover(lost)
+            except OSError as error:
+                self.recover(error)
             except KeyboardInterrupt:
-                self.interrupt()
+                self.recover(InterruptedError("interrupted"))
+            if self.signals:
+                self.stop()
+            self.fill()
         self.disconnect()
         self.outbox.release()
         kept = len(self.outbox.mine.intersection(self.outbox.names()))
@@ -611,12 +560,14 @@ class Sender:
             took = time.monotonic() - self.start
             counts = f"{self.accepted} accepted, {self.refused} refused, {kept} kept, {self.lost} lost"
             tell(f"{counts} in {took:.1f} s ({self.accepted / max(took, 1e-3):.1f}/s)")
-        return max(self.code, EX_TEMPFAIL if kept else EX_OK)
+        if self.unauthorized:
+            return EX_NOPERM
+        return EX_TEMPFAIL if kept or self.lost else EX_DATAERR if self.refused else EX_OK
 
     def fill(self) -> None:
         """Put into the window what is due: kept events first, for they are older."""
         now = time.monotonic()
-        if not (self.backlog or self.unsent or self.unanswered):
+        if not (self.backlog or self.window):
             self.outbox.release()
             if self.outbox.folder and now >= min(self.events.due, self.beats.due):
                 self.backlog.extend(self.outbox.claim())
@@ -626,27 +577,25 @@ class Sender:
                 self.enqueue(Line(content, self.options.token, name))
         if now >= self.beats.due:
             self.beats.take(now)
-            if not any("heartbeat" in line.content for line in (*self.unsent, *self.unanswered)):
+            if not any("heartbeat" in line.content for line in self.window):
                 self.enqueue(Line({"heartbeat": self.options.camera}, self.options.token))
         while now >= self.events.due and self.may_make():
             self.events.take(now)
             self.make()
 
     def has_room(self) -> bool:
-        return len(self.unsent) + len(self.unanswered) < WINDOW_LINES and self.window_bytes < WINDOW_BYTES
+        return len(self.window) < WINDOW_LINES and self.window_bytes < WINDOW_BYTES
 
     def may_make(self) -> bool:
         """Timed events are made at their time and wait in the outbox, if there is one; others wait for room."""
         return (self.has_room() and not self.backlog) or (bool(self.outbox.folder) and not self.elastic)
 
-    def enqueue(self, line: Line) -> None:
-        self.unsent.append(line)
-        self.window_bytes += len(line.wire)
-
     def make(self) -> None:
         """A new event, in order behind the kept ones."""
         self.made += 1
-        line = Line(make_event(self.options, self.picture(), self.made, time.time()), self.options.token)
+        image = self.options.image
+        picture = read_picture(image) if image not in ("", "-") else self.stdin_picture
+        line = Line(make_event(self.options, picture, self.made, time.time()), self.options.token)
         if self.backlog or self.failures or not self.has_room():
             line.kept = self.outbox.keep(line.content)
         if line.kept:
@@ -654,85 +603,68 @@ class Sender:
         else:
             self.enqueue(line)
 
-    def picture(self) -> bytes:
-        """The picture as it is now; empty, with a warning, where there is none to be had."""
-        path = self.options.image
-        if not path or self.stdin_picture is not None:
-            return self.stdin_picture or b""
-        try:
-            with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-                data = file.read(IMAGE_MAX_BYTES + 1)
-            if not 0 < len(data) <= IMAGE_MAX_BYTES:
-                raise ValueError("it is too big" if data else "it is empty")
-        except (OSError, ValueError) as error:
-            tell(f"warning: --image {path}: {explain(error)}; the event goes without it")
-            data = b""
-        if path == "-":
-            self.stdin_picture = data
-        return data
+    def enqueue(self, line: Line) -> None:
+        self.window.append(line)
+        self.window_bytes += len(line.wire)
 
     def step(self) -> None:
-        """Send what is unsent, then wait for answers, for the next tick or for the next try."""
-        data = b""
-        if self.unsent and time.monotonic() >= self.retry_at:
-            data = b"".join(line.wire for line in self.unsent)
-            if not self.unanswered:
-                self.deadline = math.inf
-            self.unanswered.extend(self.unsent)
-            self.unsent.clear()
-        self.waiting = True
-        try:
-            if self.signals and not self.stopped:
-                raise KeyboardInterrupt
-            answers = self.exchange(data)
-        finally:
-            self.waiting = False
-        for raw in answers:
+        """Send what is unsent, settle what is answered, show how far it is. Raises OSError."""
+        if self.sent < len(self.window) and time.monotonic() >= self.retry_at:
+            self.send()
+        for raw in self.wait():
             self.settle(raw)
-        self.show_progress()
-        if self.unanswered and time.monotonic() >= self.deadline:
-            raise Lost(f"no answer within {self.options.timeout:g} s")
+        now = time.monotonic()
+        if now >= self.looks.due:
+            self.looks.take(now)
+            total = f" of {self.options.count}" if self.options.count else ""
+            tell(f"{self.accepted}{total} accepted, {self.accepted / max(now - self.start, 1e-3):.0f}/s", end="")
+        if self.sent and now >= self.deadline:
+            raise TimeoutError(f"no answer within {self.options.timeout:g} s")
 
-    def exchange(self, data: bytes) -> list[bytes]:
-        """All that may block: connect, send, receive or sleep. A signal may end it anywhere, so it counts nothing."""
-        if data:
-            if self.deadline == math.inf:  # connecting counts: a try takes no longer than --timeout
-                self.deadline = time.monotonic() + self.options.timeout
-            if self.connection is None:
-                self.connection = Connection(self.options, self.tls)
-            self.deadline += len(data) / SLOWEST_BYTES_S
-            try:
-                self.connection.send(data, self.deadline)
-            except Lost:
-                if answers := self.connection.receive(0):  # the relay said why it closed
-                    return answers
-                raise
+    def send(self) -> None:
+        """Connect, where that is to be done, and send all unsent lines."""
+        if not self.sent:  # connecting counts: a try takes no longer than --timeout
+            self.deadline = time.monotonic() + self.options.timeout
+        data = b"".join(line.wire for line in self.window[self.sent :])
+        self.deadline += len(data) / SLOWEST_BYTES_S
+        self.sent = len(self.window)
+        if self.connection is None:
+            self.connection = Connection(self.options, self.tls)
+        try:
+            self.connection.send(data, self.deadline)
+        except OSError:
+            for raw in self.connection.receive(0):  # it may have said why it closed
+                self.settle(raw)
+            raise
+
+    def wait(self) -> list[bytes]:
+        """The answers that come before something else is to be done."""
         wake = min(self.beats.due, self.events.due if self.may_make() else math.inf)
-        wake = min(wake, self.deadline if self.unanswered else math.inf, self.retry_at if self.unsent else math.inf)
-        wait = min(max(0.0, wake - time.monotonic()), LONGEST_WAIT_S)
+        if self.window:
+            wake = min(wake, self.deadline if self.sent else self.retry_at)
+        wait = min(max(0.0, wake - time.monotonic()), LOOK_S)
         if self.connection:
             return self.connection.receive(wait)
         time.sleep(wait)
         return []
 
     def settle(self, raw: bytes) -> None:
-        """Match one answer to the oldest unanswered line. Raises Lost where the lines must go again later."""
+        """Match one answer to the oldest unanswered line. Raises OSError where the lines must go again later."""
         answer = parse_answer(raw)
         if self.options.json:
             say(raw.decode("utf-8", "replace").rstrip("\r"))
         error = "" if answer["ok"] else str(answer.get("error"))
         told = f"{error}: {answer.get('detail', '')}"
-        if error == "unauthorized":
-            raise Lost(f"the relay says {told}", retry=False, code=EX_NOPERM)
-        if (error and error not in REFUSED) or not self.unanswered:
-            raise Lost(f"the relay says {told if error else 'yes, without being asked'}")
-        line = self.unanswered.popleft()
+        self.unauthorized = error == "unauthorized"
+        if (error and error not in REFUSED) or not self.sent:
+            raise ConnectionError(f"the relay says {told if error else 'yes, without being asked'}")
+        line = self.window.pop(0)
+        self.sent -= 1
         self.window_bytes -= len(line.wire)
         self.failures = 0
         self.deadline = time.monotonic() + self.options.timeout + self.window_bytes / SLOWEST_BYTES_S
         if error:
             self.refused += 1
-            self.code = max(self.code, EX_DATAERR)
             tell(f"refused: {line} {line.content.get('id', '')}: {told}")
         else:
             self.accepted += 1
@@ -742,98 +674,102 @@ class Sender:
         if line.kept:
             self.outbox.done(line.kept, refused=bool(error))
 
-    def show_progress(self) -> None:
-        now = time.monotonic()
-        if self.progress and now - self.shown_at >= PROGRESS_S:
-            self.shown_at = now
-            total = f" of {self.options.count}" if self.options.count else ""
-            tell(f"{self.accepted}{total} accepted, {self.accepted / max(now - self.start, 1e-3):.0f}/s", end="")
-
     # What goes wrong.
 
-    def recover(self, lost: Lost) -> None:
+    def disconnect(self) -> None:
+        """What was on its way has to go again; in the outbox no wait and no kill can lose it."""
+        self.sent = 0
+        if self.connection:
+            self.connection.socket.close()
+            self.connection = None
+        for line in self.window:
+            if "event" in line.content and not line.kept:
+                line.kept = self.outbox.keep(line.content)
+
+    def recover(self, error: OSError) -> None:
         """Try again later, or give up, what was on its way. A connection that ends when nothing was costs nothing."""
-        self.take_back()
-        if not self.unsent:
+        self.disconnect()
+        if not self.window:
             return
         self.failures += 1
-        if not lost.retry or self.failures > self.options.retries:
-            self.give_up(lost)
+        hopeless = self.unauthorized or hasattr(error, "verify_message") or isinstance(error, InterruptedError)
+        if hopeless or self.failures > self.options.retries:
+            self.give_up(explain(error))
             return
         import random  # noqa: PLC0415
 
         pause = min(BACKOFF_FIRST_S * 2.0 ** min(self.failures - 1, 30), BACKOFF_MAX_S) * random.uniform(0.75, 1.25)
         self.retry_at = time.monotonic() + pause
-        tell(f"{self.peer}: {lost}; next try in {pause:.1f} s")
+        tell(f"{self.peer}: {explain(error)}; next try in {pause:.1f} s")
 
-    def take_back(self) -> None:
-        """Off the connection and into the outbox, so that no wait and no kill can lose it."""
-        self.disconnect()
-        self.unsent.extendleft(reversed(self.unanswered))
-        self.unanswered.clear()
-        for line in self.unsent:
-            if "event" in line.content and not line.kept:
-                line.kept = self.outbox.keep(line.content)
-
-    def give_up(self, lost: Lost) -> None:
+    def give_up(self, reason: str) -> None:
         """What is kept stays for the next time, the rest is lost. A timed loop goes on, where that may help."""
-        tell(f"{self.peer}: not handed over: {lost}")
-        if kept := len(self.backlog) + sum(bool(line.kept) for line in self.unsent):
+        tell(f"{self.peer}: not handed over: {reason}")
+        if kept := len(self.backlog) + sum(bool(line.kept) for line in self.window):
             tell(f"kept in {self.options.outbox}: {kept}; first to go next time")
-        for line in self.unsent:
+        for line in self.window:
             if not line.kept:
                 self.lost += 1
-                self.code = max(self.code, lost.code)
                 if not self.elastic:
                     tell(f"lost: {line} {line.content.get('id', '')}")
-        self.unsent.clear()
+        self.window.clear()
         self.backlog.clear()
         self.window_bytes = self.failures = 0
-        if self.elastic or lost.code == EX_NOPERM:
-            self.code = max(self.code, lost.code)
+        if self.elastic or self.unauthorized:
             self.stop()
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Ends a wait at once, the work between two waits when it is done; a second signal ends anything."""
+        """Ends the run in order; the second one, or one while the connection is made, at once."""
         self.signals += 1
-        if self.waiting or self.signals > 1:
+        if self.signals > 1 or (self.sent and not self.connection):
             raise KeyboardInterrupt
 
-    def interrupt(self) -> None:
-        """No new events. The answers that are missing are asked for once more; a second signal ends that, too."""
-        ask_again = self.connection and not self.stopped
-        self.stop()
-        self.take_back()
-        if self.unsent and not ask_again:
-            self.give_up(Lost("interrupted"))
-
     def stop(self) -> None:
-        self.stopped = True
+        """No new events; the lines on their way have a little time, or one last try."""
         self.events.stop()
         self.beats.stop()
         self.backlog.clear()
         self.options.timeout, self.options.retries = min(self.options.timeout, CLOSING_S), 0
-
-    def disconnect(self) -> None:
-        if self.connection:
-            self.connection.socket.close()
-            self.connection = None
+        self.retry_at = 0.0
+        self.deadline = min(self.deadline, time.monotonic() + CLOSING_S + self.window_bytes / SLOWEST_BYTES_S)
 
 
 # ─────────────────────────────────────────── Command line ───────────────────────────────────────────
 
 
+def printable(text: str) -> str:
+    """Text of others on one line, harmless to a terminal, bounded. Persian and emoji need U+200C and U+200D."""
+    return "".join(
+        c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode("ascii") for c in text[:500]
+    )
+
+
+def say(text: str, *, end: str = "\n", stream: TextIO | None = None) -> None:
+    """On standard output, at once. A reader that has gone (`| head -1`) or a full disk stops no alert."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        pass
+
+
+def tell(text: str, *, end: str = "\n") -> None:
+    """A sentence on standard error; on a terminal in place of the progress line."""
+    if sys.stderr:
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        say(f"{clear}client.py: {printable(text)}", end=end, stream=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name in any script, on a terminal in any encoding
     if {"-h", "--help", "--version"} & set(words):
         say(f"client.py {__version__}" if "--version" in words else help_text())
         return EX_OK
     try:
         options = read_options(words, os.environ)
-        sender = Sender(options, tls_context(options), Outbox(options.outbox))
+        sender = Sender(options)
         if options.outbox or options.loop != math.inf:
             import signal  # noqa: PLC0415
 
@@ -846,7 +782,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(str(stop))
         return stop.code
     except KeyboardInterrupt:
-        return EX_INTERRUPTED
+        tell("interrupted")
+        return EX_TEMPFAIL
 
 
 if __name__ == "__main__":
