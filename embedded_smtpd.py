@@ -318,20 +318,18 @@ PAGE = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"></head>
 <body style="margin:0;padding:0;background:#f1f4f7">
 <table {FRAME} width="100%" style="background:#f1f4f7"><tr><td align="center" style="padding:16px 6px">
-<table {FRAME} width="100%" style="max-width:600px;background:#ffffff;border:1px solid #dde3e9">
+<table {FRAME} width="100%" style="max-width:600px;background:#ffffff;border:1px solid #dde3e9;{FONT}">
 <tr><td style="padding:16px;{FONT};font-size:20px;line-height:26px;font-weight:bold;color:#ffffff;background:#1f3a52">
-{{title}}</td></tr><tr><td style="padding:16px 16px 18px">{{blocks}}</td></tr>
+{{title}}</td></tr><tr><td style="padding:16px;{FONT};font-size:16px;line-height:24px;color:#1d2733">{{body}}</td></tr>
 </table></td></tr></table></body></html>"""
-BLOCK = '<div style="padding-bottom:18px">{}</div>'
-TEXT = f'<div style="{FONT};font-size:16px;line-height:24px;color:#1d2733">{{}}</div>'
 PICTURE = '<img src="cid:snapshot" alt="snapshot" width="100%" style="display:block;max-width:568px">'
-TABLE = f"""<div style="{FONT};font-size:13px;line-height:18px;font-weight:bold;letter-spacing:.5px;color:#5a6b7b;
-padding:0 10px 4px">{{}}</div><table width="100%" cellpadding="0" cellspacing="0">{{}}</table>"""
-CELL = f"""<td valign="middle" style="padding:9px 10px;border-bottom:1px solid #e3e7ec;{FONT};font-size:15px;
-line-height:20px;color:{{}}">{{}}</td>"""
+TABLE = f"""<div style="{FONT};font-size:13px;line-height:18px;font-weight:bold;color:#5a6b7b;padding:18px 10px 4px">
+{{}}</div><table width="100%" cellpadding="0" cellspacing="0">{{}}</table>"""
+CELL = (
+    f"""<td valign="middle" style="padding:9px 10px;border-bottom:1px solid #e3e7ec;{FONT};font-size:15px">{{}}</td>"""
+)
 BAR = f'<table {FRAME} width="100%" style="margin-top:4px"><tr>{{}}</tr></table>'
 LEVEL = '<td width="{}%" bgcolor="{}" style="height:10px;line-height:10px;font-size:1px">&nbsp;</td>'
-SWITCH = '<span style="background:{};color:{};padding:2px 10px;font-weight:bold">{}</span>'
 BUTTON = f"""<table {FRAME} style="display:inline-table;margin:0 8px 8px 0"><tr>
 <td bgcolor="#e8eff5" style="padding:9px 14px;border:1px solid #b9cbd9"><a href="{{}}" style="{FONT};font-size:15px;
 color:#1f3a52;text-decoration:none;font-weight:bold">{{}}</a></td></tr></table>"""
@@ -342,18 +340,10 @@ def bidi(text: object) -> str:
     return f'<bdi dir="auto">{html.escape(str(text))}</bdi>'
 
 
-def page(title: str, *blocks: str) -> str:
-    """A whole HTML mail that is one column, at most 600 pixels wide."""
-    return PAGE.format(title=title, blocks="".join(BLOCK.format(block) for block in blocks if block))
-
-
 def table(heading: str, rows: Iterable[Sequence[str]]) -> str:
-    """A headed table of cells that are HTML already; the first column is the name."""
-    lines = [
-        "<tr>" + CELL.format("#5a6b7b;width:34%", name) + "".join(CELL.format("#1d2733", cell) for cell in cells)
-        for name, *cells in rows
-    ]
-    return TABLE.format(heading.upper(), "</tr>".join([*lines, ""])) if lines else ""
+    """A headed table of cells that are HTML already, "" without rows."""
+    lines = "".join(f"<tr>{''.join(map(CELL.format, cells))}</tr>" for cells in rows)
+    return TABLE.format(heading.upper(), lines) if lines else ""
 
 
 def bar(value: float, low: float, high: float) -> str:
@@ -365,21 +355,16 @@ def bar(value: float, low: float, high: float) -> str:
 
 def shown_value(name: str, value: Any) -> str:
     """The value of a parameter as a person reads it, HTML."""
-    if value in ("on", "off"):
-        return SWITCH.format(*(("#1e7d4f", "#ffffff") if value == "on" else ("#dfe6ec", "#44525f")), value.upper())
     kind = PARAMETERS.get(name, Parameter())
+    if value in ("on", "off"):
+        return f"<strong>{value.upper()}</strong>"
     words = timedelta(seconds=value) if name == "uptime" else f"{value} {kind.unit}".strip()
     return bidi(words) + (bar(value, *kind.bar) if kind.bar else "")
 
 
-def plain(status: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a status that is one value a name."""
-    return {name: value for name, value in status.items() if not isinstance(value, dict)}
-
-
 def status_text(status: Mapping[str, Any]) -> str:
     """The status as plain text, a line a parameter."""
-    lines = [f"{name} = {value}" for name, value in plain(status).items()]
+    lines = [f"{name} = {value}" for name, value in status.items() if not isinstance(value, dict)]
     cameras = [f"{name}: {seen['state']}, motion {seen['motion']} %" for name, seen in status["cameras"].items()]
     blocks = [f"block {name}: {b['size']} bytes, SHA-256 {b['sha256']}" for name, b in status["blocks"].items()]
     return "\n".join([*lines, "", *cameras, "", *blocks])
@@ -387,50 +372,31 @@ def status_text(status: Mapping[str, Any]) -> str:
 
 def status_html(status: Mapping[str, Any], buttons: Sequence[tuple[str, str]]) -> str:
     """The status as an HTML mail. A button, a label and a link, opens the mail program with everything filled in."""
+    values = [(bidi(name), shown_value(name, value)) for name, value in status.items() if not isinstance(value, dict)]
     cameras = [
         (bidi(name), f"{bidi(seen['state'])} · motion {seen['motion']} %{bar(seen['motion'], 0, 100)}")
         for name, seen in status["cameras"].items()
     ]
-    blocks = [
-        (bidi(name), f"{kept['size']:,} bytes", f"{kept['sha256'][:16]}…") for name, kept in status["blocks"].items()
-    ]
-    return page(
-        f"{bidi(status['name'])} · {'armed' if status['armed'] == 'on' else 'disarmed'}",
-        "".join(BUTTON.format(html.escape(link), label) for label, link in buttons),
-        table("Parameters", ((bidi(name), shown_value(name, value)) for name, value in plain(status).items())),
-        table("Cameras", cameras),
-        table("Data blocks", blocks),
-    )
-
-
-DIGITS = {  # 3 x 5 dots, a row a character pair of octal bits
-    "0": "75557", "1": "26227", "2": "71747", "3": "71717", "4": "55711", "5": "74717", "6": "74757",
-    "7": "71111", "8": "75757", "9": "75717", ":": "02020", "-": "00700", " ": "00000",
-}  # fmt: skip
-PICTURE_WIDTH, PICTURE_HEIGHT, DOT = 320, 240, 5  # pixels
+    blocks = [(bidi(name), f"{b['size']:,} bytes", f"{b['sha256'][:16]}…") for name, b in status["blocks"].items()]
+    links = "".join(BUTTON.format(html.escape(link), label) for label, link in buttons)
+    tables = table("Parameters", values) + table("Cameras", cameras) + table("Data blocks", blocks)
+    title = f"{bidi(status['name'])} · {'armed' if status['armed'] == 'on' else 'disarmed'}"
+    return PAGE.format(title=title, body=links + tables)
 
 
 def test_card(camera: int, now: float) -> bytes:
-    """The picture of a simulated camera as a PNG: colour bars, its number and the time in UTC, a block that moves."""
-    bars = b"".join(bytes(colour) * (PICTURE_WIDTH // 8) for colour in itertools.product((200, 30), repeat=3))
-    rows = [bytearray(bars) for _ in range(PICTURE_HEIGHT)]
-
-    def paint(left: int, top: int, width: int, height: int, grey: int) -> None:
-        for row in rows[top : top + height]:
-            row[3 * left : 3 * (left + width)] = bytes((grey,)) * (3 * width)
-
-    utc = time.gmtime(now)
-    paint(int(now * 8) % (PICTURE_WIDTH - 40), 190, 40, 30, 255)
-    paint(10, 10, PICTURE_WIDTH - 20, 110, 0)
-    for top, words in ((20, f"{camera} %Y-%m-%d"), (70, "%H:%M:%S")):
-        for (index, letter), row, column in itertools.product(enumerate(time.strftime(words, utc)), range(5), range(3)):
-            if int(DIGITS[letter][row]) >> (2 - column) & 1:
-                paint(20 + (index * 4 + column) * DOT, top + row * DOT, DOT, DOT, 255)
-    header = struct.pack(">IIBBBBB", PICTURE_WIDTH, PICTURE_HEIGHT, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
+    """The picture of a simulated camera, a PNG: colour bars, of each camera others, and a light that moves."""
+    width, height = 320, 240
+    colours = list(itertools.product((200, 30), repeat=3))
+    bars = b"".join(bytes(colours[x * (camera + 4) // width]) for x in range(width))
+    left = 3 * (int(now * 8) % (width - 40))
+    lit = bars[:left] + b"\xff" * 120 + bars[left + 120 :]
+    rows = b"".join(b"\0" + (lit if 180 <= y < 220 else bars) for y in range(height))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png
 
 
 # ─────────────────────────────────────── SMTP/ESMTP protocol ────────────────────────────────────────
@@ -1486,8 +1452,9 @@ class Device:
             data = json.dumps(status, ensure_ascii=False, indent=1).encode()
             files = (Attachment("status.json", "application/json", data),)
         else:
-            lines = TEXT.format("<br>".join(map(bidi, text.split("\n"))))
-            shown = page(bidi(self.parameters(db, now)["name"]), lines, *(PICTURE for file in files if file.cid))
+            lines = "<br>".join(map(bidi, text.split("\n")))
+            title = bidi(self.parameters(db, now)["name"])
+            shown = PAGE.format(title=title, body=lines + "".join(PICTURE for file in files if file.cid))
         return compose(
             subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=shown, attachments=files,
             date=now, headers={name: value for name, value in headers.items() if value},
