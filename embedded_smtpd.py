@@ -324,7 +324,7 @@ PAGE = f"""<!DOCTYPE html>
 </table></td></tr></table></body></html>"""
 PICTURE = '<img src="cid:snapshot" alt="snapshot" width="100%" style="display:block;max-width:568px">'
 TABLE = f"""<div style="{FONT};font-size:13px;line-height:18px;font-weight:bold;color:#5a6b7b;padding:18px 10px 4px">
-{{}}</div><table width="100%" cellpadding="0" cellspacing="0">{{}}</table>"""
+{{}}</div><table width="100%" cellpadding="0" cellspacing="0"><col width="34%">{{}}</table>"""
 CELL = (
     f"""<td valign="middle" style="padding:9px 10px;border-bottom:1px solid #e3e7ec;{FONT};font-size:15px">{{}}</td>"""
 )
@@ -900,7 +900,7 @@ class Letter(NamedTuple):
 MESSAGE_ID = re.compile(r"<[!-;=?-~]{1,250}>")
 _ADDRESS = r"([!-'*+\--9=?A-~]++@[!-'*+\--9=?A-~]++)"
 ONE_ADDRESS = re.compile(rf"\s*(?:[^<>,;:@()]*+<\s*{_ADDRESS}\s*>|{_ADDRESS})\s*(?:\([^()]*+\))?\s*")
-SINGLE = ("from", "message-id", "content-type", "content-transfer-encoding")  # two of these are a trick
+SINGLE = ("subject", "from", "message-id", "content-type", "content-transfer-encoding")  # two of these are a trick
 FOLD = re.compile(r"\r\n(?=[ \t])")
 HEADER = re.compile(r"([!-9;-~]+)[ \t]*:(.*)", re.DOTALL)
 
@@ -908,12 +908,10 @@ HEADER = re.compile(r"([!-9;-~]+)[ \t]*:(.*)", re.DOTALL)
 def read_letter(content: bytes, lenient: bool = False) -> Letter:
     """Read the headers. Raises Refused for what a person and a program would read differently, and for bombs."""
     headers, _ = read_headers(content, 0, len(content))
-    if not lenient:
-        if len(headers.get_all("subject", [])) > 1:
-            raise Refused(TWO_SUBJECTS)
-        if any(len(headers.get_all(name, [])) > 1 for name in SINGLE):
-            raise Refused(CANNOT_PARSE)
-    subject = decode_words(headers.get("subject", ""))
+    twice = [name for name in SINGLE if len(headers.get_all(name, [])) > 1]
+    if twice and not lenient:
+        raise Refused(TWO_SUBJECTS if "subject" in twice else CANNOT_PARSE)
+    subject = decode_words(headers.get("subject", ""), lenient)
     if UNPRINTABLE.search(subject.replace("\t", " ")) and not lenient:
         raise Refused(CANNOT_PARSE)
     return Letter(headers, content, " ".join(UNPRINTABLE.sub(" ", subject).split()))
@@ -937,8 +935,8 @@ def read_headers(content: bytes, start: int, end: int) -> tuple[email.message.Me
     return headers, stop + 4 if stop >= 0 else end
 
 
-def decode_words(value: str) -> str:
-    """Header text with its encoded words (RFC 2047) decoded. Raises Refused."""
+def decode_words(value: str, lenient: bool = False) -> str:
+    """Header text with its encoded words (RFC 2047) decoded; what cannot be decoded stays or raises Refused."""
     text = value[:SUBJECT_LENGTH]
     if "=?" not in text:
         return text
@@ -948,6 +946,8 @@ def decode_words(value: str) -> str:
             part if isinstance(part, str) else part.decode(charset or "ascii", "replace") for part, charset in found
         )
     except Exception as error:  # unknown charsets, broken Base64, and what else a stranger can think of
+        if lenient:
+            return text
         raise Refused(CANNOT_PARSE) from error
 
 
@@ -1056,9 +1056,8 @@ def sections(content: bytes, start: int, end: int, boundary: bytes, cut: bool) -
 
 def clean_name(name: str) -> str:
     """A file name as a harmless label: the last path component, safe characters, at most 100."""
-    with contextlib.suppress(Refused):
-        name = decode_words(name)
-    return re.sub(r"[^\w. -]", "_", re.split(r"[/\\]", name)[-1]).strip(". -")[:100]
+    last = re.split(r"[/\\]", decode_words(name, lenient=True))[-1]
+    return re.sub(r"[^\w. -]", "_", last).strip(". -")[:100]
 
 
 def the_attachment(content: bytes) -> bytes | None:
@@ -1162,18 +1161,18 @@ PRUNE = """DELETE FROM commands WHERE refused = :refused AND at < :before AND se
   (SELECT seq FROM commands WHERE refused = :refused ORDER BY seq DESC LIMIT 1 OFFSET :keep - 1)"""
 
 
-def label(text: str) -> str:
-    if not 1 <= len(text) <= 64 or UNPRINTABLE.search(text):
-        raise ValueError("give 1 to 64 printable characters")
-    return text
-
-
 class Parameter(NamedTuple):
     default: str = ""
     convert: Callable[[str], object] | None = None  # raises ValueError that says what is right; None: read-only
     unit: str = ""
     bar: tuple[float, float] | None = None  # the ends of the scale on which it is drawn
     simulate: Callable[[float], float] = lambda now: 0.0  # what a read-only one is at a time, smoothly
+
+
+def label(text: str) -> str:
+    if not 1 <= len(text) <= 64 or UNPRINTABLE.search(text):
+        raise ValueError("give 1 to 64 printable characters")
+    return text
 
 
 SWITCHES = ("armed", "recording", "relay1", "relay2", "relay3", "relay4")
@@ -1188,6 +1187,19 @@ PARAMETERS = {
     "uptime": Parameter(unit="s"),
 }
 CAMERAS = ("cam1", "cam2", "cam3", "cam4")
+
+
+class Entry(NamedTuple):
+    """A row of `commands` after its number."""
+
+    at: float
+    who: str
+    network: str
+    command: str
+    result: str
+    refused: bool = False
+    mail: bytes | None = None  # by which the same mail is known again
+    answered: str | None = None  # who got a reply
 
 
 class Request(NamedTuple):
@@ -1245,7 +1257,7 @@ class Device:
             log.warning("refused %s of <%s> from %s: %s", command.words if command else "a mail", who, peer, words)
             if command:
                 with contextlib.suppress(smtp.SpoolError), self.outbox.transaction(durable=False) as db:
-                    self.journal(db, self.clock(), who, peer, command.words, result=f"refused: {words}", refused=True)
+                    self.journal(db, Entry(self.clock(), who, peer, command.words, f"refused: {words}", True))
             return reply
         if self.maildir:
             try:
@@ -1268,34 +1280,30 @@ class Device:
             answer = self.carry_out(request)
             to = self.reply_address(request, mail)
             told = to.lower() or None
-            seq = self.journal(db, now, who, peer, command.words, result=answer.result, mail=key, answered=told)
+            seq = self.journal(db, Entry(now, who, peer, command.words, answer.result, mail=key, answered=told))
             if to:
                 self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, self.reply(request, answer, to)))
             self.report_every = self.parameters(db, now)["report_every"]
+        log.info("%s of %s from %s: %s", command.words, who, peer, answer.result)
         if command.verb == "REBOOT":
             self.booted = now
-        log.info("%s of %s from %s: %s", command.words, who, peer, answer.result)
+            log.info("restarted (simulated); the uptime begins anew")
         self.ring()
 
-    def journal(
-        self, db: sqlite3.Connection, at: float, who: str, network: str, command: str,
-        *, result: str, refused: bool = False, mail: bytes | None = None, answered: str | None = None,
-    ) -> int:  # fmt: skip
+    def journal(self, db: sqlite3.Connection, entry: Entry) -> int:
         """Note a command; its number. A flood of refused ones pushes out refused ones alone."""
-        row = (at, who, network, command, result, refused, mail, answered)
-        columns = "at, who, network, command, result, refused, mail, answered"
-        seq = db.execute(f"INSERT INTO commands({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid or 0
-        keep, before = (REFUSED_LINES, math.inf) if refused else (LOG_LINES, at - MEMORY_SECONDS)
-        db.execute(PRUNE, {"refused": refused, "before": before, "keep": keep})
+        seq = db.execute("INSERT INTO commands VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", entry).lastrowid or 0
+        keep, before = (REFUSED_LINES, math.inf) if entry.refused else (LOG_LINES, entry.at - MEMORY_SECONDS)
+        db.execute(PRUNE, {"refused": entry.refused, "before": before, "keep": keep})
         return seq
 
     def carry_out(self, request: Request) -> Answer:
         """The answer to a command that is allowed; a wrong argument gets one that says what is right."""
         rule = COMMANDS[request.command.verb]
         try:
-            return rule.act(self, request)
+            return rule.act(self, request, rule.read(request.command.argument))
         except ValueError as error:
-            return Answer(f"not done: {error}", f"{error}\nRight is: CMD {rule.usage}\nNothing was changed.")
+            return Answer(f"not done: {error}", f"{error}\nThe form is: CMD {rule.usage}\nNothing was changed.")
 
     def check(self, request: Request) -> None:
         """Use a signature up. Raises Refused when the policy does not allow the command."""
@@ -1336,7 +1344,7 @@ class Device:
         blocks = {name: {"size": length, "sha256": digest, "stored": iso(at)} for name, length, digest, at in rows}
         return {**values, "time": iso(now), "cameras": cameras, "blocks": blocks}
 
-    def do_help(self, request: Request) -> Answer:
+    def do_help(self, request: Request, _: str) -> Answer:
         lines = [f"CMD {command.usage:<26} {command.purpose}" for command in COMMANDS.values()]
         rights = "all commands" if self.may_control(request) else "the commands that only read"
         if self.policy.secret:
@@ -1347,56 +1355,38 @@ class Device:
         seen = f"You are {who} ({named}); your mail came from {network}. You may use {rights}."
         return Answer("told the commands", "\n".join([*lines, "", seen]))
 
-    def do_status(self, request: Request) -> Answer:
+    def do_status(self, request: Request, _: str) -> Answer:
         return Answer("told the status", status=self.status(request.db, request.now))
 
-    def do_get(self, request: Request) -> Answer:
-        values, name = self.parameters(request.db, request.now), request.command.argument.lower()
-        if name not in values:
-            raise ValueError(f"there is no parameter {name!r}; there are {', '.join(values)}")
-        return Answer(f"{name} = {values[name]}")
+    def do_get(self, request: Request, name: str) -> Answer:
+        return Answer(f"{name} = {self.parameters(request.db, request.now)[name]}")
 
-    def do_log(self, request: Request) -> Answer:
+    def do_log(self, request: Request, _: str) -> Answer:
         newest = "SELECT at, who, network, command, result FROM commands ORDER BY seq DESC LIMIT ?"
         rows = request.db.execute(newest, (LOG_LINES,))
         lines = [f"{iso(at)}  {who} from {network}  {command}  {result}" for at, who, network, command, result in rows]
         return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
 
-    def do_set(self, request: Request) -> Answer:
-        name, equals, value = COMMANDS[request.command.verb].short(request.command.argument).partition("=")
-        name, value = name.strip().lower(), value.strip()
-        values = self.parameters(request.db, request.now)
-        if not equals:
-            raise ValueError("a name and a value are wanted")
-        convert = PARAMETERS[name].convert if name in PARAMETERS else None
-        if convert is None:
-            known = f"{name} can only be read" if name in PARAMETERS else f"there is no parameter {name!r}"
-            raise ValueError(f"{known}; these can be set: {', '.join(n for n in PARAMETERS if PARAMETERS[n].convert)}")
-        try:
-            new = convert(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        request.db.execute("INSERT OR REPLACE INTO parameters VALUES (?, ?)", (name, str(new)))
-        return Answer(f"{name}: {values[name]} -> {new}")
+    def do_set(self, request: Request, setting: tuple[str, str]) -> Answer:
+        name, value = setting
+        old = self.parameters(request.db, request.now)[name]
+        request.db.execute("INSERT OR REPLACE INTO parameters VALUES (?, ?)", setting)
+        return Answer(f"{name}: {old} -> {value}")
 
-    def do_snapshot(self, request: Request) -> Answer:
-        camera = request.command.argument.lower()
-        if camera not in CAMERAS:
-            raise ValueError(f"there is no camera {camera!r}; there are {', '.join(CAMERAS)}")
+    def do_snapshot(self, request: Request, camera: str) -> Answer:
         picture = test_card(CAMERAS.index(camera) + 1, request.now)
         file = Attachment(f"{camera}.png", "image/png", picture, cid="snapshot")
         return Answer(f"a picture of {camera}, {iso(request.now)}", files=(file,))
 
-    def do_update(self, request: Request) -> Answer:
-        name, data = block_name(request.command.argument), request.attached
+    def do_update(self, request: Request, name: str) -> Answer:
+        data = request.attached
         if data is None:
             raise ValueError("the data comes as the mail's attachment, exactly one")
         digest = hashlib.sha256(data).hexdigest()
         request.db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", (name, data, digest, request.now))
         return Answer(f"{name}: {len(data)} bytes, SHA-256 {digest}")
 
-    def do_read(self, request: Request) -> Answer:
-        name = block_name(request.command.argument)
+    def do_read(self, request: Request, name: str) -> Answer:
         row = request.db.execute("SELECT data, sha256 FROM blocks WHERE name = ?", (name,)).fetchone()
         if row is None:
             names = [name for (name,) in request.db.execute("SELECT name FROM blocks ORDER BY name LIMIT 50")]
@@ -1436,8 +1426,10 @@ class Device:
         """The whole reply mail."""
         letter, ours = request.letter, request.letter.message_id
         subject = letter.subject.rpartition(" ~")[0] if request.command.token else letter.subject
-        thread = [*MESSAGE_ID.findall(letter.headers.get("references", ""))[-10:], *([ours] if ours else [])]
-        headers = {"In-Reply-To": ours, "References": " ".join(thread), "Auto-Submitted": "auto-replied"}
+        headers = {"Auto-Submitted": "auto-replied"}
+        if ours:
+            before = MESSAGE_ID.findall(letter.headers.get("references", ""))[-10:]
+            headers |= {"In-Reply-To": ours, "References": " ".join([*before, ours])}
         control = self.may_control(request)
         return self.write(request.db, request.now, to, f"Re: {subject}", answer, control=control, headers=headers)
 
@@ -1457,7 +1449,7 @@ class Device:
             shown = PAGE.format(title=title, body=lines + "".join(PICTURE for file in files if file.cid))
         return compose(
             subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=shown, attachments=files,
-            date=now, headers={name: value for name, value in headers.items() if value},
+            date=now, headers=headers,
         )  # fmt: skip
 
     def idle(self) -> None:
@@ -1471,28 +1463,54 @@ class Device:
             answer = Answer("", status=self.status(db, now))
             subject, headers = f"{self.parameters(db, now)['name']}: report", {"Auto-Submitted": "auto-generated"}
             for to in self.report_to:
-                control = not self.policy.secret
-                data = self.write(db, now, to, subject, answer, control=control, headers=headers)
+                data = self.write(db, now, to, subject, answer, control=not self.policy.secret, headers=headers)
                 self.outbox.add(db, smtp.NewItem(f"report-{int(now * 1000)}-{to}", to, data))
         self.ring()
 
 
-def block_name(text: str) -> str:
+# What a command's argument may be: pure, and ValueError says what is right
+
+
+def readable(text: str) -> str:
+    if text.lower() not in PARAMETERS:
+        raise ValueError(f"there is no parameter {text!r}; there are {', '.join(PARAMETERS)}")
+    return text.lower()
+
+
+def setting(text: str) -> tuple[str, str]:
+    """`name=value` as a parameter and the value that it takes."""
+    name, equals, value = text.partition("=")
+    name = name.strip().lower()
+    if not equals:
+        raise ValueError("a name and a value are wanted")
+    convert = PARAMETERS[name].convert if name in PARAMETERS else None
+    if convert is None:
+        known = f"{name} can only be read" if name in PARAMETERS else f"there is no parameter {name!r}"
+        raise ValueError(f"{known}; these can be set: {', '.join(n for n in PARAMETERS if PARAMETERS[n].convert)}")
+    try:
+        return name, str(convert(value.strip()))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def camera(text: str) -> str:
+    if text.lower() not in CAMERAS:
+        raise ValueError(f"there is no camera {text!r}; there are {', '.join(CAMERAS)}")
+    return text.lower()
+
+
+def block(text: str) -> str:
     if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", text):
         raise ValueError("a block's name is 1 to 64 of A-Z a-z 0-9 . _ - and does not start with a dot")
     return text
 
 
-def relay_form(rest: str) -> str:
-    return "relay" + rest.replace(" ", "=", 1)
-
-
 class Rule(NamedTuple):
     usage: str
     needs: Access
-    act: Callable[[Device, Request], Answer]
+    act: Callable[[Device, Request, Any], Answer]
     purpose: str
-    short: Callable[[str], str] = str  # of SET: makes `name=value` of the rest of the Subject
+    read: Callable[[str], object] = str  # the argument, from the rest of the Subject
 
 
 COMMANDS = {
@@ -1500,19 +1518,21 @@ COMMANDS = {
     for rule in (
         Rule("HELP", Access.READ, Device.do_help, "this list, and how the device sees you"),
         Rule("STATUS", Access.READ, Device.do_status, "all parameters, cameras and data blocks"),
-        Rule("GET name", Access.READ, Device.do_get, "one parameter"),
+        Rule("GET name", Access.READ, Device.do_get, "one parameter", readable),
         Rule("LOG", Access.READ, Device.do_log, f"the last {LOG_LINES} commands"),
-        Rule("SET name=value", Access.CONTROL, Device.do_set, "set a parameter"),
-        Rule("ARM", Access.CONTROL, Device.do_set, "SET armed=on", short="armed=on {}".format),
-        Rule("DISARM", Access.CONTROL, Device.do_set, "SET armed=off", short="armed=off {}".format),
-        Rule("RECORD ON|OFF", Access.CONTROL, Device.do_set, "SET recording=…", short="recording={}".format),
-        Rule("RELAY n ON|OFF", Access.CONTROL, Device.do_set, "SET relay1=… to relay4", short=relay_form),
-        Rule("SNAPSHOT camera", Access.READ, Device.do_snapshot, "a picture of cam1 to cam4"),
-        Rule("UPDATE block", Access.CONTROL, Device.do_update, "the attachment becomes the data block"),
-        Rule("READ block", Access.READ, Device.do_read, "the data block as an attachment"),
-        Rule("REBOOT", Access.CONTROL, lambda device, request: Answer("restarting now"), "restart"),
+        Rule("SET name=value", Access.CONTROL, Device.do_set, "set a parameter", setting),
+        Rule("ARM", Access.CONTROL, Device.do_set, "SET armed=on", lambda rest: setting(f"armed=on {rest}")),
+        Rule("DISARM", Access.CONTROL, Device.do_set, "SET armed=off", lambda rest: setting(f"armed=off {rest}")),
+        Rule("RECORD ON|OFF", Access.CONTROL, Device.do_set, "SET recording=…",
+             lambda rest: setting(f"recording={rest}")),
+        Rule("RELAY n ON|OFF", Access.CONTROL, Device.do_set, "SET relay1=… to relay4",
+             lambda rest: setting("relay" + rest.replace(" ", "=", 1))),
+        Rule("SNAPSHOT camera", Access.READ, Device.do_snapshot, "a picture of cam1 to cam4", camera),
+        Rule("UPDATE block", Access.CONTROL, Device.do_update, "the attachment becomes the data block", block),
+        Rule("READ block", Access.READ, Device.do_read, "the data block as an attachment", block),
+        Rule("REBOOT", Access.CONTROL, lambda device, request, _: Answer("restarting now"), "restart"),
     )
-}
+}  # fmt: skip
 
 
 class Replies:
@@ -1598,7 +1618,7 @@ def shown_mail(mail: Mail, number: int) -> str:
     lines = [f"---------- {title} ----------"]
     try:
         headers, _ = read_headers(content, 0, len(content))
-        lines += [f"{name}: {decode_words(value)}" for name, value in headers.items()] + [""]
+        lines += [f"{name}: {decode_words(value, lenient=True)}" for name, value in headers.items()] + [""]
         for part in parts(content, cut=True):
             if part.kind == "text/plain" and not part.is_attachment:
                 lines += part.text().splitlines()
@@ -1643,7 +1663,7 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
     title = facts["event"] or letter.subject
     if ENDED.search(title):
         return None
-    date = decode_words(letter.headers.get("date", ""))
+    date = letter.headers.get("date", "")
     meta = {"subject": letter.subject, "from": letter.sender or mail.sender, "date": date} | said
     cleaned = ((printed(name, 64), printed(value, 300)) for name, value in list(meta.items())[:META_LINES])
     event = {

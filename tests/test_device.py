@@ -161,7 +161,7 @@ def test_wrong_argument_gets_a_reply_that_says_what_is_right(bench: Bench, subje
     with bench.outbox.transaction() as db:
         before = bench.device.status(db, NOW)
     answer = bench.ask(subject)
-    assert says in answer and "Right is: CMD" in answer
+    assert says in answer and "The form is: CMD" in answer
     with bench.outbox.transaction() as db:
         assert bench.device.status(db, NOW) == before
 
