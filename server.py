@@ -45,7 +45,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -1619,156 +1618,124 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
 # Real processes on free ports in a temporary folder; whatever is missing at the end is said, and the exit code is 1.
 
 DEMO_WAIT_S = 20.0
+COLOUR_BARS = base64.b64decode(  # a PNG, for want of a camera
+    "iVBORw0KGgoAAAANSUhEUgAAAKAAAABaBAMAAADN6EBhAAAAGFBMVEXAwMDAwAAAwMAAwADAAMDAAAAAAMAQEBDUtV1+AAAARElEQVR42u3M"
+    "0QDAMBQAsadQhSlMoQpTmEL193cSSwAyk5Urd3aevDkZoVAoFAqFQqFQKBQKhUKhUCgUCoVCoVD4v/ADXUSJy0P259UAAAAASUVORK5CYII="
+)
 
 
-class DemoFailed(Exception):
-    """Something that should have happened did not."""
+class Demo(contextlib.ExitStack):
+    """Programs of ours as processes in a folder of their own; leaving ends them, the last one first."""
 
-
-class Demo:
-    """A debug receiver, a relay, a device, and a gateway for cameras that only speak SMTP."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.maildir = folder, folder / "mail"
-        self._running: list[subprocess.Popen[str]] = []
-        kept = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SYSTEMROOT", "TEMP", "TMP", "PYTHONPATH")
-        self._environ = {name: os.environ[name] for name in kept if name in os.environ}
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="dvr-demo-"))
+        ours = ("ALERT_", "DEVICE_", "SMTP_")
+        self._environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
     def start(self, name: str, *args: str, **environ: str) -> int:
-        """Start a server of ours and wait for the port that it logs."""
-        command = [sys.executable, str(Path(__file__).with_name(args[0])), *args[1:]]
+        """Start a server and wait for the port that it logs."""
         logfile = self.folder / f"{name}.log"
         with logfile.open("w") as output:
             process = subprocess.Popen(
-                command, cwd=self.folder, env=self._environ | environ, stdout=output, stderr=output, text=True
+                _command(*args), cwd=self.folder, env=self._environ | environ, stdout=output, stderr=output
             )
-        self._running.append(process)
+        self.enter_context(process)
+        self.callback(process.terminate)
         port = re.compile(r"listening on \S+:(\d+)")
         found = self.until(lambda: port.search(logfile.read_text("utf-8")), f"{name} did not start")
-        say(f"  {name:<9} listens on port {found[1]}")
+        print(f"  {name:<9} listens on port {found[1]}")
         return int(found[1])
 
-    def until(self, check: Any, complaint: str) -> Any:
-        """Wait until `check` gives something."""
+    def until(self, check: Callable[[], Any], complaint: str) -> Any:
+        """Wait until `check` gives something. Raises TimeoutError."""
         end = time.monotonic() + DEMO_WAIT_S
-        while time.monotonic() < end:
-            if found := check():
-                return found
+        while not (found := check()):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{complaint} (logs are in {self.folder})")
             time.sleep(0.02)
-        raise DemoFailed(f"{complaint} (logs are in {self.folder})")
+        return found
 
-    def client(self, *args: str) -> None:
+    def client(self, number: int, *args: str) -> None:
         """Run client.py and show what it says."""
-        say(f"  $ python3 client.py {' '.join(arg for arg in args if not arg.startswith('--port'))}")
-        command = [sys.executable, str(Path(__file__).with_name("client.py")), *args]
+        print(f"  $ python3 client.py {' '.join(args)}")
+        command = _command("client.py", f"--port={number}", *args)
         done = subprocess.run(command, cwd=self.folder, env=self._environ, capture_output=True, text=True, check=False)
-        say(f"    {done.stdout.strip()}{done.stderr.strip()}")
-        if done.returncode:
-            raise DemoFailed(f"client.py ended with {done.returncode}")
+        print(f"    {done.stdout.strip()}{done.stderr.strip()}")
+        done.check_returncode()
 
-    def mail(self, subject: str) -> Any:
-        """Wait for a received mail whose Subject holds this."""
+    def mail(self, number: int, sender: str, to: str, subject: str, text: str = "") -> None:
+        """Send a mail to one of the servers."""
+        print(f"  a mail from {sender}: {subject}")
+        smtp.send_email(subject, text, to, config=smtp.SMTPConfig(host="127.0.0.1", port=number, sender=sender))
+
+    def received(self, subject: str) -> None:
+        """Wait for a mail whose Subject holds this; keep it as .eml, and as a page with its pictures in it."""
 
         def look() -> Any:
-            for path in (*self.maildir.glob("new/*"), *self.maildir.glob("cur/*")):
+            for path in self.folder.glob("mail/new/*"):
                 message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
                 if subject in str(message["Subject"]):
-                    return message
+                    return path, message
             return None
 
-        return self.until(look, f"no mail came with the Subject {subject!r}")
-
-    def keep(self, message: Any) -> None:
-        """Save a mail as .eml and its HTML as a page with the pictures in it, and say what it is."""
-        name = re.sub(r"\W+", "-", str(message["Subject"])).strip("-").lower()
-        (self.folder / f"{name}.eml").write_bytes(message.as_bytes())
-        pictures = [part for part in message.walk() if part["Content-ID"]]
-        if body := message.get_body(("html",)):
-            page = body.get_content()
-            for part in pictures:
+        path, message = self.until(look, f"no mail came with the Subject {subject!r}")
+        kept = self.folder / re.sub(r"\W+", "-", str(message["Subject"])).strip("-").lower()
+        shutil.copyfile(path, f"{kept}.eml")
+        page = message.get_body(("html",)).get_content()
+        files = [part for part in message.walk() if part.get_filename()]
+        for part in files:
+            if cid := part["Content-ID"]:
                 encoded = base64.b64encode(part.get_content()).decode("ascii")
-                shown = f"data:{part.get_content_type()};base64,{encoded}"
-                page = page.replace(f"cid:{part['Content-ID'][1:-1]}", shown)
-            (self.folder / f"{name}.html").write_text(page, "utf-8")
-        files = [part.get_filename() for part in message.walk() if part.get_filename()]
-        say(f"  {message['Subject']}" + (f"   [{', '.join(files)}]" if files else ""))
-
-    def stop(self) -> None:
-        """End what was started, the last first."""
-        for process in reversed(self._running):
-            process.terminate()
-        for process in self._running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+                page = page.replace(f"cid:{cid[1:-1]}", f"data:{part.get_content_type()};base64,{encoded}")
+        Path(f"{kept}.html").write_text(page, "utf-8")
+        print(f"  {message['Subject']}", *(f"  [{part.get_filename()}]" for part in files))
 
 
-def say(line: str) -> None:
-    """One line of the demo's transcript."""
-    print(line, flush=True)
+def _command(program: str, *args: str) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name(program)), *args]
 
 
 def demo() -> int:
     """The whole job with real processes on this machine; 0 if everything arrived."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console that cannot show a name still shows the rest
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console that cannot show a name still shows the rest
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    folder = Path(tempfile.mkdtemp(prefix="dvr-demo-"))
-    show = Demo(folder)
     try:
-        _demo(show)
-    except (DemoFailed, KeyboardInterrupt) as error:
-        say(f"FAILED: {str(error) or 'interrupted'}")
-        return 1
-    finally:
-        show.stop()
-    say(f"\nThe mails, each as .eml and as .html to open in a browser, are in\n  {folder}")
-    return smtp.EX_OK
+        with Demo() as show:
+            _demo(show)
+    except KeyboardInterrupt:
+        print("FAILED: interrupted")
+    except (TimeoutError, subprocess.CalledProcessError, smtp.SendError) as error:
+        print(f"FAILED: {error}")
+    else:
+        print(f"\nThe mails, each as .eml and as .html to open in a browser, are in\n  {show.folder}")
+        return smtp.EX_OK
+    return 1
 
 
 def _demo(show: Demo) -> None:
-    say("1. Start a mail receiver, the relay, a device, and the gateway for cameras that only speak SMTP")
-    debug = ("--debug", "--quiet", "--port", "0", "--maildir", str(show.maildir))
-    mail = str(show.start("receiver", "embedded_smtpd.py", *debug))
-    relay = show.start("relay", "server.py", "--port", "0", SMTP_PORT=mail)
-    device = show.start("device", "embedded_smtpd.py", DEVICE_HOST="127.0.0.1", DEVICE_PORT="0", SMTP_PORT=mail)
-    gateway = show.start("gateway", "embedded_smtpd.py", "--to-relay", f"127.0.0.1:{relay}", "--port", "0")
+    print("1. Start a mail receiver, the relay, a device, and the gateway for cameras that only speak SMTP")
+    to = show.start("receiver", "embedded_smtpd.py", "--debug", "--quiet", "--port=0", "--maildir=mail")
+    relay = show.start("relay", "server.py", "--port=0", SMTP_PORT=str(to))
+    device = show.start("device", "embedded_smtpd.py", "--host=127.0.0.1", "--port=0", SMTP_PORT=str(to))
+    gateway = show.start("gateway", "embedded_smtpd.py", f"--to-relay=127.0.0.1:{relay}", "--port=0")
 
-    say("\n2. A camera raises alerts")
-    (show.folder / "garden.png").write_bytes(test_card())
-    show.client(f"--port={relay}", "--event", "MOTION_DETECTED", "--camera", "garden", "--image", "garden.png")
-    show.client(f"--port={relay}", "--event", "DOOR_OPENED", "--camera", "حیاط")
+    print("\n2. A camera raises alerts")
+    (show.folder / "garden.png").write_bytes(COLOUR_BARS)
+    show.client(relay, "--event", "MOTION_DETECTED", "--camera", "garden", "--image", "garden.png")
+    show.client(relay, "--event", "DOOR_OPENED", "--camera", "حیاط")
 
-    say("\n3. A camera that can only send mail raises one")
-    hello = "Alarm Event: Motion Detection\r\nAlarm Input Channel No.: 2\r\nAlarm Device Name: porch\r\n"
-    _post(gateway, "nvr@camera.lan", "alerts@relay.lan", "Alarm from NVR", hello)
-    say("  a mail from nvr@camera.lan: Alarm Event: Motion Detection, device porch, channel 2")
+    print("\n3. A camera that can only send mail raises one")
+    text = "Alarm Event: Motion Detection\r\nAlarm Input Channel No.: 2\r\nAlarm Device Name: porch\r\n"
+    show.mail(gateway, "nvr@camera.lan", "alerts@relay.lan", "Alarm from NVR", text)
 
-    say("\n4. The owner commands the device by mail")
-    _post(device, "owner@example.com", "device@localhost", "CMD SET relay1=on", "")
-    say("  a mail from owner@example.com: CMD SET relay1=on")
+    print("\n4. The owner commands the device by mail")
+    show.mail(device, "owner@example.com", "device@localhost", "CMD SET relay1=on")
 
-    say("\n5. What the receiver got")
+    print("\n5. What the receiver got")
     for subject in ("DETECTED - garden", "DOOR_OPENED - حیاط", "DETECTED - porch", "Re: CMD SET relay1=on"):
-        show.keep(show.mail(subject))
-
-
-def _post(number: int, sender: str, to: str, subject: str, text: str) -> None:
-    config = smtp.SMTPConfig(host="127.0.0.1", port=number, sender=sender)
-    try:
-        smtp.send_email(subject, text, to, config=config)
-    except smtp.SendError as error:
-        raise DemoFailed(str(error)) from None
-
-
-def test_card(width: int = 320, height: int = 180) -> bytes:
-    """A PNG of colour bars, for want of a camera."""
-    bars = ((192, 192, 192), (192, 192, 0), (0, 192, 192), (0, 192, 0), (192, 0, 192), (192, 0, 0), (0, 0, 192))
-    row = b"\0" + b"".join(bytes(bars[x * len(bars) // width]) for x in range(width))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(row * height)), (b"IEND", b"")):
-        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return png
+        show.received(subject)
 
 
 # ───────────────────────────────────────────── Command line ─────────────────────────────────────────
