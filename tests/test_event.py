@@ -319,7 +319,7 @@ def test_event_keeps_its_fields_and_its_lane() -> None:
     ],
 )
 def test_timestamp_without_an_offset_is_utc(given: str, utc: str) -> None:
-    assert server.event_time(given).isoformat() == utc == content(event(timestamp=given))["timestamp"]
+    assert utc == content(event(timestamp=given))["timestamp"]
 
 
 def test_absent_timestamp_stays_absent() -> None:
