@@ -28,6 +28,7 @@ import hashlib
 import hmac
 import html
 import io
+import itertools
 import json
 import logging
 import math
@@ -45,8 +46,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,37 +171,30 @@ def weekdays(text: str) -> frozenset[int]:
     return frozenset(days or range(7))
 
 
-@dataclass(frozen=True)
-class Quiet:
-    """One rule of ALERT_QUIET: on these weekdays from one time of day to another."""
-
-    days: frozenset[int]
-    start: dt.time
-    end: dt.time  # not after the start: on the next day
-
-    @classmethod
-    def of(cls, text: str) -> Quiet:
-        """`Mon-Fri 22:00-07:00` -> the rule."""
-        days, _, hours = re.sub(r"\s*-\s*", "-", text).rpartition(" ")
-        start, dash, end = hours.partition("-")
-        if not dash or start == end:
-            raise ValueError("it needs two times; write them like 22:00-07:00")
-        return cls(weekdays(days), clock_time(start), dt.time() if end == "24:00" else clock_time(end))
-
-    def window(self, day: dt.date) -> tuple[float, float] | None:
-        """The window that begins on this day, in wall-clock seconds; clock changes are the library's business."""
-        if day.weekday() not in self.days:
-            return None
-        last = day if self.end > self.start else day + dt.timedelta(days=1)
-        return dt.datetime.combine(day, self.start).timestamp(), dt.datetime.combine(last, self.end).timestamp()
+WEEK_MINUTES = 7 * 24 * 60
 
 
-def quiet_rules(text: str) -> tuple[Quiet, ...]:
-    """`22:00-07:00` or `Mon-Fri 22:00-07:00; Sat,Sun 23:00-09:00` -> the rules."""
-    rules, now = listed(";", Quiet.of)(text), time.time()
-    if quiet_hours(rules, now)[1] - now > 7 * smtp.DAY_S:
+def quiet_rule(text: str) -> frozenset[int]:
+    """`Mon-Fri 22:00-07:00` -> the minutes of the week, from Monday on; the weekdays are those on which it begins."""
+    days, _, hours = re.sub(r"\s*-\s*", "-", text).rpartition(" ")
+    start, dash, end = hours.partition("-")
+    if not dash or start == end:
+        raise ValueError("it needs two times; write them like 22:00-07:00")
+    first, last = minute_of_day(clock_time(start)), minute_of_day(dt.time() if end == "24:00" else clock_time(end))
+    length = (last - first - 1) % (24 * 60) + 1
+    return frozenset((day * 24 * 60 + first + n) % WEEK_MINUTES for day in weekdays(days) for n in range(length))
+
+
+def minute_of_day(clock: dt.time | dt.datetime) -> int:
+    return clock.hour * 60 + clock.minute
+
+
+def quiet_rules(text: str) -> frozenset[int]:
+    """`22:00-07:00` or `Mon-Fri 22:00-07:00; Sat,Sun 23:00-09:00` -> the minutes of the week in which it is quiet."""
+    minutes = frozenset[int]().union(*listed(";", quiet_rule)(text))
+    if len(minutes) == WEEK_MINUTES:
         raise ValueError(f"{smtp.printable(text)!r} never ends; leave some time in which alerts may come")
-    return rules
+    return minutes
 
 
 PRIORITY = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")
@@ -229,7 +223,7 @@ class RelayConfig:
     max_age_s: float = setting("ALERT_MAX_AGE", positive(smtp.duration), 5 * smtp.DAY_S)
     daily_max: int = setting("ALERT_DAILY_MAX", smtp.whole(0, 1_000_000), 0)
     priority: tuple[str, ...] = setting("ALERT_PRIORITY", listed(",", event_pattern), PRIORITY)
-    quiet: tuple[Quiet, ...] = setting("ALERT_QUIET", quiet_rules, ())
+    quiet: frozenset[int] = setting("ALERT_QUIET", quiet_rules, frozenset())
     routes: tuple[Route, ...] = setting("ALERT_ROUTES", listed(";", Route.of), ())
     expect: tuple[tuple[str, float], ...] = setting("ALERT_EXPECT", listed(",", expectation), ())
     summary_at: dt.time | None = setting("ALERT_SUMMARY_AT", clock_time, None)  # noqa: RUF009 (it is a field)
@@ -950,15 +944,14 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def quiet_hours(rules: Sequence[Quiet], now: float) -> tuple[float, float]:
-    """When quiet hours last ended, and when those of now end (`now`: it is not quiet). Windows that touch are one."""
-    today = dt.datetime.fromtimestamp(now).date()
-    days = [today + dt.timedelta(days=number) for number in range(-8, 9)]
-    windows = [window for rule in rules for day in days if (window := rule.window(day))]
-    until = now
-    while ends := [end for start, end in windows if start <= until < end]:
-        until = max(ends)
-    return max((end for _, end in windows if end <= now), default=-math.inf), until
+def quiet_hours(minutes: Container[int], now: float) -> tuple[float, float]:
+    """When quiet hours last ended, and when those of now end (`now`: it is not quiet). Wall clock, also in between."""
+    here = dt.datetime.fromtimestamp(now).replace(second=0, microsecond=0)
+    at = here.weekday() * 24 * 60 + minute_of_day(here)
+    since = next(n for n in itertools.count() if (at - n - 1) % WEEK_MINUTES in minutes)
+    left = next(n for n in itertools.count() if (at + n) % WEEK_MINUTES not in minutes)
+    ended, ends = here - dt.timedelta(minutes=since), here + dt.timedelta(minutes=left)
+    return ended.timestamp(), ends.timestamp() if left else now
 
 
 class _Desk:
@@ -969,7 +962,7 @@ class _Desk:
         self.drafts: list[Draft] = []
         self.groups: dict[tuple[str, tuple[str, ...]], list[Waiting]] = {}  # digests, by kind and recipients
         self._joined: dict[str, str] = {}  # lane -> kind of the digest that holds its alerts
-        self._opened: set[str] = set()  # lanes with a single mail in this run
+        self._began = ChainMap[str, float]({}, sent.lanes)  # when the last mail of a lane began, this run's too
         self.wake: float | None = None
         self.why = ""
         self._quiet_ended, self._quiet_until = quiet_hours(config.quiet, now) if config.quiet else (-math.inf, now)
@@ -999,7 +992,7 @@ class _Desk:
         elif kind:
             self._join(kind, to, row)
         else:
-            self._opened.add(row.lane)
+            self._began[row.lane] = self._now
             self.draft("", to, [row])
 
     def _late(self, row: Waiting, urgent: bool) -> str:
@@ -1012,9 +1005,7 @@ class _Desk:
 
     def _opens(self, lane: str) -> float:
         """When the next mail of a lane may go: its last one opened a window."""
-        if lane in self._opened:
-            return self._now + self._config.cooldown_s
-        last = self._sent.lanes.get(lane, math.inf)
+        last = self._began.get(lane, math.inf)
         if last > self._now:  # nothing was sent, or the clock was set back since
             return -math.inf
         return last + self._config.cooldown_s
@@ -1082,7 +1073,7 @@ class Camera:
     limit: float
     heard: float  # monotonic
     seen: float  # wall clock
-    silent: bool = False
+    lost: float | None = None  # wall clock: when it was last seen before the silence that was raised
 
 
 class Watch:
@@ -1093,43 +1084,39 @@ class Watch:
         self._expect, self._outbox = config.expect, outbox
         self._lock = threading.Lock()
         self._cameras: dict[str, Camera] = {}
-        self._back: dict[str, float] = {}  # who has returned, and for how long it was gone
         self._unsaved: set[str] = set()
         self._ticked = self._saved = time.monotonic()
-        if self._expect:
-            with outbox.transaction() as db:
-                known = db.execute("SELECT camera, seen, silent FROM cameras").fetchall()
-            named = [(name, time.time(), 0) for name, _ in self._expect if not re.search(r"[*?\[]", name)]
-            for name, seen, silent in (*named, *known):
-                if limit := self._limit(name):
-                    self._cameras[name] = Camera(limit, self._ticked, seen, bool(silent))
+        with outbox.transaction() as db:
+            known = db.execute("SELECT camera, seen, silent FROM cameras").fetchall()
+        for name, seen, silent in known:
+            if camera := self._expected(name):
+                camera.seen = seen
+                if silent:
+                    camera.lost, camera.heard = seen, -math.inf
+        for name, _ in self._expect:
+            if not re.search(r"[*?\[]", name):
+                self._expected(name)
 
-    def _limit(self, name: str) -> float | None:
-        """What ALERT_EXPECT says of a camera, by its name, else by the first pattern that matches."""
-        exact = dict(self._expect).get(name)
-        return exact or next((limit for pattern, limit in self._expect if fnmatch.fnmatchcase(name, pattern)), None)
+    def _expected(self, name: str) -> Camera | None:
+        """The camera, if ALERT_EXPECT tells of it: by its name, else by the first pattern that matches."""
+        if name not in self._cameras and len(self._cameras) < CAMERAS_MAX:
+            matching = (limit for pattern, limit in self._expect if fnmatch.fnmatchcase(name, pattern))
+            if limit := dict(self._expect).get(name) or next(matching, None):
+                self._cameras[name] = Camera(limit, time.monotonic(), time.time())
+        return self._cameras.get(name)
 
     def heard(self, name: str, event: str = "") -> None:
         """A sign of life. A recorder's own word that the camera is gone is none."""
-        if not self._expect or event == "CAMERA_DISCONNECTED":
-            return
-        with self._lock:
-            mono, now = time.monotonic(), time.time()
-            camera = self._cameras.get(name)
-            if camera is None:
-                if len(self._cameras) >= CAMERAS_MAX or not (limit := self._limit(name)):
-                    return
-                camera = self._cameras[name] = Camera(limit, mono, now)
-                self._saved = -math.inf  # who is new is written down with the next tick
-            if camera.silent:
-                camera.silent, self._back[name] = False, max(0.0, now - camera.seen)
-            camera.heard, camera.seen = mono, now
-            self._unsaved.add(name)
+        if self._expect and event != "CAMERA_DISCONNECTED":
+            with self._lock:
+                if camera := self._expected(name):
+                    camera.heard, camera.seen = time.monotonic(), time.time()
+                    self._unsaved.add(name)
 
     def silent(self) -> list[str]:
         """Who is silent now."""
         with self._lock:
-            return sorted(name for name, camera in self._cameras.items() if camera.silent)
+            return sorted(name for name, camera in self._cameras.items() if camera.lost is not None)
 
     def tick(self, mono: float, now: float, last: bool = False) -> bool:
         """Raise alerts for who fell silent and who is back; True if there were any. At the `last` one all is saved.
@@ -1141,22 +1128,24 @@ class Watch:
             if away > 5 * WATCH_TICK_S:  # we were stopped ourselves: nobody could be heard meanwhile
                 for camera in self._cameras.values():
                     camera.heard = min(mono, camera.heard + away)
-            gone = [name for name, c in self._cameras.items() if not c.silent and mono - c.heard > c.limit]
-            if not (gone or self._back or (self._unsaved and (last or mono - self._saved > WATCH_SAVE_S))):
+            gone = {n for n, c in self._cameras.items() if c.lost is None and mono - c.heard > c.limit}
+            back = {n for n, c in self._cameras.items() if c.lost is not None and mono - c.heard <= c.limit}
+            raised = bool(gone or back)
+            if not (raised or (self._unsaved and (last or mono - self._saved > WATCH_SAVE_S))):
                 return False
-            raised = bool(gone or self._back)
             with self._outbox.transaction(durable=raised) as db:
-                for name, seconds in self._back.items():
-                    self._outbox.add(db, _relay_alert("CAMERA_RECONNECTED", name, now, gone_s=round(seconds)))
+                for name in back:
+                    seconds = round(self._cameras[name].seen - (self._cameras[name].lost or 0.0))
+                    self._outbox.add(db, _relay_alert("CAMERA_RECONNECTED", name, now, gone_s=max(0, seconds)))
                 for name in gone:
                     seen = smtp.iso(self._cameras[name].seen)
                     self._outbox.add(db, _relay_alert("CAMERA_DISCONNECTED", name, now, last_seen=seen))
-                changed = {*gone, *self._unsaved}
-                rows = [(name, self._cameras[name].seen, name in gone) for name in changed]
+                rows = [(name, self._cameras[name].seen, name in gone) for name in gone | self._unsaved]
                 db.executemany("INSERT OR REPLACE INTO cameras VALUES (?, ?, ?)", rows)
-            for name in gone:
-                self._cameras[name].silent = True
-            self._back, self._unsaved, self._saved = {}, set(), mono
+            for name in gone | back:
+                camera = self._cameras[name]
+                camera.lost = camera.seen if name in gone else None
+            self._unsaved, self._saved = set(), mono
             return raised
 
 

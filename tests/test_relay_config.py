@@ -4,6 +4,7 @@ import dataclasses
 import datetime as dt
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,18 @@ def load(**values: str) -> server.RelayConfig:
     return server.RelayConfig.from_settings(settings, smtp.SMTPConfig.from_settings(settings))
 
 
-def rules(*entries: tuple[set[int], str, str]) -> tuple[server.Quiet, ...]:
-    return tuple(server.Quiet(frozenset(d), dt.time.fromisoformat(a), dt.time.fromisoformat(b)) for d, a, b in entries)
+def minutes(*windows: tuple[Iterable[int], int, int]) -> set[int]:
+    """The minutes of the week from one hour of these weekdays to another, which may be one of the next day."""
+    week = 7 * 24 * 60
+    return {
+        ((day * 24 + start) * 60 + minute) % week
+        for days, start, end in windows
+        for day in days
+        for minute in range((end - start) * 60)
+    }
 
 
-EVERY, WORK = set(range(7)), set(range(5))
+EVERY, WORK = range(7), range(5)
 
 GOOD: list[tuple[str, str, str, Any]] = [
     # variable, value, field, what it becomes; an empty value is the default
@@ -65,14 +73,14 @@ GOOD: list[tuple[str, str, str, Any]] = [
     ("DAILY_MAX", "500", "daily_max", 500),
     ("PRIORITY", "", "priority", ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")),
     ("PRIORITY", "PANIC, cam[12]_*", "priority", ("PANIC", "cam[12]_*")),
-    ("QUIET", "", "quiet", ()),
-    ("QUIET", "22:00-07:00", "quiet", rules((EVERY, "22:00", "07:00"))),
-    ("QUIET", " 22:00 - 7:00 ; ", "quiet", rules((EVERY, "22:00", "07:00"))),
-    ("QUIET", "Mon-Fri 22:00-07:00; Sat,Sun 23:00-09:00", "quiet",
-     rules((WORK, "22:00", "07:00"), ({5, 6}, "23:00", "09:00"))),
-    ("QUIET", "fri - mon 01:00-02:00", "quiet", rules(({4, 5, 6, 0}, "01:00", "02:00"))),
-    ("QUIET", "Monday,Wednesday 01:00-02:00", "quiet", rules(({0, 2}, "01:00", "02:00"))),
-    ("QUIET", "Sun 00:00-24:00", "quiet", rules(({6}, "00:00", "00:00"))),
+    ("QUIET", "", "quiet", set()),
+    ("QUIET", "22:00-07:00", "quiet", minutes((EVERY, 22, 31))),
+    ("QUIET", " 22:00 - 7:00 ; ", "quiet", minutes((EVERY, 22, 31))),
+    ("QUIET", "Mon-Fri 22:00-07:00; Sat,Sun 23:00-09:00", "quiet", minutes((WORK, 22, 31), ((5, 6), 23, 33))),
+    ("QUIET", "fri - mon 01:00-02:00", "quiet", minutes(((4, 5, 6, 0), 1, 2))),
+    ("QUIET", "Monday,Wednesday 01:00-02:00", "quiet", minutes(((0, 2), 1, 2))),
+    ("QUIET", "Mon 08:30-08:31; Mon 08:29-08:30", "quiet", {8 * 60 + 29, 8 * 60 + 30}),
+    ("QUIET", "Sun 00:00-24:00", "quiet", minutes(((6,), 0, 24))),
     ("ROUTES", "", "routes", ()),
     ("ROUTES", "cam1,DOOR_*=a@x.org,b@y.org; garage*=c@z.org", "routes",
      (server.Route(("cam1", "DOOR_*"), ("a@x.org", "b@y.org")), server.Route(("garage*",), ("c@z.org",)))),
