@@ -18,7 +18,6 @@ import argparse
 import base64
 import contextlib
 import csv
-import dataclasses
 import datetime as dt
 import email
 import email.policy
@@ -48,7 +47,7 @@ import threading
 import time
 from collections import ChainMap, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +73,7 @@ NESTING_MAX = 16
 VALUES_MAX = 100_000  # in one line of JSON, so that it does not become a huge tree
 DIGEST_MAX = 10_000  # alerts in one digest
 DIGEST_ROWS, DIGEST_PICTURES = 50, 4
+PRIORITY = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")
 CAMERAS_MAX = 10_000  # cameras whose silence is watched
 
 log = logging.getLogger("relay")
@@ -147,14 +147,15 @@ def expectation(text: str) -> tuple[str, float]:
     return pattern(camera.strip()), positive(smtp.duration)(limit)
 
 
-def clock_time(text: str) -> dt.time:
-    """`08:00` -> a time of day."""
+def clock(text: str) -> int:
+    """`08:00` -> minutes after midnight."""
     match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
     if not match:
         raise ValueError(f"{smtp.printable(text)!r} is not a time; write it like 08:00")
-    return dt.time(int(match[1]), int(match[2]))
+    return int(match[1]) * 60 + int(match[2])
 
 
+DAY_MINUTES, WEEK_MINUTES = 24 * 60, 7 * 24 * 60
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
@@ -171,22 +172,15 @@ def weekdays(text: str) -> frozenset[int]:
     return frozenset(days or range(7))
 
 
-WEEK_MINUTES = 7 * 24 * 60
-
-
 def quiet_rule(text: str) -> frozenset[int]:
     """`Mon-Fri 22:00-07:00` -> the minutes of the week, from Monday on; the weekdays are those on which it begins."""
     days, _, hours = re.sub(r"\s*-\s*", "-", text).rpartition(" ")
     start, dash, end = hours.partition("-")
     if not dash or start == end:
         raise ValueError("it needs two times; write them like 22:00-07:00")
-    first, last = minute_of_day(clock_time(start)), minute_of_day(dt.time() if end == "24:00" else clock_time(end))
-    length = (last - first - 1) % (24 * 60) + 1
-    return frozenset((day * 24 * 60 + first + n) % WEEK_MINUTES for day in weekdays(days) for n in range(length))
-
-
-def minute_of_day(clock: dt.time | dt.datetime) -> int:
-    return clock.hour * 60 + clock.minute
+    first, last = clock(start), DAY_MINUTES if end == "24:00" else clock(end)
+    length = (last - first - 1) % DAY_MINUTES + 1
+    return frozenset((day * DAY_MINUTES + first + n) % WEEK_MINUTES for day in weekdays(days) for n in range(length))
 
 
 def quiet_rules(text: str) -> frozenset[int]:
@@ -195,9 +189,6 @@ def quiet_rules(text: str) -> frozenset[int]:
     if len(minutes) == WEEK_MINUTES:
         raise ValueError(f"{smtp.printable(text)!r} never ends; leave some time in which alerts may come")
     return minutes
-
-
-PRIORITY = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")
 
 
 def setting(variable: str, convert: Callable[[str], Any], default: Any) -> Any:
@@ -226,7 +217,7 @@ class RelayConfig:
     quiet: frozenset[int] = setting("ALERT_QUIET", quiet_rules, frozenset())
     routes: tuple[Route, ...] = setting("ALERT_ROUTES", listed(";", Route.of), ())
     expect: tuple[tuple[str, float], ...] = setting("ALERT_EXPECT", listed(",", expectation), ())
-    summary_at: dt.time | None = setting("ALERT_SUMMARY_AT", clock_time, None)  # noqa: RUF009 (it is a field)
+    summary_at: int | None = setting("ALERT_SUMMARY_AT", clock, None)
     lang: str = setting("ALERT_LANG", smtp.one_of("en", "fa", "zh"), "en")
     spool_max: int = setting("ALERT_SPOOL_MAX", positive(smtp.size), 2 << 30)
     token: str = field(default="", repr=False)
@@ -238,7 +229,7 @@ class RelayConfig:
     def from_settings(cls, settings: Settings, mail: smtp.SMTPConfig) -> RelayConfig:
         """Read them. Raises ConfigError."""
         values: dict[str, Any] = {}
-        for entry in dataclasses.fields(cls):
+        for entry in fields(cls):
             if entry.metadata:
                 values[entry.name] = settings.read(**entry.metadata, default=entry.default)
         if not settings.read("ALERT_RECIPIENT", str, "") and not mail.debug:
@@ -947,7 +938,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def quiet_hours(minutes: Container[int], now: float) -> tuple[float, float]:
     """When quiet hours last ended, and when those of now end (`now`: it is not quiet). Wall clock, also in between."""
     here = dt.datetime.fromtimestamp(now).replace(second=0, microsecond=0)
-    at = here.weekday() * 24 * 60 + minute_of_day(here)
+    at = (here.weekday() * 24 + here.hour) * 60 + here.minute
     since = next(n for n in itertools.count() if (at - n - 1) % WEEK_MINUTES in minutes)
     left = next(n for n in itertools.count() if (at + n) % WEEK_MINUTES not in minutes)
     ended, ends = here - dt.timedelta(minutes=since), here + dt.timedelta(minutes=left)
@@ -1157,7 +1148,7 @@ def _relay_alert(event: str, camera: str, now: float, **more: object) -> NewItem
 class Diary:
     """The daily mail: once a day, also when the relay was off at the hour, but not for the day before it began."""
 
-    def __init__(self, at: dt.time | None, now: float, outbox: Outbox) -> None:
+    def __init__(self, at: int | None, now: float, outbox: Outbox) -> None:
         self._at, self._outbox = at, outbox
         with outbox.transaction() as db:
             last = db.execute("SELECT max(id) FROM items WHERE id >= 'summary/2' AND id < 'summary/3'").fetchone()[0]
@@ -1166,7 +1157,7 @@ class Diary:
     def _day(self, now: float) -> dt.date:
         """The last day whose hour has passed."""
         moment = dt.datetime.fromtimestamp(now)
-        passed = self._at is not None and moment.time() >= self._at
+        passed = self._at is not None and moment.hour * 60 + moment.minute >= self._at
         return moment.date() if passed else moment.date() - dt.timedelta(days=1)
 
     def tick(self, now: float, silent: Sequence[str]) -> bool:
@@ -1254,6 +1245,7 @@ class Shown(NamedTuple):
     event: str
     camera: str
     content: Mapping[str, Any]
+    picture: Callable[[], bytes | None]
     when: dt.datetime
     day: str
     clock: str
@@ -1266,7 +1258,7 @@ class Shown(NamedTuple):
         when = dt.datetime.fromisoformat(stamp) if stamp else dt.datetime.fromtimestamp(item.arrived, dt.UTC)
         local = when.astimezone().isoformat(" ", "seconds")  # strftime takes four times as long
         day, clock, offset = local[:10], local[11:19], local[19:].replace(":", "")
-        return cls(item.id, content["event"], content["camera"], content, when, day, clock, offset)
+        return cls(item.id, content["event"], content["camera"], content, item.picture, when, day, clock, offset)
 
     def utc(self) -> str:
         return f"{self.when.isoformat()[:19]}Z"
@@ -1310,9 +1302,9 @@ class Renderer:
         if shown[0].event == SUMMARY:
             letter = self._summary(shown[0])
         elif len(items) == 1:
-            letter = self._alert(mail, shown[0], items[0])
+            letter = self._alert(mail, shown[0])
         else:
-            letter = self._digest(mail, shown, items)
+            letter = self._digest(mail, sorted(shown, key=lambda one: one.when))
         if mail.failed:
             letter.alarm = f"{self._words['failed'].format(count=mail.failed)}\n{mail.why}"
         data = smtp.compose_pieces(
@@ -1327,7 +1319,7 @@ class Renderer:
         )
         return Envelope(self._address, mail.recipients, data)
 
-    def _alert(self, mail: Mail, shown: Shown, item: Item) -> Letter:
+    def _alert(self, mail: Mail, shown: Shown) -> Letter:
         words, content = self._words, shown.content
         rows = [
             (words["event"], shown.event),
@@ -1353,21 +1345,21 @@ class Renderer:
             colour=RED if shown.event in URGENT else BLUE,
             rows=rows,
             link=link,
-            pictures=self._pictures(mail, [(shown, item)]),
+            pictures=self._pictures(mail, [shown]),
             headers={"X-Alert-Id": shown.id, "References": f"<{thread}@{self._domain}>"},
         )
 
-    def _pictures(self, mail: Mail, newest: Iterable[tuple[Shown, Item]]) -> list[tuple[str, smtp.Attachment]]:
+    def _pictures(self, mail: Mail, newest: Iterable[Shown]) -> list[tuple[str, smtp.Attachment]]:
         """The first few that there are, with their captions."""
-        found: list[tuple[str, smtp.Attachment]] = []
-        for shown, item in newest if not mail.bare else ():
-            if picture := item.picture():
-                kind, cid = picture_type(picture)[0], f"picture{len(found)}@{self._domain}"
-                part = smtp.Attachment(shown.content["image"], kind, base64=picture, cid=cid)
-                found.append((f"{shown.clock}, {self.event(shown.event)}, {shown.camera}", part))
-                if len(found) == DIGEST_PICTURES:
-                    break
-        return found
+        if mail.bare:
+            return []
+        found = ((one, picture) for one in newest if (picture := one.picture()))
+        captioned = []
+        for number, (one, picture) in enumerate(itertools.islice(found, DIGEST_PICTURES)):
+            kind, cid = picture_type(picture)[0], f"picture{number}@{self._domain}"
+            part = smtp.Attachment(one.content["image"], kind, base64=picture, cid=cid)
+            captioned.append((f"{one.clock}, {self.event(one.event)}, {one.camera}", part))
+        return captioned
 
     def _span(self, seconds: float) -> str:
         """A length of time for people."""
@@ -1375,11 +1367,8 @@ class Renderer:
         unit, size = next(((unit, size) for unit, size in units if seconds >= 2 * size), smallest)
         return f"{seconds / size:.0f} {unit}"
 
-    def _digest(self, mail: Mail, shown: list[Shown], items: Sequence[Item]) -> Letter:
-        words = self._words
-        pairs = sorted(zip(shown, items, strict=True), key=lambda pair: pair[0].when)
-        shown = [one for one, _ in pairs]
-        first, last, count = shown[0], shown[-1], len(shown)
+    def _digest(self, mail: Mail, shown: Sequence[Shown]) -> Letter:
+        words, first, last, count = self._words, shown[0], shown[-1], len(shown)
         cameras, events = _few(one.camera for one in shown), _few(one.event for one in shown)
         letter = Letter(
             subject=f"DVR ALERT: {count} alerts - {events} - {cameras}",
@@ -1391,7 +1380,7 @@ class Renderer:
             ),
             colour=RED if any(one.event in URGENT for one in shown) else BLUE,
             rows=[(f"{one.day[5:]} {one.clock}", self.event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
-            pictures=self._pictures(mail, reversed(pairs)),
+            pictures=self._pictures(mail, reversed(shown)),
             files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown))],
         )
         if count > DIGEST_ROWS:
@@ -1568,7 +1557,7 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     relay.start()
     diary = Diary(config.summary_at, time.time(), outbox)
     smtp.notify("READY=1")
-    while not select.select([stopping], [], [], WATCH_TICK_S if config.expect or config.summary_at else None)[0]:
+    while not select.select([stopping], [], [], WATCH_TICK_S)[0]:
         try:
             raised = watch.tick(time.monotonic(), time.time())
             if diary.tick(time.time(), watch.silent()) or raised:
@@ -1746,8 +1735,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(config, mail)
     except ConfigError as error:
         smtp.fail(smtp.EX_CONFIG, str(error))
-    except smtp.SpoolBusy as error:
-        smtp.fail(smtp.EX_TEMPFAIL, str(error))
     except smtp.SpoolError as error:
         smtp.fail(smtp.EX_TEMPFAIL, f"ALERT_SPOOL: {error}")
     except OSError as error:

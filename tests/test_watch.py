@@ -37,7 +37,7 @@ class Station:
     def __init__(self, folder: Path, clock: Clock, expect: str = "", summary_at: str = "") -> None:
         self.path, self.clock = folder / "alerts.db", clock
         self.config = replace(server.RelayConfig(), expect=expectations(expect) if expect else ())
-        self.at = server.clock_time(summary_at) if summary_at else None
+        self.at = server.clock(summary_at) if summary_at else None
         self.told = 0
         self.start()
 
