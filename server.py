@@ -388,16 +388,17 @@ def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
     if "camera" not in content:
         raise Refusal("bad_event", "camera is missing")
     name, camera, wished = content["event"], content["camera"], content.pop("id", None)
-    base64_text = None
+    base64_text, warning = None, ""
     if picture is not None:
         try:
-            base64_text, suffix = check_picture(picture)
-            content["image"] = picture_name(fields.get("image_filename"), suffix)
+            base64_text, kind = check_picture(picture)
+            content["image"] = picture_name(fields.get("image_filename"), kind)
         except ValueError as error:
-            base64_text, content["dropped"] = None, str(error)
+            content["dropped"] = str(error)
+            base64_text, warning = None, f"image dropped: {error}"
     payload = _encode(content).encode("utf-8")
     item = NewItem(wished or secrets.token_hex(12), f"{name} {camera}", payload, base64_text, now, fresh=wished is None)
-    return Event(item, camera, name, f"image dropped: {content['dropped']}" if "dropped" in content else "")
+    return Event(item, camera, name, warning)
 
 
 def camera_name(value: object, name: str = "camera") -> str:
@@ -454,17 +455,14 @@ TOO_LARGE = f"larger than {PICTURE_MAX_BYTES >> 20} MiB"
 NOT_BASE64 = "not valid Base64"
 NO_PICTURE = "not a JPEG, PNG, GIF, WebP or BMP picture"
 NO_STRING = "image_b64 and image_filename must be strings"
-PICTURE_TYPES = (
-    (re.compile(rb"\xff\xd8\xff"), "image/jpeg", ".jpg"),
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png", ".png"),
-    (re.compile(rb"GIF8[79]a"), "image/gif", ".gif"),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp", ".webp"),
-    (re.compile(rb"BM"), "image/bmp", ".bmp"),
+PICTURE_START = re.compile(
+    rb"(?P<jpeg>\xff\xd8\xff)|(?P<png>\x89PNG\r\n\x1a\n)|(?P<gif>GIF8[79]a)|(?P<webp>RIFF.{4}WEBP)|(?P<bmp>BM)",
+    re.DOTALL,
 )
 
 
 def check_picture(picture: object) -> tuple[bytes, str]:
-    """The strict, canonical Base64 of a picture as it came, not decoded whole, and its suffix. Raises ValueError."""
+    """The strict, canonical Base64 of a picture as it came, not decoded whole, and its kind. Raises ValueError."""
     if not isinstance(picture, str | bytes):
         raise ValueError(NO_STRING)
     text = picture.encode("ascii", "replace") if isinstance(picture, str) else picture
@@ -477,26 +475,25 @@ def check_picture(picture: object) -> tuple[bytes, str]:
         raise ValueError(NOT_BASE64)
     if len(text) // 4 * 3 - padding > PICTURE_MAX_BYTES:
         raise ValueError(TOO_LARGE)
-    return text, picture_type(text)[1]
+    return text, picture_kind(text)
 
 
-def picture_type(text: bytes) -> tuple[str, str]:
-    """Content type and file suffix by the first bytes of a picture in Base64. Raises ValueError."""
-    start = base64.b64decode(text[:64])
-    for magic, kind, suffix in PICTURE_TYPES:
-        if magic.match(start):
-            return kind, suffix
-    raise ValueError(NO_PICTURE)
+def picture_kind(text: bytes) -> str:
+    """`jpeg`, `png` and so on by the first bytes of a picture in Base64. Raises ValueError."""
+    start = PICTURE_START.match(base64.b64decode(text[:64]))
+    if not start or not start.lastgroup:
+        raise ValueError(NO_PICTURE)
+    return start.lastgroup
 
 
-def picture_name(name: object, suffix: str) -> str:
-    """The last path component of the wished name, cleaned; with `suffix` where it has none of a picture."""
+def picture_name(name: object, kind: str) -> str:
+    """The last path component of the wished name, cleaned, with the suffix of a picture. Raises ValueError."""
     if not isinstance(name, str | None):
         raise ValueError(NO_STRING)
     last = re.split(r"[/\\]", name or "")[-1]
     clean = re.sub(r'[<>:"|?*\s]+', "_", smtp.UNPRINTABLE.sub("", last)).strip("._ -")[:100]
     known = re.search(r"\.(jpe?g|png|gif|webp|bmp)$", clean, re.IGNORECASE)
-    return clean if known else f"{clean or 'picture'}{suffix}"
+    return clean if known else f"{clean or 'picture'}.{kind.replace('jpeg', 'jpg')}"
 
 
 def answer(receipt: smtp.Receipt, event: Event) -> bytes:
@@ -1235,7 +1232,7 @@ WORDS = {
     "units": ("d h min s", "روز ساعت دقیقه ثانیه", "天 小时 分钟 秒"),
 }
 URGENT = {"DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED"}
-RED, BLUE, GREEN = "#b3261e", "#1f4e79", "#2e6b3f"
+RED, BLUE, GREEN, GREY = "#b3261e", "#1f4e79", "#2e6b3f", "#4f5b66"
 
 
 class Shown(NamedTuple):
@@ -1273,8 +1270,7 @@ class Letter:
     head: tuple[str, str, str]  # what, where, when
     colour: str
     rows: Sequence[Sequence[str]]
-    notes: list[str] = field(default_factory=list)
-    alarm: str = ""  # what the mail ends with
+    notes: list[tuple[str, str]] = field(default_factory=list)  # with their colours
     link: str = ""  # the one value in the rows that is a link
     pictures: Sequence[tuple[str, smtp.Attachment]] = ()  # with their captions
     files: Sequence[smtp.Attachment] = ()
@@ -1306,7 +1302,7 @@ class Renderer:
         else:
             letter = self._digest(mail, sorted(shown, key=lambda one: one.when))
         if mail.failed:
-            letter.alarm = f"{self._words['failed'].format(count=mail.failed)}\n{mail.why}"
+            letter.notes.append((f"{self._words['failed'].format(count=mail.failed)}\n{mail.why}", RED))
         data = smtp.compose_pieces(
             sender=self._config.sender,
             to=mail.recipients,
@@ -1356,7 +1352,7 @@ class Renderer:
         found = ((one, picture) for one in newest if (picture := one.picture()))
         captioned = []
         for number, (one, picture) in enumerate(itertools.islice(found, DIGEST_PICTURES)):
-            kind, cid = picture_type(picture)[0], f"picture{number}@{self._domain}"
+            kind, cid = f"image/{picture_kind(picture)}", f"picture{number}@{self._domain}"
             part = smtp.Attachment(one.content["image"], kind, base64=picture, cid=cid)
             captioned.append((f"{one.clock}, {self.event(one.event)}, {one.camera}", part))
         return captioned
@@ -1384,9 +1380,9 @@ class Renderer:
             files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown))],
         )
         if count > DIGEST_ROWS:
-            letter.notes.append(words["more"].format(shown=DIGEST_ROWS, count=count))
+            letter.notes.append((words["more"].format(shown=DIGEST_ROWS, count=count), GREY))
         if mail.bare and any("image" in one.content for one in shown):
-            letter.notes.append(f"{words['dropped']}: {words['too_big']}")
+            letter.notes.append((f"{words['dropped']}: {words['too_big']}", GREY))
         return letter
 
     def _summary(self, shown: Shown) -> Letter:
@@ -1405,15 +1401,15 @@ class Renderer:
                 (words["silent"], ", ".join(meta["silent"]) or words["none"]),
                 *((f"{self.event(event)}, {camera}", str(number)) for (event, camera), number in lanes),
             ],
-            notes=[words["absence"]],
+            notes=[(words["absence"], GREY)],
         )
 
 
 def draw_text(letter: Letter) -> str:
     """The plain text of a mail."""
     rows = [(": " if len(row) == 2 else "  ").join(row).replace("\n", "\n  ") for row in letter.rows]
-    blocks = ["\n".join(letter.head), "\n".join(rows), *letter.notes, letter.alarm]
-    return _clean("\n\n".join(filter(None, blocks))) + "\n"
+    notes = [note for note, _ in letter.notes]
+    return _clean("\n\n".join(["\n".join(letter.head), "\n".join(rows), *notes])) + "\n"
 
 
 def draw_page(letter: Letter, lang: str) -> str:
@@ -1421,8 +1417,7 @@ def draw_page(letter: Letter, lang: str) -> str:
     direction, colour = "rtl" if lang == "fa" else "ltr", letter.colour
     what, where, when = map(_escape, letter.head)
     rows = "".join([_table_row(row, letter.link) for row in letter.rows])
-    notes = "".join([_note(note, "#4f5b66") for note in letter.notes])
-    alarm = _note(letter.alarm, RED) if letter.alarm else ""
+    notes = "".join([_note(*note) for note in letter.notes])
     return f"""<!DOCTYPE html>
 <html lang="{lang}" dir="{direction}"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light"></head>
@@ -1437,7 +1432,7 @@ font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif"
 {_picture_rows(letter.pictures)}<tr><td style="padding:10px 10px 16px">
 <table width="100%" cellpadding="0" cellspacing="0" style="font-size:15px;line-height:1.4">
 {rows}</table>
-{notes}{alarm}</td></tr>
+{notes}</td></tr>
 </table></body></html>
 """
 
@@ -1473,9 +1468,8 @@ def _table_row(row: Sequence[str], link: str) -> str:
 
 
 def _note(text: str, colour: str) -> str:
-    return (
-        f'<p style="margin:10px 6px 0;font-size:14px;line-height:1.5;color:{colour}"><bdi>{_escape(text)}</bdi></p>\n'
-    )
+    style = f"margin:10px 6px 0;font-size:14px;line-height:1.5;color:{colour}"
+    return f'<p style="{style}"><bdi>{_escape(text)}</bdi></p>\n'
 
 
 def _escape(text: str) -> str:
