@@ -1074,16 +1074,14 @@ class Watch:
         self._cameras: dict[str, Camera] = {}
         self._unsaved: set[str] = set()
         self._ticked = self._saved = time.monotonic()
-        with outbox.transaction() as db:
-            known = db.execute("SELECT camera, seen, silent FROM cameras").fetchall()
-        for name, seen, silent in known:
-            if camera := self._expected(name):
-                camera.seen = seen
-                if silent:
-                    camera.lost, camera.heard = seen, -math.inf
-        for name, _ in self._expect:
-            if not re.search(r"[*?\[]", name):
-                self._expected(name)
+        if self._expect:
+            with outbox.transaction() as db:
+                known = db.execute("SELECT camera, seen, silent FROM cameras").fetchall()
+            named = [(name, time.time(), 0) for name, _ in self._expect if not re.search(r"[*?\[]", name)]
+            for name, seen, silent in (*named, *known):
+                if camera := self._expected(name):
+                    camera.seen = seen
+                    camera.heard, camera.lost = (-math.inf, seen) if silent else (camera.heard, None)
 
     def _expected(self, name: str) -> Camera | None:
         """The camera, if ALERT_EXPECT tells of it: by its name, else by the first pattern that matches."""
