@@ -703,11 +703,15 @@ def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CE
 
 @dataclass(frozen=True)
 class Envelope:
-    """One transaction: who sends ("" is the null sender), who receives, and the mail in pieces of whole lines."""
+    """One transaction: who sends ("" is the null sender), who receives, and the mail in pieces of whole lines.
+
+    `eight_bit`: it is not all ASCII, as what this module composes is.
+    """
 
     sender: str
     recipients: tuple[str, ...]
     data: Sequence[bytes]
+    eight_bit: bool = False
 
 
 class Transport(Protocol):
@@ -882,8 +886,7 @@ class Parcel:
     def commands(self, smtp: Dialogue) -> list[str]:
         """MAIL with what the server understands, RCPT… and DATA."""
         parameters = f" SIZE={self.length}" * smtp.has_extn("size")
-        if smtp.has_extn("8bitmime") and not all(map(bytes.isascii, self.pieces)):
-            parameters += " BODY=8BITMIME"
+        parameters += " BODY=8BITMIME" * (self.envelope.eight_bit and smtp.has_extn("8bitmime"))
         recipients = [f"RCPT TO:<{name}>" for name in self.envelope.recipients]
         return [f"MAIL FROM:<{self.envelope.sender}>{parameters}", *recipients, "DATA"]
 
@@ -1286,6 +1289,7 @@ class Outbox:
             small = self.path.stat().st_size < CHECKED_MAX_BYTES
             if small and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("damaged")
+            db.execute("PRAGMA page_size=8192")  # of a new file; a picture is a chain of pages
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             if pragma(db, "synchronous") != 2:
@@ -1860,7 +1864,8 @@ class Courier:
         """There is something new in the outbox."""
         with self._ringing:
             self._rings += 1
-            self._nudge()
+            if time.monotonic() >= self._hold_until:  # while everything is held, nobody need wake for more of it
+                self._nudge()
 
     def stop(self, timeout: float = 4.0) -> None:
         """End the threads; a mail that is under way gets `timeout` seconds, then it is left for the next start."""
@@ -2443,7 +2448,8 @@ def command_sendmail(argv: Sequence[str]) -> int:
     null = args.f is not None and args.f.strip("<> ") == ""
     sender = "" if null else address(args.f if args.f and "@" in args.f else config.sender)
     shown = "undisclosed-recipients:;" if args.t else header_addresses(to)
-    send_now(Envelope(sender, to, completed(fields, body, shown, config.sender)), config)
+    data = completed(fields, body, shown, config.sender)
+    send_now(Envelope(sender, to, data, eight_bit=not all(map(bytes.isascii, data))), config)
     return EX_OK
 
 
