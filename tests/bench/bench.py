@@ -3,8 +3,7 @@
     python3 tests/bench/bench.py [--quick] [--only WORD]
 
 Everything is durable and runs on this machine: the load, the relay and the receiver share its processors.
-Yardsticks are measured in the same run: SQLite with one commit a row, Postfix's smtp-sink (where it is installed),
-an interpreter that imports json and socket. Compare ratios; single figures drift with the machine.
+Yardsticks are measured in the same run (yardsticks.py). Compare ratios; single figures drift with the machine.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ import base64
 import contextlib
 import multiprocessing
 import os
-import shutil
 import socket
-import sqlite3
 import statistics
 import subprocess
 import sys
@@ -25,11 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from harness import ROOT, Relay, machine, until
+import yardsticks
+from harness import ROOT, Relay, Skipped, machine, until
+from yardsticks import PICTURE, SMALL
 
-SINK, SOURCE = (shutil.which(name, path="/usr/sbin:/usr/bin:/bin") for name in ("smtp-sink", "smtp-source"))
 QUICK = False
 ROWS: list[tuple[str, str, str]] = []
 TAG = iter(range(10**9))
@@ -40,58 +37,27 @@ def scaled(number: int) -> int:
     return max(10, number // 10) if QUICK else number
 
 
-def row(work: str, figure: str, yardstick: str = "") -> None:
+def row(work: str, figure: str, *against: str) -> None:
     """One line of the table."""
-    ROWS.append((work, figure, yardstick))
-    print(f"{work:<62} {figure:<26} {yardstick}", flush=True)
+    ROWS.append((work, figure, "; ".join(against)))
+    print(f"{work:<58} {figure:<24} {ROWS[-1][2]}", flush=True)
 
 
-# ───────────────────────────────────────────── Things to measure against ────────────────────────────
-
-
-def free_port() -> int:
-    """A port that nobody uses just now."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
-@contextlib.contextmanager
-def process(*command: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server as a process, ended afterwards."""
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir())
-
-    def answers() -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            return False
-        return True
-
+def beside(ours: float, name: str, measure: Callable[[], float]) -> str:
+    """A yardstick, measured now, and how many times as fast we are; or why there is none here."""
     try:
-        until(f"{command[0]} answers", answers)
-        yield running
-    finally:
-        running.terminate()
-        running.wait()
+        theirs = measure()
+    except Skipped as reason:
+        return f"{name}: skipped, {reason}"
+    return f"{name}: {theirs:,.0f}/s ({ours / theirs:.2f}x)"
 
 
-@contextlib.contextmanager
-def receiver() -> Iterator[int]:
-    """Something in C that takes mail as fast as it comes; without Postfix, the debug receiver."""
-    port = free_port()
-    if SINK:
-        user = ("-u", "nobody") if os.geteuid() == 0 else ()
-        with process(SINK, *user, f"127.0.0.1:{port}", "1000", port=port):
-            yield port
-    else:
-        with debug_receiver(port):
-            yield port
+# ───────────────────────────────────────────── The relay under load ─────────────────────────────────
 
 
-def debug_receiver(port: int) -> Any:
-    """Our own receiver, counting."""
-    program = str(ROOT / "embedded_smtpd.py")
-    return process(sys.executable, program, "--debug", "--quiet", "--host", "127.0.0.1", "--port", str(port), port=port)
+def receiver() -> contextlib.AbstractContextManager[int]:
+    """What takes mail as fast as it comes; without Postfix, our own."""
+    return yardsticks.smtp_sink() if yardsticks.SINK else yardsticks.debug_receiver()
 
 
 @contextlib.contextmanager
@@ -143,22 +109,28 @@ def stream(port: int, number: int, size: int = 0) -> float:
         return number / (time.perf_counter() - began)
 
 
-def _lock_step(port: int, number: int) -> None:
+def _lock_step(port: int, number: int, shown: str) -> None:
     with socket.create_connection(("127.0.0.1", port)) as sock, sock.makefile("rb") as answers:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(number):
-            sock.sendall(event())
+            sock.sendall(event(shown))
             assert b'"queued"' in answers.readline()
 
 
-def lock_step(port: int, clients: int, number: int) -> float:
+def _call_by_call(port: int, number: int, shown: str) -> None:
+    for _ in range(number):
+        _lock_step(port, 1, shown)
+
+
+def lock_step(port: int, clients: int, number: int, size: int = 0, client: Callable[..., None] = _lock_step) -> float:
     """Events a second with clients that wait for each answer."""
-    workers = [multiprocessing.Process(target=_lock_step, args=(port, number)) for _ in range(clients)]
+    workers = [multiprocessing.Process(target=client, args=(port, number, picture(size))) for _ in range(clients)]
     began = time.perf_counter()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    assert not any(worker.exitcode for worker in workers)
     return clients * number / (time.perf_counter() - began)
 
 
@@ -171,47 +143,55 @@ def delivered(running: Relay, number: int, size: int = 0) -> float:
     return number / (time.perf_counter() - began)
 
 
-def source(port: int, number: int, size: int) -> float:
-    """Mails a second that smtp-source gets rid of over one connection."""
-    assert SOURCE
-    began = time.perf_counter()
-    envelope = ("-f", "a@example.com", "-t", "device@localhost")
-    load = ("-d", "-s", "1", "-m", str(number), "-l", str(size))
-    subprocess.run([SOURCE, *load, *envelope, f"127.0.0.1:{port}"], check=True, capture_output=True)
-    return number / (time.perf_counter() - began)
-
-
 # ───────────────────────────────────────────── The rows ─────────────────────────────────────────────
+
+
+def plainly(smtp_port: int, number: int, size: int = 0) -> float:
+    """Events a second of the plain server: 16 clients at once, each with a connection an event, wait for the mail."""
+    with yardsticks.plain_server(smtp_port) as port:
+        return lock_step(port, 16, number // 16, size, _call_by_call)
 
 
 def accepting() -> None:
     """Events onto the disk."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(sqlite3.connect(f"{folder}/row.db")) as db:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("CREATE TABLE rows(id TEXT PRIMARY KEY, payload BLOB)")
-        number = scaled(5000)
-        began = time.perf_counter()
-        for count in range(number):
-            with db:
-                db.execute("INSERT INTO rows VALUES (?, ?)", (str(count), b"x" * 120))
-        single = number / (time.perf_counter() - began)
+    number = scaled(3000)
+    single = yardsticks.sqlite_commits(number)
     with relay(1) as running:
-        rate = stream(running.port, scaled(100_000))
-        against = f"SQLite, one commit a row: {single:,.0f}/s"
-        row("events accepted, one streaming connection", f"{rate:,.0f}/s", f"{against} ({rate / single:.1f}x)")
-        rate = lock_step(running.port, 16, scaled(600))
-        row("the same, 16 clients each waiting for its answer", f"{rate:,.0f}/s", f"{against} ({rate / single:.1f}x)")
-        rate = stream(running.port, scaled(500), 200_000)
-        row("events with a 200 KB picture accepted", f"{rate:,.0f}/s")
+        streamed = stream(running.port, scaled(100_000))
+        waited = lock_step(running.port, 16, scaled(600))
+        pictures = stream(running.port, scaled(500), 200_000)
+    row(
+        "events accepted, one streaming connection", f"{streamed:,.0f}/s",
+        beside(streamed, "SQLite, one commit a row", lambda: single),
+        beside(streamed, "Postfix, one connection", lambda: yardsticks.postfix_accepts(1, number)),
+    )  # fmt: skip
+    row(
+        "the same, 16 clients each waiting for its answer", f"{waited:,.0f}/s",
+        beside(waited, "SQLite, one commit a row", lambda: single),
+        beside(waited, "Postfix, 16 connections", lambda: yardsticks.postfix_accepts(16, number)),
+        beside(waited, "the plain way, nothing on disk", lambda: plainly(0, number)),
+    )  # fmt: skip
+    row("events with a 200 KB picture accepted", f"{pictures:,.0f}/s")
 
 
 def mailing() -> None:
     """Events to mails in the receiver."""
-    kind = "smtp-sink" if SINK else "our debug receiver"
-    with receiver() as port, relay(port) as running:
-        row("event to mail, small", f"{delivered(running, scaled(20_000)):,.0f}/s", f"receiver: {kind}")
-        row("event to mail, 200 KB picture", f"{delivered(running, scaled(1500), 200_000):,.0f}/s", f"receiver: {kind}")
+    shown = b"\xff\xd8\xff" + os.urandom(200_000)
+    with receiver() as port:
+        with relay(port) as running:
+            small = delivered(running, scaled(20_000))
+            large = delivered(running, scaled(1500), 200_000)
+        row(
+            "event to mail, small", f"{small:,.0f}/s",
+            beside(small, "Postfix", lambda: yardsticks.postfix_delivers(port, scaled(2000), SMALL)),
+            beside(small, "the plain way", lambda: plainly(port, scaled(1600))),
+        )  # fmt: skip
+        row(
+            "event to mail, 200 KB picture", f"{large:,.0f}/s",
+            beside(large, "Postfix", lambda: yardsticks.postfix_delivers(port, scaled(600), PICTURE)),
+            beside(large, "the plain way", lambda: plainly(port, scaled(320), 200_000)),
+            beside(large, "smtplib, kept connection", lambda: yardsticks.smtplib_delivers(port, scaled(300), shown)),
+        )  # fmt: skip
 
 
 class Stamps:
@@ -263,26 +243,40 @@ def latency() -> None:
 
 
 def receiving() -> None:
-    """The lock-step receiver against smtp-sink, interleaved, one connection."""
-    if not (SINK and SOURCE):
-        row("lock-step receiver", "skipped", "Postfix's smtp-source is not installed")
-        return
-    device_port, debug_port = free_port(), free_port()
-    with tempfile.TemporaryDirectory() as folder, receiver() as sink, debug_receiver(debug_port):
-        device = process(
-            "env", f"DEVICE_STATE={folder}", "DEVICE_HOST=127.0.0.1", f"DEVICE_PORT={device_port}",
-            sys.executable, str(ROOT / "embedded_smtpd.py"), "--log-level", "warning", port=device_port,
-        )  # fmt: skip
-        with device:
-            for name, port, number, size in (
-                ("lock-step receiver, 1 KB mails", debug_port, scaled(6000), 1024),
-                ("lock-step receiver, 270 KB mails", debug_port, scaled(1000), 270_000),
-                ("the device itself, every mail stored, 1 KB mails", device_port, scaled(1500), 1024),
-            ):
-                pairs = [(source(port, number, size), source(sink, number, size)) for _ in range(3)]
-                ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-                ratio = statistics.median(a / b for a, b in pairs)
-                row(name, f"{ours:,.0f}/s", f"smtp-sink {theirs:,.0f}/s ({ratio:.2f}x)")
+    """The lock-step receivers, one connection, interleaved with other people's."""
+    with contextlib.ExitStack() as stack:
+        ports: dict[str, int] = {}
+        against: list[str] = []
+        for name, server in (("smtp-sink", yardsticks.smtp_sink), ("aiosmtpd", yardsticks.aiosmtpd)):
+            try:
+                ports[name] = stack.enter_context(server())
+            except Skipped as reason:
+                against.append(f"{name}: skipped, {reason}")
+        debug, device = stack.enter_context(yardsticks.debug_receiver()), stack.enter_context(the_device())
+        for work, port, number, size in (
+            ("lock-step receiver, 1 KB mails", debug, scaled(6000), 1024),
+            ("lock-step receiver, 270 KB mails", debug, scaled(1000), 270_000),
+            ("the device itself, every mail stored, 1 KB mails", device, scaled(1500), 1024),
+        ):
+            try:
+                rounds = [[yardsticks.source(at, number, size) for at in (port, *ports.values())] for _ in range(3)]
+            except Skipped as reason:
+                row(work, "skipped", str(reason))
+                continue
+            ours, *theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
+            beaten = (f"{name}: {rate:,.0f}/s ({ours / rate:.2f}x)" for name, rate in zip(ports, theirs, strict=True))
+            row(work, f"{ours:,.0f}/s", *beaten, *against)
+
+
+@contextlib.contextmanager
+def the_device() -> Iterator[int]:
+    """The device with a folder of its own."""
+    port = yardsticks.free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = (f"DEVICE_STATE={folder}", "DEVICE_HOST=127.0.0.1", f"DEVICE_PORT={port}")
+        command = (sys.executable, str(ROOT / "embedded_smtpd.py"), "--log-level", "warning")
+        with yardsticks.process(port, "env", *settings, *command):
+            yield port
 
 
 def idling() -> None:
