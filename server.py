@@ -914,12 +914,6 @@ def plan(config: RelayConfig, waiting: Iterable[Waiting], sent: History, now: fl
     return Plan(desk.drafts, desk.wake, desk.why)
 
 
-def split_lane(lane: str) -> tuple[str, str]:
-    """Event and camera of a lane."""
-    event, _, camera = lane.partition(" ")
-    return event, camera
-
-
 def route(config: RelayConfig, event: str, camera: str) -> tuple[str, ...]:
     """Who gets this alert: the first route with a pattern that matches, else ALERT_RECIPIENT."""
     for entry in config.routes:
@@ -960,17 +954,18 @@ class _Desk:
 
     def place(self, row: Waiting) -> None:
         """Draft the row alone, put it into the digest that it belongs to, or hold it."""
-        event, camera = split_lane(row.lane)
+        event, camera = row.lane.split(" ", 1)
         to = tuple(name for name in route(self._config, event, camera) if name not in row.taken)
         urgent = event == SUMMARY or _matches(event, self._config.priority)
         if not urgent and self._now < self._quiet_until:
             return self._hold(self._quiet_until, "quiet hours")
         kind = "" if event == SUMMARY else self._late(row, urgent)
         if not kind and self._config.cooldown_s and event != SUMMARY:
-            opens = self._opens(row.lane)
-            if self._now < opens:
-                return self._hold(opens, "cooldown")
-            kind = self._joined.get(row.lane) or (row.lane if row.arrived < opens else "")
+            began = self._began.get(row.lane, math.inf)
+            ends = began + self._config.cooldown_s if began <= self._now else -math.inf  # or the clock was set back
+            if self._now < ends:
+                return self._hold(ends, "cooldown")
+            kind = self._joined.get(row.lane) or (row.lane if row.arrived < ends else "")
         if (kind, to) in self.groups:
             self._join(kind, to, row)
         elif kind == "spread" and not urgent and (due := self._digest_due(row)) > self._now:
@@ -990,13 +985,6 @@ class _Desk:
             if (scarce and late) if urgent else (scarce or late):
                 return "spread"
         return "quiet" if not urgent and row.arrived < self._quiet_ended else ""
-
-    def _opens(self, lane: str) -> float:
-        """When the next mail of a lane may go: its last one opened a window."""
-        last = self._began.get(lane, math.inf)
-        if last > self._now:  # nothing was sent, or the clock was set back since
-            return -math.inf
-        return last + self._config.cooldown_s
 
     # the daily limit
 
@@ -1275,18 +1263,27 @@ class Letter:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class Renderer:
-    """Writes the mails of one relay, in its language."""
+class Alerts:
+    """The owner of the relay's outbox: which mails are due, for whom, and what they say in its language."""
 
     def __init__(self, config: RelayConfig) -> None:
         self._config = config
+        planned = config.cooldown_s or config.daily_max or config.quiet
+        self.window = max(config.cooldown_s, smtp.DAY_S) if planned else 0.0
+        self.limit = config.daily_max
         lang = LANGS.index(config.lang)
         self._words = {key: words[lang] for key, words in WORDS.items()}
         self._events = {name: words[lang] for name, words in EVENT_WORDS.items()}
         self._address = smtp.address(config.sender)
         self._domain = self._address.rpartition("@")[2]
 
-    def event(self, name: str) -> str:
+    def plan(self, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
+        return plan(self._config, waiting, sent, now, most)
+
+    def recipients(self, lane: str) -> tuple[str, ...]:
+        return route(self._config, *lane.split(" ", 1))
+
+    def _event(self, name: str) -> str:
         """The words for an event; one that is not known stands for itself."""
         return self._events.get(name, name)
 
@@ -1335,7 +1332,7 @@ class Renderer:
         return Letter(
             subject=f"DVR ALERT: {shown.event} - {shown.camera}",
             key=f"alert:{shown.id}",
-            head=(self.event(shown.event), shown.camera, f"{shown.clock}, {shown.day}"),
+            head=(self._event(shown.event), shown.camera, f"{shown.clock}, {shown.day}"),
             colour=RED if shown.event in URGENT else BLUE,
             rows=rows,
             link=link,
@@ -1352,7 +1349,7 @@ class Renderer:
         for number, (one, picture) in enumerate(itertools.islice(found, DIGEST_PICTURES)):
             kind, cid = f"image/{picture_kind(picture)}", f"picture{number}@{self._domain}"
             part = smtp.Attachment(one.content["image"], kind, base64=picture, cid=cid)
-            captioned.append((f"{one.clock}, {self.event(one.event)}, {one.camera}", part))
+            captioned.append((f"{one.clock}, {self._event(one.event)}, {one.camera}", part))
         return captioned
 
     def _span(self, seconds: float) -> str:
@@ -1368,12 +1365,12 @@ class Renderer:
             subject=f"DVR ALERT: {count} alerts - {events} - {cameras}",
             key="digest:" + "\n".join(sorted(one.id for one in shown)),
             head=(
-                f"{words['alerts'].format(count=count)}: {_few(self.event(one.event) for one in shown)}",
+                f"{words['alerts'].format(count=count)}: {_few(self._event(one.event) for one in shown)}",
                 cameras,
                 f"{first.day} {first.clock} - {last.day} {last.clock}",
             ),
             colour=RED if any(one.event in URGENT for one in shown) else BLUE,
-            rows=[(f"{one.day[5:]} {one.clock}", self.event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
+            rows=[(f"{one.day[5:]} {one.clock}", self._event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
             pictures=self._pictures(mail, reversed(shown)),
             files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown))],
         )
@@ -1385,7 +1382,7 @@ class Renderer:
 
     def _summary(self, shown: Shown) -> Letter:
         words, meta = self._words, shown.content["meta"]
-        lanes = [(split_lane(lane), number) for lane, number in meta["lanes"]]
+        lanes = [(*lane.split(" ", 1), number) for lane, number in meta["lanes"]]
         return Letter(
             subject=f"DVR summary: {shown.day} - {meta['received']} alerts, {meta['queued']} waiting,"
             f" {meta['failed']} failed, {len(meta['silent'])} silent",
@@ -1397,7 +1394,7 @@ class Renderer:
                 (words["queued"], str(meta["queued"])),
                 (words["failures"], f"{meta['failed']}\n{meta['why']}".strip()),
                 (words["silent"], ", ".join(meta["silent"]) or words["none"]),
-                *((f"{self.event(event)}, {camera}", str(number)) for (event, camera), number in lanes),
+                *((f"{self._event(event)}, {camera}", str(number)) for event, camera, number in lanes),
             ],
             notes=[(words["absence"], GREY)],
         )
@@ -1415,7 +1412,10 @@ def draw_page(letter: Letter, lang: str) -> str:
     direction, colour = "rtl" if lang == "fa" else "ltr", letter.colour
     what, where, when = map(_escape, letter.head)
     rows = "".join([_table_row(row, letter.link) for row in letter.rows])
-    notes = "".join([_note(*note) for note in letter.notes])
+    notes = "".join(
+        f'<p style="margin:10px 6px 0;font-size:14px;line-height:1.5;color:{shade}"><bdi>{_escape(note)}</bdi></p>\n'
+        for note, shade in letter.notes
+    )
     return f"""<!DOCTYPE html>
 <html lang="{lang}" dir="{direction}"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light"></head>
@@ -1465,11 +1465,6 @@ def _table_row(row: Sequence[str], link: str) -> str:
     return f"<tr>{cells}</tr>\n"
 
 
-def _note(text: str, colour: str) -> str:
-    style = f"margin:10px 6px 0;font-size:14px;line-height:1.5;color:{colour}"
-    return f'<p style="{style}"><bdi>{_escape(text)}</bdi></p>\n'
-
-
 def _escape(text: str) -> str:
     """What stands in a <bdi>: no markup, and each line with a direction of its own."""
     return html.escape(_clean(text)).replace("\n", "</bdi><br><bdi>")
@@ -1504,23 +1499,6 @@ def events_csv(shown: Sequence[Shown]) -> bytes:
 
 
 # ───────────────────────────────────────────── Wiring ───────────────────────────────────────────────
-
-
-class Alerts:
-    """The owner of the relay's outbox: what is due, for whom, and what it looks like."""
-
-    def __init__(self, config: RelayConfig) -> None:
-        self._config, self._renderer = config, Renderer(config)
-        self.render = self._renderer.render
-        planned = config.cooldown_s or config.daily_max or config.quiet
-        self.window = max(config.cooldown_s, smtp.DAY_S) if planned else 0.0
-        self.limit = config.daily_max
-
-    def plan(self, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
-        return plan(self._config, waiting, sent, now, most)
-
-    def recipients(self, lane: str) -> tuple[str, ...]:
-        return route(self._config, *split_lane(lane))
 
 
 def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
@@ -1587,12 +1565,15 @@ class Demo(contextlib.ExitStack):
         ours = ("ALERT_", "DEVICE_", "SMTP_")
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
+    def _command(self, program: str, *args: str) -> list[str]:
+        return [sys.executable, str(Path(__file__).with_name(program)), *args]
+
     def start(self, name: str, *args: str, **environ: str) -> int:
         """Start a server and wait for the port that it logs."""
         logfile = self.folder / f"{name}.log"
         with logfile.open("w") as output:
             process = subprocess.Popen(
-                _command(*args), cwd=self.folder, env=self._environ | environ, stdout=output, stderr=output
+                self._command(*args), cwd=self.folder, env=self._environ | environ, stdout=output, stderr=output
             )
         self.enter_context(process)
         self.callback(process.terminate)
@@ -1613,7 +1594,7 @@ class Demo(contextlib.ExitStack):
     def client(self, number: int, *args: str) -> None:
         """Run client.py and show what it says."""
         print(f"  $ python3 client.py {' '.join(args)}")
-        command = _command("client.py", f"--port={number}", *args)
+        command = self._command("client.py", f"--port={number}", *args)
         done = subprocess.run(command, cwd=self.folder, env=self._environ, capture_output=True, text=True, check=False)
         print(f"    {done.stdout.strip()}{done.stderr.strip()}")
         done.check_returncode()
@@ -1644,10 +1625,6 @@ class Demo(contextlib.ExitStack):
                 page = page.replace(f"cid:{cid[1:-1]}", f"data:{part.get_content_type()};base64,{encoded}")
         Path(f"{kept}.html").write_text(page, "utf-8")
         print(f"  {message['Subject']}", *(f"  [{part.get_filename()}]" for part in files))
-
-
-def _command(program: str, *args: str) -> list[str]:
-    return [sys.executable, str(Path(__file__).with_name(program)), *args]
 
 
 def demo() -> int:

@@ -395,7 +395,8 @@ def test_who_has_it_already_does_not_get_it_again() -> None:
 
 
 def test_camera_with_spaces_keeps_its_name_in_the_lane() -> None:
-    assert server.split_lane("MOTION_DETECTED back door 2") == ("MOTION_DETECTED", "back door 2")
+    alerts = server.Alerts(replace(PLAIN, routes=routes("back door 2=b@y.org")))
+    assert alerts.recipients("MOTION_DETECTED back door 2") == ("b@y.org",)
 
 
 # random schedules, with a courier that freezes, sends, is away, and is refused; the clock is ours
@@ -440,7 +441,7 @@ class Simulation:
         lanes = tuple(dict.fromkeys(by_seq[seq].lane for seq in draft.items))
         assert draft.lanes == lanes
         for seq in draft.items:
-            assert server.route(self.config, *server.split_lane(by_seq[seq].lane)) == draft.recipients
+            assert server.route(self.config, *by_seq[seq].lane.split(" ", 1)) == draft.recipients
             self.carried.setdefault(seq, []).append(draft.recipients)
             self.delays.append(self.now - by_seq[seq].arrived)
         self.rows = [waiting for waiting in self.rows if waiting.seq not in draft.items]

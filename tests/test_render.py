@@ -54,7 +54,7 @@ def own(event: str, **content: Any) -> smtp.Item:
 def envelope(items: Sequence[smtp.Item], config: server.RelayConfig = PLAIN, **mail: Any) -> smtp.Envelope:
     to = mail.pop("recipients", ("a@x.org", "b@y.org"))
     frozen = smtp.Mail(1, "alert", tuple(one.seq for one in items), to, **mail)
-    return server.Renderer(config).render(frozen, items)
+    return server.Alerts(config).render(frozen, items)
 
 
 def render(items: Sequence[smtp.Item], config: server.RelayConfig = PLAIN, **mail: Any) -> email.message.EmailMessage:
