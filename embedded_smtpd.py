@@ -472,6 +472,7 @@ class Rules:
 
     hostname: str
     max_mail: int  # bytes
+    timeout: float = 60.0  # seconds: the longest silence of a peer
     mailbox: Callable[[str], bool] = lambda address: True  # whether mail for this address is taken
     user: bytes = b""  # set: AUTH before MAIL
     password: bytes = field(default=b"", repr=False)
@@ -1037,15 +1038,13 @@ def sections(content: bytes, start: int, end: int, boundary: bytes, cut: bool) -
     """Where the parts of a multipart begin and end. Raises Refused when there is no last delimiter, unless `cut`."""
     if not 0 < len(boundary) <= 70:
         raise Refused(CANNOT_PARSE)
-    pattern = re.compile(rb"--" + re.escape(boundary) + rb"(--)?[ \t]*(?:\r\n|$)")
+    pattern = re.compile(rb"\r\n--" + re.escape(boundary) + rb"(--)?[ \t]*(?=\r\n|$)")
     spans: list[tuple[int, int]] = []
     begun = -1
-    for mark in pattern.finditer(content, start, end):
-        if content[mark.start() - 2 : mark.start()] != b"\r\n":
-            continue
+    for mark in pattern.finditer(content, start - 2, end):
         if begun >= 0:
-            spans.append((begun, max(begun, mark.start() - 2)))
-        begun = -1 if mark[1] else mark.end()
+            spans.append((begun, max(begun, mark.start())))
+        begun = -1 if mark[1] else min(mark.end() + 2, end)
         if mark[1] or len(spans) > PARTS:
             break
     else:
@@ -1747,12 +1746,16 @@ class RelayTransport:
     file: io.BufferedRWPair | None = None
 
     def open(self) -> None:
+        try:
+            self._connected()
+        except OSError as error:
+            raise smtp.Unavailable(self._later("connect", error)) from None
+
+    def _connected(self) -> io.BufferedRWPair:
         if self.file is None:
-            try:
-                with socket.create_connection((self.host, self.port), RELAY_SECONDS) as sock:
-                    self.file = sock.makefile("rwb")
-            except OSError as error:
-                raise smtp.Unavailable(self._later("connect", error)) from None
+            with socket.create_connection((self.host, self.port), RELAY_SECONDS) as sock:
+                self.file = sock.makefile("rwb")
+        return self.file
 
     def deliver(self, envelopes: Iterable[smtp.Envelope]) -> Iterator[dict[str, smtp.Outcome]]:
         for envelope in envelopes:
@@ -1766,8 +1769,6 @@ class RelayTransport:
                 log.warning("%(event)s of %(camera)s is too large for the relay: it goes without its picture", event)
                 said = self._ask(event)
             outcome = self._judge(said)
-        except smtp.Unavailable as error:
-            outcome = error.outcome
         except (OSError, ValueError) as error:
             outcome = self._later("data", error)
         if outcome.ours:
@@ -1775,11 +1776,10 @@ class RelayTransport:
         return outcome
 
     def _ask(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        self.open()
-        assert self.file is not None
-        self.file.write(json.dumps(event).encode("ascii") + b"\n")
-        self.file.flush()
-        answer = self.file.readline(RECV_BYTES)
+        file = self._connected()
+        file.write(json.dumps(event).encode("ascii") + b"\n")
+        file.flush()
+        answer = file.readline(RECV_BYTES)
         said = json.loads(answer) if answer.endswith(b"\n") else None
         if not isinstance(said, dict):
             raise ValueError("the relay gave no answer")
@@ -1813,20 +1813,16 @@ def run(
     app: Device | DebugReceiver | CameraMails, *, courier: smtp.Courier | None = None,
 ) -> int:  # fmt: skip
     """Serve until the stop signal, with the courier at work; the exit code."""
-    server = Server(timeout=settings.read("DEVICE_TIMEOUT", above_zero(smtp.duration), 60.0))
+    server = Server(timeout=rules.timeout)
     trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
 
-    @functools.lru_cache(maxsize=256)
-    def known(address: str) -> tuple[Access, bool]:
-        return policy.access(address), smtp.is_loopback(address)
-
     def attend(link: Link) -> None:
-        access, private = known(link.address)
-        if access is Access.NONE:
+        if policy.access(link.address) is Access.NONE:
             log.warning("%s is in no network that may talk to this device", link.address)
             link.close(NO_SERVICE)
         else:
-            converse(link, Session(rules, private, trace), functools.partial(safely, app.deliver, peer=link.address))
+            session = Session(rules, smtp.is_loopback(link.address), trace)
+            converse(link, session, functools.partial(safely, app.deliver, peer=link.address))
 
     with contextlib.ExitStack() as stack:
         on_stop_signals(server.stop)
@@ -1962,18 +1958,6 @@ def host_and_port(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
-def above_zero(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A converter for what must be more than 0."""
-
-    def checked(text: str) -> Any:
-        value = convert(text)
-        if value <= 0:
-            raise ValueError(f"'{printable(text)}' is wrong; it must be more than 0")
-        return value
-
-    return checked
-
-
 def policy_from(settings: Settings) -> Policy:
     """The DEVICE_* variables of the policy. Raises ConfigError."""
     return Policy(
@@ -1989,10 +1973,17 @@ def rules_from(settings: Settings, stdio: bool) -> Rules:
     user, password = settings.secret("DEVICE_USER"), settings.secret("DEVICE_PASS")
     if bool(user) != bool(password):
         raise ConfigError("DEVICE_USER and DEVICE_PASS: set both or neither")
-    limit = settings.read("DEVICE_MAX_MAIL", above_zero(smtp.size), 16 << 20)
+    limit = settings.read("DEVICE_MAX_MAIL", smtp.size, 16 << 20)
+    timeout = settings.read("DEVICE_TIMEOUT", smtp.duration, 60.0)
+    for name, value in (("DEVICE_MAX_MAIL", limit), ("DEVICE_TIMEOUT", timeout)):
+        if value <= 0:
+            raise ConfigError(f"{name}: {value:g} is wrong; it must be more than 0")
     cert, key = settings.read("DEVICE_TLS_CERT", str, ""), settings.read("DEVICE_TLS_KEY", str, "")
     tls = smtp.server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert or key else None
-    return Rules(smtp.hostname(), limit, user=user.encode(), password=password.encode(), tls=None if stdio else tls)
+    return Rules(
+        smtp.hostname(), limit, timeout=timeout, user=user.encode(), password=password.encode(),
+        tls=None if stdio else tls,
+    )  # fmt: skip
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ import pytest
 import embedded_smtpd as device
 from embedded_smtpd import Mail, Rules, Session, State
 
-RULES = Rules("dev", 1000, lambda address: address.lower() in {"device@localhost", "postmaster"})
+RULES = Rules("dev", 1000, mailbox=lambda address: address.lower() in {"device@localhost", "postmaster"})
 LOCKED = dataclasses.replace(RULES, user=b"ops", password="pass wörd".encode())
 OLD = dataclasses.replace(RULES, mailbox=lambda address: True, any_login=True, lenient=True)
 CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
