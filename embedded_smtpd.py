@@ -863,7 +863,11 @@ def shown(text: bytes, secret: bool = False) -> str:
 
 
 class Refused(Exception):
-    """A mail that cannot be read, or a command that the policy forbids; the argument is the reply."""
+    """A mail that cannot be read, or a command that the policy forbids."""
+
+    def __init__(self, reply: bytes):
+        super().__init__(reply.decode("ascii").strip())
+        self.reply = reply
 
 
 class Letter(NamedTuple):
@@ -1238,26 +1242,20 @@ class Device:
     # From a mail to its reply code
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
-        """Deal with a mail: the reply says for certain what was done. Raises SpoolError when nothing was."""
-        command = None
-        who = mail.sender
-        try:
-            letter = read_letter(mail.content())
-            who = letter.sender or who
-            operator = self.policy.operator(letter.sender)
-            command = read_command(letter.subject)
-            if command is None or operator is None:
-                log.info("discarded a mail of <%s> from %s: %s", who, peer, letter.subject)
-            else:
+        """Deal with a mail. The reply says for certain what was done; after Refused and SpoolError that is nothing."""
+        letter = read_letter(mail.content())
+        who, operator = letter.sender or mail.sender, self.policy.operator(letter.sender)
+        command = read_command(letter.subject)
+        if command is None or operator is None:
+            log.info("discarded a mail of <%s> from %s: %s", who, peer, letter.subject)
+        else:
+            try:
                 self.obey(mail, letter, command, operator, peer)
-        except Refused as refusal:
-            reply: bytes = refusal.args[0]
-            words = reply.decode("ascii").strip()
-            log.warning("refused %s of <%s> from %s: %s", command.words if command else "a mail", who, peer, words)
-            if command:
+            except Refused as refusal:
+                log.warning("refused %s of <%s> from %s", command.words, who, peer)
                 with contextlib.suppress(smtp.SpoolError), self.outbox.transaction(durable=False) as db:
-                    self.journal(db, Entry(self.clock(), who, peer, command.words, f"refused: {words}", True))
-            return reply
+                    self.journal(db, Entry(self.clock(), who, peer, command.words, f"refused: {refusal}", True))
+                raise
         if self.maildir:
             try:
                 self.maildir.add(mail)
@@ -1570,12 +1568,11 @@ class Maildir:
         with open(f"{self.path}/tmp/{name}", "xb", opener=functools.partial(os.open, mode=0o600)) as file:
             file.write("\r\n".join(envelope).encode() + mail.content())
         os.rename(f"{self.path}/tmp/{name}", f"{self.path}/new/{name}")
-        self.names.append(name)
+        if self.keep:
+            self.names.append(name)
         while len(self.names) > self.keep:
-            oldest = self.names.popleft()
-            if self.keep:
-                with contextlib.suppress(FileNotFoundError):  # somebody read it and moved it to cur
-                    os.unlink(f"{self.path}/new/{oldest}")
+            with contextlib.suppress(FileNotFoundError):  # somebody read it and moved it to cur
+                os.unlink(f"{self.path}/new/{self.names.popleft()}")
 
 
 class DebugReceiver:
@@ -1863,9 +1860,8 @@ def safely(act: Callable[..., bytes | None], *values: object, **named: object) -
     try:
         return act(*values, **named) or b""
     except Refused as refusal:
-        reply: bytes = refusal.args[0]
-        log.warning("refused a mail: %s", reply.decode("ascii").strip())
-        return reply
+        log.warning("refused a mail: %s", refusal)
+        return refusal.reply
     except smtp.SpoolFull as error:
         log.error("%s", error)
         return DISK_FULL
@@ -1929,8 +1925,16 @@ def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> in
         raise ConfigError("DEVICE_SECRET: missing; a signature needs the secret that the device has")
     if not operator:
         raise ConfigError("--operator: missing; give the From address that the mail will have")
-    if read_command(f"CMD {words}") is None:
+    command = read_command(f"CMD {words}")
+    if command is None:
         raise ConfigError(f"--sign: {printable(words)!r} is no command; {', '.join(COMMANDS)} are")
+    rule = COMMANDS[command.verb]
+    try:
+        rule.read(command.argument)
+    except ValueError as error:
+        raise ConfigError(f"--sign: {printable(error)}; the form is {rule.usage}") from None
+    if command.verb == "UPDATE" and not args.file:
+        raise ConfigError("--file: missing; give the attachment that the mail will have, UPDATE is signed over it")
     try:
         data = Path(args.file).read_bytes() if args.file else None
     except OSError as error:
@@ -2012,6 +2016,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
     args = arguments(argv)
     smtp.start_logging(args.log_level)
+    log.name = "receiver" if args.debug else "gateway" if args.to_relay is not None else "device"
     flags = {"DEVICE_HOST": args.host, "DEVICE_PORT": args.port, "--port": args.port, "DEVICE_STATE": args.state}
     flags |= {"--maildir": args.maildir, "--operator": args.operator}
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import embedded_smtpd as emb
-from embedded_smtpd import Access, Device, Mail, Maildir, Policy, networks
+from embedded_smtpd import Access, Device, Mail, Maildir, Policy, Refused, networks
 from smtp_module import Outbox, SpoolError
 
 OPS, SECRET = "ops@example.com", b"correct horse"
@@ -64,7 +64,10 @@ class Bench:
 
     def deliver(self, content: bytes, envelope: str = OPS, peer: str = LAN) -> str:
         mail = Mail(envelope, ["device@localhost"], content)
-        return self.device.deliver(mail, peer).decode().strip()
+        try:
+            return self.device.deliver(mail, peer).decode().strip()
+        except Refused as refusal:
+            return str(refusal)
 
     def replies(self) -> list[EmailMessage]:
         """What waits to be sent, oldest first, and forgotten with this look."""
@@ -218,11 +221,15 @@ def test_snapshot_is_a_png_that_moves(bench: Bench) -> None:
     assert pictures[0] != pictures[1]
 
 
-def test_reboot_replies_first_and_starts_the_uptime_anew(bench: Bench) -> None:
+def test_reboot_replies_first_starts_the_uptime_anew_and_is_logged(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     bench.now += 500
     assert bench.value("uptime") == 500
     assert bench.ask("CMD REBOOT") == "restarting now"
     assert bench.value("uptime") == 0
+    assert caplog.messages[-1].startswith("restarted (simulated)")
 
 
 def test_log_holds_the_last_twenty(bench: Bench) -> None:

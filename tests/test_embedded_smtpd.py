@@ -538,6 +538,18 @@ def test_signed_subject_of_the_command_line_controls_the_device(start: Callable[
         (("ARM", "--operator", "nonsense"), "s", "--operator: 'nonsense' is not a mail address"),
         (("DANCE", "--operator", "a@b.c"), "s", "--sign: 'DANCE' is no command"),
         (("ARM", "--operator", "a@b.c", "--file", "none"), "s", "--file: none"),
+        (("UPDATE fw", "--operator", "a@b.c"), "s", "--file: missing; give the attachment"),
+        (
+            ("SET relay9=on", "--operator", "a@b.c"),
+            "s",
+            "--sign: there is no parameter 'relay9'; these can be set: name",
+        ),
+        (
+            ("SET threshold=101", "--operator", "a@b.c"),
+            "s",
+            "--sign: threshold: '101' is wrong; give a whole number from",
+        ),
+        (("RELAY 1", "--operator", "a@b.c"), "s", "the form is RELAY n ON|OFF"),
     ],
 )
 def test_sign_says_what_is_missing(

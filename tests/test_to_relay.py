@@ -150,6 +150,7 @@ def test_what_the_mail_said_is_kept_in_bounds() -> None:
         b"no headers at all",
         b"Content-Type: multipart/mixed\r\n\r\nx",
         b"Subject: a\x01b\r\nSubject: c\r\n\r\n",
+        b"Subject: =?x-evil?q?Alarm?=\r\nDate: =?utf-8?b?Q?=\r\n\r\n",
     ],
 )
 def test_odd_mail_is_still_an_alert(content: bytes) -> None:
