@@ -14,6 +14,7 @@ wrong moment, twice, with the same Message-ID. It is never mailed zero times wit
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import base64
 import contextlib
@@ -45,6 +46,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import ChainMap, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -67,6 +69,7 @@ UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a li
 THREAD_STACK_BYTES = 512 << 10
 SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up after ALERT_IDLE_TIMEOUT
 UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
+TROUBLE_OVER_S = 60.0  # a trouble that was not seen for so long is over; the next one is logged again
 STOP_S = 4.0
 META_MAX = 32
 NESTING_MAX = 16
@@ -561,12 +564,14 @@ class Lines:
             sentence = f"the line goes on beyond four times {self._limit} bytes"
             return [Refusal("too_large", sentence, closes=True)]
         if self._length > self._limit + 1:  # it may be one longer: a CR before the LF does not count
-            self._uncharge()
             self._pieces = []
-        elif self._charge(len(piece)):
-            self._pieces.append(piece)
-        else:
-            return [Refusal("busy", "too many half-sent lines; try again", closes=True)]
+            self._charge(-self._charged)
+            return []
+        self._pieces.append(piece)
+        if self._length > UNFINISHED_FREE_BYTES:
+            self._charge(len(piece))
+            if Lines.held_by_all > UNFINISHED_MAX_BYTES:
+                return [Refusal("busy", "too many half-sent lines; try again", closes=True)]
         return []
 
     def _finish(self, last: bytes) -> bytes:
@@ -575,24 +580,20 @@ class Lines:
         self._forget()
         return line
 
-    def _charge(self, number: int) -> bool:
-        if self._length > UNFINISHED_FREE_BYTES:
+    def _charge(self, number: int) -> None:
+        self._charged += number
+        self._hold(number)
+
+    @staticmethod
+    def _hold(number: int) -> None:
+        if number:
             with Lines._budget:
                 Lines.held_by_all += number
-            self._charged += number
-        return Lines.held_by_all <= UNFINISHED_MAX_BYTES
-
-    def _uncharge(self) -> None:
-        with Lines._budget:
-            Lines.held_by_all -= self._charged
-        self._charged = 0
 
     def answered(self) -> None:
         """The whole lines are done with."""
-        if self._finished:
-            with Lines._budget:
-                Lines.held_by_all -= self._finished
-            self._finished = 0
+        self._hold(-self._finished)
+        self._finished = 0
 
     def late(self, patience: float) -> bool:
         """Has the unfinished line come for longer than `patience` seconds, and more slowly than a line may?"""
@@ -601,7 +602,7 @@ class Lines:
     def drop(self) -> None:
         """Forget it all."""
         self.answered()
-        self._uncharge()
+        self._hold(-self._charged)
         self._forget()
 
 
@@ -700,7 +701,7 @@ def read_now(sock: socket.socket) -> bytes | None:
 
 def close_gently(sock: socket.socket) -> None:
     """Close so that the last answer arrives: unread input would turn the end into a reset that destroys it."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, MemoryError):
         sock.shutdown(socket.SHUT_WR)
         sock.settimeout(0.5)
         for _ in range(16):
@@ -710,15 +711,18 @@ def close_gently(sock: socket.socket) -> None:
         sock.close()
 
 
+Entry = Event | Heartbeat | Ping | Refusal
+
+
 class Relay:
     """The accepting side: listeners, connections, and the way from lines to answers."""
 
     def __init__(self, config: RelayConfig, outbox: Outbox, watch: Watch, ring: Any) -> None:
         self.config, self._outbox, self._watch, self._ring = config, outbox, watch, ring
         self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
-        self._connections: set[Connection] = set()
-        self._complaint = ""
+        self._connections = weakref.WeakSet[Connection]()  # each lives as long as its thread
         self._lock = threading.Lock()
+        self._troubles: dict[str, float] = {}  # what was last seen when
         self.stopping = False
         self._lingering: deque[tuple[float, socket.socket]] = deque()
         self._listeners: list[socket.socket] = []
@@ -729,23 +733,30 @@ class Relay:
     def take(self, lines: Sequence[bytes | Refusal]) -> tuple[bytes, bool]:
         """Journal the events among the lines in one commit; the answers in order, and whether to close."""
         now = time.time()
-        parsed: list[Event | Heartbeat | Ping | Refusal] = []
+        entries: list[Entry] = []
+        last: Refusal | None = None  # what closes the connection
         for line in lines:
-            try:
-                parsed.append(line if isinstance(line, Refusal) else parse_line(line, self._token, now))
-            except Refusal as refusal:
-                parsed.append(refusal)
-            except Exception:
-                log.exception("a line could not be read")
-                parsed.append(Refusal("bad_event", "the line could not be read"))
-            if isinstance(last := parsed[-1], Refusal) and last.closes:
+            entries.append(entry := self._parse(line, now))
+            if isinstance(entry, Refusal) and entry.closes:
+                last = entry
                 break
-        receipts = iter(self._journal([event for event in parsed if isinstance(event, Event)]))
-        answers = [self._answer(entry, receipts) for entry in parsed]
-        closes = bool(parsed) and isinstance(parsed[-1], Refusal) and parsed[-1].closes
-        if closes and parsed[-1].code == "unauthorized":  # type: ignore[union-attr]
+        receipts = iter(self._journal([entry for entry in entries if isinstance(entry, Event)]))
+        answers = [self._answer(entry, receipts) for entry in entries]
+        if last and last.code == "unauthorized":
             time.sleep(UNAUTHORIZED_DELAY_S)
-        return b"".join(answers), closes
+        return b"".join(answers), last is not None
+
+    def _parse(self, line: bytes | Refusal, now: float) -> Entry:
+        try:
+            return line if isinstance(line, Refusal) else parse_line(line, self._token, now)
+        except Refusal as refusal:
+            return refusal
+        except MemoryError:  # about us, not about the line: it must come again
+            self.short_of_memory()
+            return Refusal("busy", "the relay is short of memory; try again later", closes=True)
+        except Exception:
+            log.exception("a line could not be read")
+            return Refusal("bad_event", "the line could not be read")
 
     def _journal(self, events: Sequence[Event]) -> Sequence[smtp.Receipt | Refusal]:
         if not events:
@@ -757,22 +768,27 @@ class Relay:
             if full and len(events) > 1 and shutil.disk_usage(self._outbox.path.parent).free > DISK_ROOM_BYTES:
                 # ALERT_SPOOL_MAX is reached: what fits is taken. A full disk's last room is for bookkeeping.
                 return [receipt for event in events for receipt in self._journal([event])]
-            self._complain(error)
+            self._complain(type(error).__name__, error)
             sentence = "no room is left for alerts; try again later" if full else "the disk failed; try again later"
             return [Refusal("spool_full" if full else "spool_error", sentence)] * len(events)
-        self._complaint = ""
         self._ring()
         for event in events:
             self._watch.heard(event.camera, event.name)
         return receipts
 
-    def _complain(self, error: smtp.SpoolError) -> None:
-        """Once, until it is over: a full disk makes thousands of refusals a second."""
-        if self._complaint != type(error).__name__:
-            self._complaint = type(error).__name__
-            log.error("%s", error)
+    def _complain(self, trouble: str, words: object) -> None:
+        """Log it once, until it has not been seen for a while: some troubles come thousands of times a second."""
+        with self._lock:
+            before = self._troubles.get(trouble, -math.inf)
+            self._troubles[trouble] = now = time.monotonic()
+        if now - before > TROUBLE_OVER_S:
+            log.error("%s", words)
 
-    def _answer(self, entry: Event | Heartbeat | Ping | Refusal, receipts: Iterator[smtp.Receipt | Refusal]) -> bytes:
+    def short_of_memory(self) -> None:
+        """The machine's memory or its threads have run out, which is the same: a thread needs a stack."""
+        self._complain("memory", "out of memory or threads: connections are turned away, and have to come again")
+
+    def _answer(self, entry: Entry, receipts: Iterator[smtp.Receipt | Refusal]) -> bytes:
         if isinstance(entry, Event):
             receipt = next(receipts)
             return refusal_line(receipt) if isinstance(receipt, Refusal) else answer(receipt, entry)
@@ -815,38 +831,37 @@ class Relay:
             log.log(always, "listening on %s:%d", f"[{host}]" if ":" in host else host, number)
 
     def _accept_loop(self, listener: socket.socket) -> None:
+        """Nothing that is wrong with one connection ends it: the relay would be alive and deaf."""
         listener.settimeout(0.5)
         while not self.stopping:
-            with contextlib.suppress(IndexError):
-                while self._lingering[0][0] < time.monotonic():
-                    self._lingering.popleft()[1].close()
             try:
-                sock, _ = listener.accept()
+                self._let_go(time.monotonic())
+                self._admit(listener.accept()[0])
             except TimeoutError:
-                continue
+                pass
             except OSError as error:
                 if self.stopping:
                     return
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    log.error("no connection can be accepted: %s", error.strerror)
+                    self._complain("accept", f"no connection can be accepted: {error.strerror}")
+                time.sleep(0.1)  # the connection stays in the queue: trying again at once would be a busy loop
+            except (RuntimeError, MemoryError):
+                self.short_of_memory()
                 time.sleep(0.1)
-                continue
-            self._admit(sock)
 
     def _admit(self, sock: socket.socket) -> None:
-        connection = Connection(sock, self)
-        with self._lock:
-            room = len(self._connections) < self.config.max_connections
-            if room:
-                self._connections.add(connection)
-        if room:
-            try:
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        """Give it a thread, or turn it away."""
+        try:
+            connection = Connection(sock, self)
+            with self._lock:
+                room = len(self._connections) < self.config.max_connections
+                if room:
+                    self._connections.add(connection)
+            if room:  # Thread.start would wait for a sign of life, for ever where memory is too short for one
+                _thread.start_new_thread(self._serve, (connection,))
                 return
-            except RuntimeError:  # can't start new thread
-                log.error("no thread can be started for a connection")
-                with self._lock:
-                    self._connections.discard(connection)
+        except (RuntimeError, MemoryError):
+            self.short_of_memory()
         self._turn_away(sock)
 
     def _turn_away(self, sock: socket.socket) -> None:
@@ -861,14 +876,19 @@ class Relay:
         else:
             self._lingering.append((time.monotonic() + 1.0, sock))
 
+    def _let_go(self, now: float) -> None:
+        """Close who was turned away before."""
+        with contextlib.suppress(IndexError):  # another accepting thread may be quicker
+            while self._lingering[0][0] < now:
+                self._lingering.popleft()[1].close()
+
     def _serve(self, connection: Connection) -> None:
         try:
             connection.serve()
+        except MemoryError:
+            self.short_of_memory()
         except Exception:
             log.exception("a connection's thread failed")
-        finally:
-            with self._lock:
-                self._connections.discard(connection)
 
     def stop(self, timeout: float) -> None:
         """Stop accepting, answer what has been read, end the connections."""
@@ -878,8 +898,7 @@ class Relay:
                 listener.shutdown(socket.SHUT_RDWR)  # wakes accept
             thread.join(1.0)
             listener.close()
-        while self._lingering:
-            self._lingering.popleft()[1].close()
+        self._let_go(math.inf)
         until = time.monotonic() + timeout
         with self._lock:
             open_now = list(self._connections)

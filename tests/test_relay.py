@@ -283,6 +283,39 @@ def test_of_a_batch_what_fits_is_taken(run: Any) -> None:
     assert said == sorted(said, key=["queued", "spool_full"].index)
 
 
+@pytest.mark.parametrize(
+    ("place", "shortage"),
+    [("_thread.start_new_thread", RuntimeError("can't start new thread")), ("Connection", MemoryError())],
+)
+def test_without_threads_or_memory_peers_are_turned_away_and_the_log_says_so_once(
+    run: Any, place: str, shortage: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cannot(*_: Any) -> None:
+        raise shortage
+
+    running = run()
+    with monkeypatch.context() as short:
+        short.setattr(f"server.{place}", cannot)
+        said = [running.ask(EVENT) for _ in range(5)]
+    assert [[entry["error"] for entry in one] for one in said] == [["busy"]] * 5
+    assert [record.exc_info for record in caplog.records if record.levelname == "ERROR"] == [None]
+    assert running.ask(EVENT)[0]["status"] == "queued"
+
+
+def test_a_line_that_memory_is_too_short_for_is_not_called_wrong(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cannot(*_: Any) -> None:
+        raise MemoryError
+
+    running = run()
+    with monkeypatch.context() as short:
+        short.setattr(server, "parse_line", cannot)
+        said = [running.ask(EVENT * 2) for _ in range(2)]
+    assert [[entry["error"] for entry in one] for one in said] == [["busy"]] * 2  # and the connection closes
+    assert [record.exc_info for record in caplog.records if record.levelname == "ERROR"] == [None]
+
+
 def test_it_listens_on_ipv6(run: Any) -> None:
     if not socket.has_ipv6:
         pytest.skip("no IPv6")

@@ -8,6 +8,8 @@ Prints a table: what failed, how, and whether nothing acknowledged was lost, rep
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import random
 import signal
@@ -16,7 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import harness
@@ -26,6 +28,7 @@ from harness import HEAL_S, Red, Run, Skipped, Stage, Table, certificate, must, 
 
 table = Table()
 row = table.row
+USER = 54_321  # who has no processes, where root can be anybody
 
 
 def finish(stage: Stage, **options: set[str]) -> str:
@@ -179,18 +182,57 @@ def crash_loop(run: Run) -> str:
         return finish(stage)
 
 
-@row("few threads", "prlimit --as=400M, 700 connections")
-def few_threads(run: Run) -> str:
+@row("little memory", "prlimit --as: 160 MiB more for 700 connections, 20 MiB more for pictures of 6 MB")
+def little_memory(run: Run) -> str:
+    short = "out of memory|MemoryError"  # a thread without memory to begin with is heard of from the interpreter
+    with run.stage(picture_max=6_000_000) as stage:
+        for room, peers, events in ((160, 700, 0), (20, 0, 20)):
+            stage.relay.kill()
+            stage.relay.log.unlink(missing_ok=True)
+            stage.relay.start()
+            stage.relay.limit(f"as={stage.relay.footprint()['VmSize'] + room * 1024 << 10}")
+            with crowd(stage, peers):
+                stage.driver.allow(events)
+                until("memory is short", lambda: stage.relay.said(short))
+                must(not stage.relay.dead(), "it died")
+            stage.relay.limit("as=unlimited")
+            stage.incidents += 1
+            stage.offer(50)
+            must((said := stage.relay.said("out of memory")) <= 1, f"said {said} times, not once")
+            must(not stage.relay.said("Traceback"), "tracebacks")
+        return finish(stage)
+
+
+@row("few processes", "prlimit --nproc=30 as another user, 60 connections")
+def few_processes(run: Run) -> str:
     with run.stage() as stage:
-        stage.relay.start(needs("prlimit"), f"--as={400 << 20}")
-        crowd = []
-        for _ in range(700):
-            crowd.append(socket.create_connection(("127.0.0.1", stage.relay.port), 5))
-        must(not stage.relay.dead(), "it died")
-        for sock in crowd:
-            sock.close()
+        os.chown(stage.folder, USER, USER)
+        stage.relay.start(needs("prlimit"), "--nproc=30", *somebody_else())
+        with crowd(stage, 60) as peers:
+            for peer in peers:
+                peer.sendall(b'{"ping": 1}\n')
+            busy = sum(b"busy" in peer.recv(4096) for peer in peers)
+        must(30 < busy < 60, f"{busy} of 60 peers were turned away")
+        must(stage.relay.said("out of memory or threads") == 1, "not said, or not once")
         stage.offer(50)
-        return f"no thread could be started {stage.relay.said('no thread')} times, {finish(stage)}"
+        return f"{busy} of 60 peers were turned away, {finish(stage)}"
+
+
+def somebody_else() -> list[str]:
+    """The words before a command that make it another user's, who has no other processes. Raises Skipped."""
+    words = [needs("setpriv"), f"--reuid={USER}", "--clear-groups"]
+    python = [*words, sys.executable, "-c", "import sqlite3, ssl"]
+    if os.geteuid() or subprocess.run(python, capture_output=True, check=False).returncode:
+        raise Skipped("only root can be another user, who must be able to run this Python")
+    return words
+
+
+@contextlib.contextmanager
+def crowd(stage: Stage, number: int) -> Iterator[list[socket.socket]]:
+    """So many peers who connect and wait."""
+    with contextlib.ExitStack() as stack:
+        connect = functools.partial(socket.create_connection, ("127.0.0.1", stage.relay.port), 5)
+        yield [stack.enter_context(connect()) for _ in range(number)]
 
 
 # ───────────────────────────────────────────── The disk ─────────────────────────────────────────────
@@ -277,9 +319,8 @@ def not_writable(run: Run) -> str:
         stage.folder.chmod(0o755)
         (stage.folder / "theirs").mkdir(mode=0o500)
         stage.relay.environ["ALERT_SPOOL"] = str(stage.folder / "theirs/alerts.db")
-        wrapper = [] if os.geteuid() else [needs("setpriv"), "--reuid=65534", "--clear-groups"]
         try:
-            stage.relay.start(*wrapper)
+            stage.relay.start(*([] if os.geteuid() else somebody_else()))
         except Red as complaint:
             must("Traceback" not in str(complaint) and "alerts.db" in str(complaint), str(complaint))
             return "refuses to start and says why"

@@ -183,10 +183,15 @@ class Relay:
         must(done.returncode == 0, f"queue: exit {done.returncode}: {done.stderr.decode()}")
         return list(json.loads(done.stdout))
 
+    def limit(self, what: str) -> None:
+        """Set a soft limit of the running process: `as=300000000`, `as=unlimited`."""
+        subprocess.run([needs("prlimit"), "--pid", str(self.pid), f"--{what}:"], check=True)
+
     def footprint(self) -> dict[str, int]:
-        """Resident KiB, threads and open files of the process."""
+        """Resident and mapped KiB, threads and open files of the process."""
         status = Path(f"/proc/{self.pid}/status").read_text()
-        found = {name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")}  # type: ignore[index]
+        names = ("VmRSS", "VmSize", "Threads")
+        found = {name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in names}  # type: ignore[index]
         return found | {"fds": len(os.listdir(f"/proc/{self.pid}/fd"))}
 
     def cpu_s(self) -> float:
@@ -436,7 +441,7 @@ class Stage:
         """What the relay has more of than at the start."""
         now = self.relay.footprint() if self.baseline else {}
         slack = {"VmRSS": slack_mib << 10, "Threads": 6, "fds": 8}
-        return [f"{n}: {self.baseline[n]} -> {now[n]}" for n in now if now[n] > self.baseline[n] + slack[n]]
+        return [f"{n}: {self.baseline[n]} -> {now[n]}" for n in slack if now and now[n] > self.baseline[n] + slack[n]]
 
     def figures(self) -> str:
         """One line about the run."""
