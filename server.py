@@ -63,7 +63,6 @@ BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries;
 READ_BYTES = 64 << 10  # malloc maps larger buffers anew for each read
 BATCH_BYTES = 4 << 20  # what has arrived is read up to this, or to so many lines, before it is committed
 LINES_AT_ONCE = 1000
-DISK_ROOM_BYTES = 64 << 20
 UNFINISHED_MAX_BYTES = 256 << 20  # shared by all connections: half-sent lines must not fill the memory
 UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a line outside the shared budget
 THREAD_STACK_BYTES = 512 << 10
@@ -765,8 +764,8 @@ class Relay:
             receipts = self._outbox.put([event.item for event in events])
         except smtp.SpoolError as error:
             full = isinstance(error, smtp.SpoolFull)
-            if full and len(events) > 1 and shutil.disk_usage(self._outbox.path.parent).free > DISK_ROOM_BYTES:
-                # ALERT_SPOOL_MAX is reached: what fits is taken. A full disk's last room is for bookkeeping.
+            if full and len(events) > 1 and not isinstance(error, smtp.DiskFull):
+                # What fits into the spool is taken. The last room of a disk is for bookkeeping.
                 return [receipt for event in events for receipt in self._journal([event])]
             self._complain(type(error).__name__, error)
             sentence = "no room is left for alerts; try again later" if full else "the disk failed; try again later"

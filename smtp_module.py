@@ -1113,7 +1113,11 @@ class SpoolError(Exception):
 
 
 class SpoolFull(SpoolError):
-    """No room is left."""
+    """No room is left in the spool."""
+
+
+class DiskFull(SpoolFull):
+    """No room is left on the disk."""
 
 
 class SpoolBusy(SpoolError):
@@ -1373,7 +1377,7 @@ class Outbox:
         if full:  # the log may hold room that the database does not need any more
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        raise (SpoolFull if full else SpoolError)(f"{self.path}: {error}") from error
+        raise (DiskFull if full else SpoolError)(f"{self.path}: {error}") from error
 
     # putting
 
@@ -1417,7 +1421,7 @@ class Outbox:
         if self._disk_lacks(more, free * page):
             self._rows("PRAGMA wal_checkpoint(TRUNCATE)")
             if self._disk_lacks(more, free * page):
-                raise SpoolFull(f"{self.path}: the disk is full")
+                raise DiskFull(f"{self.path}: the disk is full")
 
     def _disk_lacks(self, more: int, unused: int) -> bool:
         """Everything is written twice, into the log and then into the database, which may have unused room."""
@@ -1739,6 +1743,7 @@ def _queue_row(item: sqlite3.Row, mail: sqlite3.Row | None, notes: Mapping[str, 
     recipients = mail and (json.loads(mail["recipients"]) or list(json.loads(mail["refused"])))
     return {
         "id": item["id"],
+        "lane": item["lane"],
         "state": "failed" if failed else "held" if held else "waiting",
         "since": iso(item["arrived"]),
         "next": iso(due) if due and not failed else None,
@@ -1836,8 +1841,7 @@ class Courier:
         self._rings = 1
         self._lock = threading.Lock()  # guards all that follows
         self._busy: set[int] = set()  # mails that a sender has, and nobody else may take
-        self._batch, self._batch_began = 1, 0.0
-        self._carrying = 0  # senders at work
+        self._batch = 1  # mails frozen at once
         self._history = outbox.begun(clock() - owner.window) if owner.window else History()
         self._fresh: int | None = None  # the newest row at the last look, while there is a backlog
         self._replan()
@@ -1935,7 +1939,7 @@ class Courier:
         planned anew.
         """
         with self._lock:
-            if self._brisk() or not self._due():
+            if not self._due():
                 return False
         if not self._opened(transport):
             return False
@@ -1944,10 +1948,6 @@ class Courier:
         if mails:
             self._carry(mails, transport)
         return True
-
-    def _brisk(self) -> bool:
-        """Is another sender at work, and so quickly that a second one would only take the interpreter from it?"""
-        return bool(self._carrying) and self._batch == BATCH_MAILS and time.monotonic() - self._batch_began < BRISK_S
 
     def _opened(self, transport: Transport) -> bool:
         began = time.monotonic()
@@ -2037,11 +2037,9 @@ class Courier:
 
     def _carry(self, mails: Sequence[Mail], transport: Transport) -> None:
         """Deliver these. What takes too long is left to whoever comes next; batches grow while they go out quickly."""
-        with self._lock:
-            self._carrying += 1
-            self._batch_began = began = time.monotonic()
-            with self._ringing:
-                self._nudge()
+        with self._ringing:
+            self._nudge()
+        began = time.monotonic()
         under_way: deque[tuple[Mail, Sequence[Item]]] = deque()
 
         def envelopes() -> Iterator[Envelope]:
@@ -2063,7 +2061,6 @@ class Courier:
             self._insist(self._outbox.flush)
             took = time.monotonic() - began
             with self._lock:
-                self._carrying -= 1
                 self._busy.difference_update(mail.number for mail in mails)
                 if took < BRISK_S:
                     self._batch = min(BATCH_MAILS, self._batch * 2)
@@ -2369,11 +2366,11 @@ def command_queue(args: argparse.Namespace) -> int:
     """`queue`: what waits, is held or failed."""
     rows = read_queue(_spool(args))
     if args.json:
-        print(json.dumps(rows, ensure_ascii=False))
+        print(json.dumps([{key: row[key] for key in row if key != "lane"} for row in rows], ensure_ascii=False))
         return EX_OK
     for row in rows:
         to = ", ".join(row["recipients"]) or "by the routes"
-        print(f"{row['state']:<8} {row['id']}  since {row['since']}  to {to}")
+        print(f"{row['state']:<8} {row['id']}  {printable(row['lane'])}  since {row['since']}  to {to}")
         if row["next"] or row["error"]:
             due = f"next try {row['next']}" if row["next"] else "no more tries"
             print(f"         tries {row['tries']}, {due}  {printable(row['error'] or '')}".rstrip())
