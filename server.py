@@ -295,7 +295,7 @@ WEB_LINK = re.compile(
     r"""(?:[/?#][^\s<>"\\]{0,4000})?""",
     re.IGNORECASE,
 )
-INVISIBLE = " \xa0\u200b\u200c\u200d\u2060\u3000"  # part of many names, but not the whole of one
+CAMERA = re.compile("(?![ \xa0\u200b\u200c\u200d\u2060\u3000]*$).{1,128}", re.DOTALL)  # not all of it invisible
 
 
 def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Ping:
@@ -312,7 +312,7 @@ def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Pin
     if event is not None:
         return _event(fields, picture, now)
     if heartbeat is not None:
-        return Heartbeat(camera_name(heartbeat, "heartbeat"))
+        return Heartbeat(FIELDS["camera"](heartbeat))
     if fields.get("ping") is not None:
         return Ping(trusted)
     raise Refusal("bad_event", "the line has neither event, heartbeat nor ping")
@@ -403,15 +403,6 @@ def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
     return Event(item, camera, name, warning)
 
 
-def camera_name(value: object, name: str = "camera") -> str:
-    """A camera's name, checked. Raises Refusal."""
-    if type(value) is not str or len(value) > 128 or not value.strip(INVISIBLE):
-        raise Refusal("bad_event", f"{name} must be a name of 1 to 128 characters")
-    if smtp.UNPRINTABLE.search(value):
-        raise Refusal("bad_event", f"{name} must not hold control, line-break or direction characters")
-    return value
-
-
 def _matching(pattern: re.Pattern[str], sentence: str) -> Callable[[object], str]:
     def check(value: object) -> str:
         if type(value) is not str or not pattern.fullmatch(value) or smtp.UNPRINTABLE.search(value):
@@ -446,7 +437,7 @@ def _meta(value: object) -> dict[str, str | int | float | bool]:
 
 FIELDS: Mapping[str, Callable[[object], Any]] = {
     "event": _matching(EVENT_NAME, "event must be 1 to 64 characters of A-Z a-z 0-9 _ . -"),
-    "camera": camera_name,
+    "camera": _matching(CAMERA, "a camera's name must be 1 to 128 printable characters"),
     "timestamp": _timestamp,
     "image_url": _matching(WEB_LINK, "image_url must be a link that begins with http:// or https://"),
     "meta": _meta,
@@ -1650,17 +1641,14 @@ def demo() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a console that cannot show a name still shows the rest
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with Demo() as show:
+    with Demo() as show:
+        try:
             _demo(show)
-    except KeyboardInterrupt:
-        print("FAILED: interrupted")
-    except (TimeoutError, subprocess.CalledProcessError, smtp.SendError) as error:
-        print(f"FAILED: {error}")
-    else:
-        print(f"\nThe mails, each as .eml and as .html to open in a browser, are in\n  {show.folder}")
-        return smtp.EX_OK
-    return 1
+        except (KeyboardInterrupt, TimeoutError, subprocess.CalledProcessError, smtp.SendError) as error:
+            print(f"FAILED: {str(error) or 'interrupted'}")
+            return 1
+    print(f"\nThe mails, each as .eml and as .html to open in a browser, are in\n  {show.folder}")
+    return smtp.EX_OK
 
 
 def _demo(show: Demo) -> None:
