@@ -28,7 +28,6 @@ if __name__ == "__main__":
     gc.disable()  # imports leave no garbage; looking for it would cost 1.3 ms; loops turn it on again
 
 import json
-import math
 import os
 import re
 import socket
@@ -45,12 +44,13 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"
 
-EX_OK, EX_USAGE, EX_DATAERR, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG, EX_INTERRUPTED = 0, 2, 65, 75, 77, 78, 130
+EX_OK, EX_USAGE, EX_DATAERR, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 2, 65, 75, 77, 78
+
+INFINITE = float("inf")
 
 WINDOW_LINES = 512  # lines on their way at once: their answers fit into the socket buffers, so nobody blocks
 WINDOW_BYTES = 4 * 1024 * 1024  # the same in bytes: a backlog of pictures must not fill the memory
-CHUNK_BYTES = 64 * 1024  # one read or write
-ANSWER_MAX_BYTES = 64 * 1024  # a longer line is no answer of a relay
+ANSWER_MAX_BYTES = 64 * 1024  # one read; a longer line is no answer of a relay
 IMAGE_MAX_BYTES = (12 << 20) - (64 << 10)  # in Base64 a larger one is over the 16 MiB of a line, and costs the alert
 SLOWEST_BYTES_S = 128 * 1024  # each of these makes a deadline a second longer: slow uplinks get pictures through
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0  # doubled from one to the other: a relay restarts within a second or two
@@ -62,11 +62,44 @@ REFUSED = ("bad_json", "bad_event", "too_large")  # about the line: sending it a
 
 
 class Stop(Exception):
-    """The program cannot start: an exit code and a sentence."""
+    """The program cannot start: (exit code, a sentence)."""
 
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+
+# ────────────────────────────────────────────── Words ───────────────────────────────────────────────
+
+
+def explain(error: Exception) -> str:
+    """What went wrong in one sentence, with what to do about it where that is known."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if hasattr(error, "verify_message"):  # ssl.SSLCertVerificationError, without loading ssl
+        return f"its certificate does not verify ({error.verify_message}); give its CA as --cafile, its name as --host"
+    if "CERTIFICATE_REQUIRED" in text:
+        return "the relay wants to see a certificate; give one with --cert and --key"
+    if "WRONG_VERSION_NUMBER" in text:
+        return "no TLS is spoken on this port; leave out --tls, --cafile and --cert"
+    return text
+
+
+def printable(text: str) -> str:
+    """Text of others on one line, harmless to a terminal, bounded. Persian and emoji need U+200C and U+200D."""
+    return "".join(
+        c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode("ascii") for c in text[:500]
+    )
+
+
+def say(text: str, *, end: str = "\n", stream: TextIO | None = None) -> None:
+    """On standard output, at once. A reader that has gone (`| head -1`) or a full disk stops no alert."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        pass
+
+
+def tell(text: str, *, end: str = "\n") -> None:
+    """A sentence on standard error; on a terminal in place of the progress line."""
+    if sys.stderr:
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        say(f"{clear}client.py: {printable(text)}", end=end, stream=sys.stderr)
 
 
 # ───────────────────────────────────────────── Settings ─────────────────────────────────────────────
@@ -75,8 +108,8 @@ class Stop(Exception):
 
 def seconds(text: str) -> float:
     """`90`, `0.5`, `5m`, `1h`, `5d` -> seconds."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text.lower())
-    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else math.inf
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text.strip().lower())
+    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else INFINITE
     if value > LONGEST_S:
         raise ValueError(f"{text!r} is not a duration up to 20d; write 90 (seconds), 0.5, 5m, 1h or 5d")
     return value
@@ -221,7 +254,7 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     if options.loop is None and options.heartbeat and "event" in given:
         raise Stop(EX_USAGE, "--heartbeat alone sends no event; add --loop SECONDS, or leave --event out")
     if options.loop is None and not options.heartbeat:  # one event is a loop of one
-        options.loop, options.count = (0.0, options.count) if options.count else (math.inf, 1)
+        options.loop, options.count = (0.0, options.count) if options.count else (INFINITE, 1)
     host = options.host.strip().removeprefix("[").removesuffix("]")
     options.host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return options
@@ -265,8 +298,7 @@ def make_event(options: Options, picture: bytes, number: int, now: float) -> dic
 
 def utc(now: float) -> str:
     """ISO 8601 in UTC, to the millisecond."""
-    second, thousandths = divmod(int(now * 1000), 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{thousandths:03d}Z"
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
 
 
 def read_picture(path: str) -> bytes:
@@ -287,32 +319,20 @@ class Ticker:
 
     def __init__(self, interval: float, left: float, start: float) -> None:
         self.interval, self.left = interval, left
-        self.due = start if left else math.inf
+        self.due = start if left else INFINITE
 
     def take(self, now: float) -> None:
         """The tick that was due by `now` is done."""
         self.left -= 1
         missed = max(0.0, (now - self.due) // self.interval) if self.interval else 0.0
-        self.due = self.due + (1 + missed) * self.interval if self.left else math.inf
+        self.due = self.due + (1 + missed) * self.interval if self.left else INFINITE
 
     def stop(self) -> None:
-        self.left, self.due = 0, math.inf
+        self.left, self.due = 0, INFINITE
 
 
 # ──────────────────────────────────────────── Connection ────────────────────────────────────────────
 # Whatever ends a connection is an OSError.
-
-
-def explain(error: Exception) -> str:
-    """What went wrong in one sentence, with what to do about it where that is known."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if hasattr(error, "verify_message"):  # ssl.SSLCertVerificationError, without loading ssl
-        return f"its certificate does not verify ({error.verify_message}); give its CA as --cafile, its name as --host"
-    if "CERTIFICATE_REQUIRED" in text:
-        return "the relay wants to see a certificate; give one with --cert and --key"
-    if "WRONG_VERSION_NUMBER" in text:
-        return "no TLS is spoken on this port; leave out --tls, --cafile and --cert"
-    return text
 
 
 def tls_context(options: Options) -> ssl.SSLContext | None:
@@ -362,7 +382,7 @@ class Connection:
         """The answer lines that come within `wait` seconds, as soon as there are any; none is no error."""
         self.socket.settimeout(max(0.001, wait))
         try:
-            data = self.socket.recv(CHUNK_BYTES)
+            data = self.socket.recv(ANSWER_MAX_BYTES)
         except TimeoutError:
             return []
         if not data:
@@ -529,15 +549,15 @@ class Sender:
         self.window: list[Line] = []  # on their way, the oldest first
 
         self.start = time.monotonic()
-        count = options.count or math.inf
+        count = options.count or INFINITE
         alone = options.loop is None  # heartbeats, and no events
         self.events = Ticker(options.loop or 0, 0 if alone else count, self.start)
-        self.beats = Ticker(options.heartbeat, options.heartbeat and (count if alone else math.inf), self.start)
+        self.beats = Ticker(options.heartbeat, options.heartbeat and (count if alone else INFINITE), self.start)
         self.leading = self.beats if alone else self.events  # the run ends with these
         self.elastic = options.loop == 0  # events are made as fast as the relay acknowledges
 
         progress = self.elastic and bool(sys.stderr) and sys.stderr.isatty()
-        self.looks = Ticker(LOOK_S, math.inf if progress else 0, self.start)
+        self.looks = Ticker(LOOK_S, INFINITE if progress else 0, self.start)
         self.quiet = progress and bool(sys.stdout) and sys.stdout.isatty()  # no line an event under the progress line
 
     def run(self) -> int:
@@ -556,7 +576,7 @@ class Sender:
         self.disconnect()
         self.outbox.release()
         kept = len(self.outbox.mine.intersection(self.outbox.names()))
-        if self.options.loop != math.inf:
+        if self.options.loop != INFINITE:
             took = time.monotonic() - self.start
             counts = f"{self.accepted} accepted, {self.refused} refused, {kept} kept, {self.lost} lost"
             tell(f"{counts} in {took:.1f} s ({self.accepted / max(took, 1e-3):.1f}/s)")
@@ -639,7 +659,7 @@ class Sender:
 
     def wait(self) -> list[bytes]:
         """The answers that come before something else is to be done."""
-        wake = min(self.beats.due, self.events.due if self.may_make() else math.inf)
+        wake = min(self.beats.due, self.events.due if self.may_make() else INFINITE)
         if self.window:
             wake = min(wake, self.deadline if self.sent else self.retry_at)
         wait = min(max(0.0, wake - time.monotonic()), LOOK_S)
@@ -737,28 +757,6 @@ class Sender:
 # ─────────────────────────────────────────── Command line ───────────────────────────────────────────
 
 
-def printable(text: str) -> str:
-    """Text of others on one line, harmless to a terminal, bounded. Persian and emoji need U+200C and U+200D."""
-    return "".join(
-        c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode("ascii") for c in text[:500]
-    )
-
-
-def say(text: str, *, end: str = "\n", stream: TextIO | None = None) -> None:
-    """On standard output, at once. A reader that has gone (`| head -1`) or a full disk stops no alert."""
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except OSError:
-        pass
-
-
-def tell(text: str, *, end: str = "\n") -> None:
-    """A sentence on standard error; on a terminal in place of the progress line."""
-    if sys.stderr:
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-        say(f"{clear}client.py: {printable(text)}", end=end, stream=sys.stderr)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -770,7 +768,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = read_options(words, os.environ)
         sender = Sender(options)
-        if options.outbox or options.loop != math.inf:
+        if options.outbox or options.loop != INFINITE:
             import signal  # noqa: PLC0415
 
             gc.enable()
@@ -779,8 +777,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     signal.signal(number, sender.on_signal)
         return sender.run()
     except Stop as stop:
-        tell(str(stop))
-        return stop.code
+        code, reason = stop.args
+        tell(reason)
+        return int(code)
     except KeyboardInterrupt:
         tell("interrupted")
         return EX_TEMPFAIL

@@ -388,6 +388,8 @@ def test_one_event_loads_nothing_that_is_slow_to_load() -> None:
         (["--loop", "soon"], "5m"),
         (["--loop", "-1"], "--loop"),
         (["--loop", "nan"], "--loop"),
+        (["--loop", "21d"], "up to 20d"),
+        (["--timeout", "0"], "--timeout"),
         (["--meta", "novalue"], "KEY=VALUE"),
         (["--meta", "=v"], "KEY=VALUE"),
         (["--key", "k.pem"], "--cert"),
