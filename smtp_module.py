@@ -463,7 +463,7 @@ OUR_STEPS = frozenset({"resolve", "connect", "tls", "greeting", "ehlo", "login",
 def judge(step: str, code: int, reply: bytes | str) -> Outcome:
     """The verdict for a reply code at a step. Anything that is not a clear yes or no is a later."""
     if 200 <= code < 400:
-        return Outcome(Verdict.SENT, code, "", step)
+        return _yes(step, code)
     words = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else reply
     detail = printable(" ".join(words.split()))
     enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", detail)
@@ -475,6 +475,11 @@ def judge(step: str, code: int, reply: bytes | str) -> Outcome:
     ours = step in OUR_STEPS or code in (530, 534, 535) or status == "5.4.5"
     refused = 500 <= code < 600 and not ours
     return Outcome(Verdict.REFUSED if refused else Verdict.TRY_LATER, code, detail, step, ours)
+
+
+@functools.lru_cache(maxsize=64)
+def _yes(step: str, code: int) -> Outcome:
+    return Outcome(Verdict.SENT, code, "", step)
 
 
 def judge_error(step: str, error: Exception) -> Outcome:
@@ -880,7 +885,8 @@ class Parcel:
 
     def __init__(self, envelope: Envelope) -> None:
         self.envelope = envelope
-        self.pieces = dot_stuffed(envelope.data)
+        small = sum(map(len, envelope.data)) < PIECE
+        self.pieces = dot_stuffed([b"".join(envelope.data)] if small else envelope.data)
         self.length = sum(map(len, self.pieces))
 
     def commands(self, smtp: Dialogue) -> list[str]:
@@ -1842,6 +1848,7 @@ class Courier:
         self._lock = threading.Lock()  # guards all that follows
         self._busy: set[int] = set()  # mails that a sender has, and nobody else may take
         self._batch = 1  # mails frozen at once
+        self._brisk_until = 0.0  # a full batch is under way: a second sender would only take the interpreter from it
         self._history = outbox.begun(clock() - owner.window) if owner.window else History()
         self._fresh: int | None = None  # the newest row at the last look, while there is a backlog
         self._replan()
@@ -1939,7 +1946,7 @@ class Courier:
         planned anew.
         """
         with self._lock:
-            if not self._due():
+            if time.monotonic() < self._brisk_until or not self._due():
                 return False
         if not self._opened(transport):
             return False
@@ -2036,23 +2043,15 @@ class Courier:
     # delivering
 
     def _carry(self, mails: Sequence[Mail], transport: Transport) -> None:
-        """Deliver these. What takes too long is left to whoever comes next; batches grow while they go out quickly."""
+        """Deliver these; batches grow while they go out briskly."""
+        began = time.monotonic()
+        if self._batch == BATCH_MAILS:
+            self._brisk_until = began + BRISK_S
         with self._ringing:
             self._nudge()
-        began = time.monotonic()
         under_way: deque[tuple[Mail, Sequence[Item]]] = deque()
-
-        def envelopes() -> Iterator[Envelope]:
-            for mail in mails:
-                if self._stopping.is_set() or time.monotonic() - began > BATCH_S:
-                    return
-                if made := self._made(mail):
-                    items, envelope = made
-                    under_way.append((mail, items))
-                    yield envelope
-
         try:
-            for outcomes in transport.deliver(envelopes()):
+            for outcomes in transport.deliver(self._envelopes(mails, under_way, began + BATCH_S)):
                 if not self._conclude(*under_way.popleft(), outcomes):
                     break
                 if time.monotonic() - began > BRISK_S:
@@ -2061,11 +2060,24 @@ class Courier:
             self._insist(self._outbox.flush)
             took = time.monotonic() - began
             with self._lock:
+                self._brisk_until = 0.0
                 self._busy.difference_update(mail.number for mail in mails)
                 if took < BRISK_S:
                     self._batch = min(BATCH_MAILS, self._batch * 2)
                 elif took > BATCH_S:
                     self._batch = max(1, self._batch // 2)
+
+    def _envelopes(
+        self, mails: Iterable[Mail], under_way: deque[tuple[Mail, Sequence[Item]]], until: float
+    ) -> Iterator[Envelope]:
+        """The mails, made as they are asked for; what is left at `until` goes back to whoever comes next."""
+        for mail in mails:
+            if self._stopping.is_set() or time.monotonic() > until:
+                return
+            if made := self._made(mail):
+                items, envelope = made
+                under_way.append((mail, items))
+                yield envelope
 
     def _made(self, mail: Mail) -> tuple[Sequence[Item], Envelope] | None:
         """The mail as it goes out; None: it does not. Never raises: another mail may be under way."""
