@@ -1087,6 +1087,7 @@ def dot_stuffed(pieces: Sequence[bytes]) -> list[bytes]:
 # ───────────────────────────────────────────── Outbox ───────────────────────────────────────────────
 # A durable queue in one SQLite file that does not know what it carries. One process owns a file, one connection
 # does every write and checkpoint (SQLite before 3.51.3 can corrupt a WAL file that two connections write).
+# Beside it lie its lock and, for a moment, the numbers of mails that were sent and are not settled yet.
 
 WAITING, FROZEN, SENT, FAILED, DROPPED = range(5)  # of an item; a mail is FROZEN, then SENT or FAILED
 
@@ -1405,7 +1406,7 @@ class Outbox:
         try:
             self._check_room(sum(len(i.payload) + len(i.picture or b"") for t in tickets for i in t.items))
             with self.transaction() as db:
-                done = [[self._add(db, item) for item in ticket.items] for ticket in tickets]
+                done = [[self.add(db, item) for item in ticket.items] for ticket in tickets]
         except Exception as error:
             alone = len(tickets) == 1 or (isinstance(error, SpoolError) and not isinstance(error, SpoolFull))
             for ticket in tickets:
@@ -1438,11 +1439,8 @@ class Outbox:
         reserve = min(DISK_RESERVE_BYTES, disk.total // 20)
         return disk.free - reserve - more < max(0, waits + more - unused)
 
-    def add(self, db: sqlite3.Connection, item: NewItem) -> bool:
-        """Add an item inside a transaction of the owner's. False: it was there before."""
-        return self._add(db, item).new
-
-    def _add(self, db: sqlite3.Connection, item: NewItem) -> Receipt:
+    def add(self, db: sqlite3.Connection, item: NewItem) -> Receipt:
+        """Add an item inside a transaction."""
         sums = hashlib.sha256(item.payload).digest(), item.picture and hashlib.sha256(item.picture).digest()
         name = item.id
         while not item.fresh:
@@ -1517,8 +1515,9 @@ class Outbox:
 
     def due(self, now: float, latest: float, busy: Collection[int], most: int) -> list[Mail]:
         """Frozen mails to try again now. One that is due later than `latest` is due now: the clock was set back."""
-        found = self._mails("(next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(busy))
-        return [mail for mail in found if mail.number not in busy][:most]
+        taken = {*busy, *(mail.number for mail, _ in tuple(self._ticked))}
+        found = self._mails("(next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(taken))
+        return [mail for mail in found if mail.number not in taken][:most]
 
     def _mails(self, which: str, *values: object) -> list[Mail]:
         sql = "SELECT mail, kind, items, recipients, failed, why, tries, waited, bare, taken, refused FROM mails"
@@ -1581,8 +1580,9 @@ class Outbox:
             for mail in self._mails("mail = ?", int(number)):
                 sent = replace(mail, state=SENT, recipients=(), taken=(*mail.taken, *mail.recipients))
                 self._ticked.append((sent, time.time()))
-        self.flush()
-        os.ftruncate(self._ticks, 0)
+        with contextlib.suppress(SpoolError):  # a full disk; then the next commit that succeeds settles them
+            self.flush()
+            os.ftruncate(self._ticks, 0)
 
     def _settle(self, mail: Mail, now: float) -> None:
         over = None if mail.state == FROZEN else now

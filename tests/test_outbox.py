@@ -229,11 +229,11 @@ def test_a_database_that_cannot_grow_says_full_and_goes_on_sending(outbox: Outbo
 
 def test_a_failed_transaction_leaves_nothing_and_the_counts_right(outbox: Outbox) -> None:
     with pytest.raises(ValueError, match="changed my mind"), outbox.transaction() as db:
-        assert outbox.add(db, item("a"))
+        assert outbox.add(db, item("a")).new
         raise ValueError("changed my mind")
     assert ids(outbox) == [] and outbox.counts()["queued"] == 0
     with outbox.transaction() as db:
-        assert outbox.add(db, item("a")) and not outbox.add(db, item("a"))
+        assert outbox.add(db, item("a")).new and not outbox.add(db, item("a")).new
     assert outbox.counts()["queued"] == 1
 
 
@@ -510,6 +510,19 @@ def test_ticks_that_are_rubbish_or_of_other_mails_do_nothing(spool: Path) -> Non
     Path(f"{spool}.sent").write_bytes(b"\0\xff-\n77\n\n1\n1\n999999999999999999\n")
     with contextlib.closing(Outbox(spool)) as outbox:
         assert outbox.counts() == {"queued": 2, "sent": 1, "failed": 0}
+
+
+def test_a_disk_that_is_full_at_the_start_repeats_nothing_either(
+    spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run([sys.executable, "-c", OWNER, str(spool)], check=False)
+    with monkeypatch.context() as full:
+        full.setattr(Outbox, "transaction", lambda *_, **__: (_ for _ in ()).throw(smtp.DiskFull("full")))
+        outbox = Outbox(spool)
+    with contextlib.closing(outbox):
+        assert [mail.number for mail in outbox.due(1.0, 9.0, (), 9)] == [3]
+        outbox.put([item("later")])
+        assert outbox.counts() == {"queued": 2, "sent": 2, "failed": 0}
 
 
 def test_one_commit_settles_all_that_was_ticked_off(outbox: Outbox) -> None:
