@@ -906,9 +906,10 @@ def test_a_signal_ends_a_connection_that_does_not_come_about(tmp_path: Path) -> 
         address = full.getsockname()
         stack.enter_context(socket.create_connection(address))  # nobody accepts it: the queue is full
         process = start_process(address[1], "--outbox", "kept", "--timeout", "1h")
-        trying = f":{address[1]:04X} 02 "  # SYN_SENT
+        stack.callback(process.kill)
+        trying, end = f":{address[1]:04X} 02 ", time.monotonic() + PATIENCE_S  # 02: SYN_SENT
         while trying not in Path("/proc/net/tcp").read_text():
-            assert process.poll() is None
+            assert process.poll() is None and time.monotonic() < end
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 75 and "interrupted" in errors
