@@ -279,7 +279,7 @@ class Link:
 def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes]) -> None:
     """Carry one session from its greeting to its end."""
     try:
-        while (due := session.due) is not None or session.state is not State.CLOSED:
+        while (due := session.due) is not None or session.state is not CLOSED:
             if due is None:
                 session.receive(link.receive())
             elif not session.stands and (early := link.early()):
@@ -288,7 +288,7 @@ def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes]) -> 
                 session.complete(deliver(due))
             else:
                 link.send(session.take_reply())
-                if session.state is State.HANDSHAKE and session.rules.tls:
+                if session.state is HANDSHAKE and session.rules.tls:
                     link.start_tls(session.rules.tls)
                     session.tls_started()
     except TimeoutError:
@@ -415,6 +415,8 @@ class State(enum.IntEnum):
     CLOSED = enum.auto()
 
 
+START, READY, SENDER, RECIPIENT, CREDENTIALS, CONTENT, HANDSHAKE, CLOSED = State
+
 READY_FOR_TLS = b"220 2.0.0 ready for TLS\r\n"
 GOODBYE = b"221 2.0.0 goodbye\r\n"
 LOGGED_IN = b"235 2.7.0 logged in\r\n"
@@ -516,7 +518,7 @@ class Session:
         self._exchange: Exchange
         self._said = b""
         self._forget_mail()
-        self.state = State.START
+        self.state = START
         self.due: bytes | Mail | None = b"220 %s ESMTP\r\n" % rules.hostname.encode("ascii", "replace")
         self.stands = False  # what is due is said, whatever comes in: it tells what was done
 
@@ -527,10 +529,10 @@ class Session:
         if self.due is not None:
             self._take_early(data)
         elif not data:
-            self.state = State.CLOSED
-        elif self.state is State.CONTENT:
+            self.state = CLOSED
+        elif self.state is CONTENT:
             self._read_content(data)
-        elif self.state is not State.CLOSED:
+        elif self.state is not CLOSED:
             self._buffer += data
             self._read_line()
 
@@ -548,7 +550,7 @@ class Session:
     def complete(self, reply: bytes) -> None:
         """Give the application's answer to the mail; MAIL is needed before the next one."""
         self._forget_mail()
-        self._settle(reply, State.READY)
+        self._settle(reply, READY)
         self.stands = True
 
     def tls_started(self) -> None:
@@ -556,7 +558,7 @@ class Session:
         self._esmtp = False
         self.user = None
         self._secure = self.private = True
-        self.state = State.START
+        self.state = START
 
     def abort(self, reply: bytes) -> None:
         """End the session with `reply`, unless one is due that must be heard."""
@@ -564,13 +566,13 @@ class Session:
             self.due = reply
         self._buffer = b""
         self.stands = True
-        self.state = State.CLOSED
+        self.state = CLOSED
 
     # Lines and content
 
     def _read_line(self) -> None:
         line, end, self._buffer = self._buffer.partition(b"\n")
-        answering = self.state is State.CREDENTIALS
+        answering = self.state is CREDENTIALS
         longest = AUTH_LINE_BYTES if answering or line[:4].upper() == b"AUTH" else LINE_BYTES
         too_long = self._skipped or len(line) > longest + 1
         if not end:
@@ -583,7 +585,7 @@ class Session:
             return
         self._skipped = 0
         if too_long:
-            self._settle(*(ANSWER_TOO_LONG, State.READY) if answering else (LINE_TOO_LONG, self.state))
+            self._settle(*(ANSWER_TOO_LONG, READY) if answering else (LINE_TOO_LONG, self.state))
         elif not line.endswith(b"\r"):
             self._settle(BARE_LF, self.state)
         else:
@@ -609,7 +611,7 @@ class Session:
         if early:
             self._take_early(early)
         bare = has_bare_ends(content)
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             pass
         elif self._lost or len(content) > self.rules.max_mail:
             self.complete(TOO_BIG)
@@ -629,10 +631,10 @@ class Session:
         if reply >= b"4":
             self._errors += 1
             if self._errors >= ERRORS:
-                reply, state = TOO_MANY_ERRORS, State.CLOSED
+                reply, state = TOO_MANY_ERRORS, CLOSED
         self.due = reply
         self.state = state
-        self.stands = state is State.CLOSED
+        self.stands = state is CLOSED
 
     def _forget_mail(self) -> None:
         self._sender = ""
@@ -647,9 +649,9 @@ class Session:
         verb = verb.upper()
         if self.trace:
             self._trace_line(line, verb, argument)
-        if state is State.CREDENTIALS:
+        if state is CREDENTIALS:
             reply = self._proceed(line)
-            return reply, state if reply.startswith(b"334") else State.READY
+            return reply, state if reply.startswith(b"334") else READY
         if verb not in VERBS:
             return UNKNOWN_COMMAND, state
         if line.translate(None, COMMAND_BYTES):
@@ -661,13 +663,13 @@ class Session:
             return OUT_OF_ORDER, state
         reply = act(self, argument)
         if reply.startswith(b"334"):
-            return reply, State.CREDENTIALS
+            return reply, CREDENTIALS
         return reply, after if reply < b"4" else state
 
     def _trace_line(self, line: bytes, verb: bytes, argument: bytes) -> None:
         assert self.trace is not None
         mechanism, _, initial = argument.partition(b" ")
-        if self.state is State.CREDENTIALS:
+        if self.state is CREDENTIALS:
             self.trace("C: " + shown(line, secret=self._said != ASK_USER))
         elif verb == b"AUTH" and initial:
             said = shown(initial, secret=mechanism.upper() != b"LOGIN")
@@ -809,24 +811,24 @@ MAIL_PARAMETERS = {
     b"SIZE": re.compile(rb"[0-9]{1,20}"), b"BODY": re.compile(rb"7BIT|8BITMIME"), b"AUTH": re.compile(rb".+")
 }  # fmt: skip
 
-_ANY = (State.START, State.READY, State.SENDER, State.RECIPIENT)
+_ANY = (START, READY, SENDER, RECIPIENT)
 _STAY = {state: state for state in _ANY}
-_TO_READY = dict.fromkeys(_ANY, State.READY)
+_TO_READY = dict.fromkeys(_ANY, READY)
 # what it does, and from the states in which it is allowed the way to the one after a positive reply
 VERBS: dict[bytes, tuple[Callable[[Session, bytes], bytes], dict[State, State]]] = {
     b"HELO": (lambda session, argument: session._greet(argument, False), _TO_READY),
     b"EHLO": (lambda session, argument: session._greet(argument, True), _TO_READY),
-    b"AUTH": (Session._auth, {State.READY: State.READY}),
-    b"STARTTLS": (Session._starttls, {State.READY: State.HANDSHAKE}),
-    b"MAIL": (Session._mail, {State.READY: State.SENDER}),
-    b"RCPT": (Session._rcpt, {State.SENDER: State.RECIPIENT, State.RECIPIENT: State.RECIPIENT}),
-    b"DATA": (lambda session, argument: BAD_ARGUMENT if argument else START_MAIL, {State.RECIPIENT: State.CONTENT}),
-    b"RSET": (Session._rset, _TO_READY | {State.START: State.START}),
+    b"AUTH": (Session._auth, {READY: READY}),
+    b"STARTTLS": (Session._starttls, {READY: HANDSHAKE}),
+    b"MAIL": (Session._mail, {READY: SENDER}),
+    b"RCPT": (Session._rcpt, {SENDER: RECIPIENT, RECIPIENT: RECIPIENT}),
+    b"DATA": (lambda session, argument: BAD_ARGUMENT if argument else START_MAIL, {RECIPIENT: CONTENT}),
+    b"RSET": (Session._rset, _TO_READY | {START: START}),
     b"NOOP": (lambda session, argument: OK, _STAY),
     b"VRFY": (lambda session, argument: CANNOT_VERIFY if argument else BAD_ARGUMENT, _STAY),
     b"EXPN": (lambda session, argument: NOT_IMPLEMENTED, _STAY),
     b"HELP": (lambda session, argument: HELP, _STAY),
-    b"QUIT": (lambda session, argument: GOODBYE, dict.fromkeys(_ANY, State.CLOSED)),
+    b"QUIT": (lambda session, argument: GOODBYE, dict.fromkeys(_ANY, CLOSED)),
 }
 COMMAND_BYTES = b"\t" + bytes(range(0x20, 0x7F))
 # a source route before the address is left out (RFC 5321 appendix C)
