@@ -308,8 +308,8 @@ class Answer(NamedTuple):
 
     result: str
     text: str = ""  # default: the result
+    html: str = ""  # default: the text, and the files that are pictures
     files: tuple[Attachment, ...] = ()
-    status: Mapping[str, Any] | None = None  # show the whole status, with its buttons
 
 
 FONT = "font-family:-apple-system,'Segoe UI',Roboto,Arial,sans-serif"
@@ -1213,6 +1213,7 @@ class Request(NamedTuple):
     db: sqlite3.Connection  # inside the transaction
     now: float
     command: Command
+    mail: Mail
     letter: Letter
     peer: str
     access: Access
@@ -1274,10 +1275,10 @@ class Device:
             if db.execute("SELECT 1 FROM commands WHERE mail = ? AND at > ?", (key, now - MEMORY_SECONDS)).fetchone():
                 log.info("%s of %s came again: not carried out twice", command.words, who)
                 return
-            request = Request(db, now, command, letter, peer, self.policy.access(peer), operator, attached)
+            request = Request(db, now, command, mail, letter, peer, self.policy.access(peer), operator, attached)
             self.check(request)
             answer = self.carry_out(request)
-            to = self.reply_address(request, mail)
+            to = self.reply_address(request)
             told = to.lower() or None
             seq = self.journal(db, Entry(now, who, peer, command.words, answer.result, mail=key, answered=told))
             if to:
@@ -1355,7 +1356,7 @@ class Device:
         return Answer("told the commands", "\n".join([*lines, "", seen]))
 
     def do_status(self, request: Request, _: str) -> Answer:
-        return Answer("told the status", status=self.status(request.db, request.now))
+        return self.tell_status(request.db, request.now, self.reply_address(request), self.may_control(request))
 
     def do_get(self, request: Request, name: str) -> Answer:
         return Answer(f"{name} = {self.parameters(request.db, request.now)[name]}")
@@ -1394,10 +1395,10 @@ class Device:
 
     # Replies and reports
 
-    def reply_address(self, request: Request, mail: Mail) -> str:
+    def reply_address(self, request: Request) -> str:
         """Who gets the reply, "" for nobody: RFC 3834, and a cap, so that no two machines talk for ever."""
-        to = request.operator or mail.sender
-        if not mail.sender or request.letter.automatic or not re.fullmatch(r"[^@\s]+@[^@\s]+", to):
+        to = request.operator or request.mail.sender
+        if not request.mail.sender or request.letter.automatic or not re.fullmatch(r"[^@\s]+@[^@\s]+", to):
             return ""
         if to.lower() in map(str.lower, self.mailboxes) or to.lower().startswith(("mailer-daemon@", "postmaster@")):
             return ""
@@ -1429,26 +1430,26 @@ class Device:
         if ours:
             before = MESSAGE_ID.findall(letter.headers.get("references", ""))[-10:]
             headers |= {"In-Reply-To": ours, "References": " ".join([*before, ours])}
-        control = self.may_control(request)
-        return self.write(request.db, request.now, to, f"Re: {subject}", answer, control=control, headers=headers)
+        return self.write(request.db, request.now, to, f"Re: {subject}", answer, headers=headers)
+
+    def tell_status(self, db: sqlite3.Connection, now: float, to: str, control: bool) -> Answer:
+        """The whole status for `to`; `control`: with buttons that change something."""
+        status = self.status(db, now)
+        file = Attachment("status.json", "application/json", json.dumps(status, ensure_ascii=False, indent=1).encode())
+        shown = status_html(status, self.buttons(status, to, control, now))
+        return Answer("told the status", status_text(status), shown, (file,))
 
     def write(
-        self, db: sqlite3.Connection, now: float, to: str, subject: str, answer: Answer,
-        *, control: bool, headers: Mapping[str, str],
-    ) -> bytes:  # fmt: skip
-        """A whole mail of the device; `control`: with buttons that change something."""
-        text, files, status = answer.text or answer.result, answer.files, answer.status
-        if status:
-            text, shown = status_text(status), status_html(status, self.buttons(status, to, control, now))
-            data = json.dumps(status, ensure_ascii=False, indent=1).encode()
-            files = (Attachment("status.json", "application/json", data),)
-        else:
-            lines = "<br>".join(map(bidi, text.split("\n")))
-            title = bidi(self.parameters(db, now)["name"])
-            shown = PAGE.format(title=title, body=lines + "".join(PICTURE for file in files if file.cid))
+        self, db: sqlite3.Connection, now: float, to: str, subject: str, answer: Answer, *, headers: Mapping[str, str]
+    ) -> bytes:
+        """A whole mail of the device."""
+        text, shown = answer.text or answer.result, answer.html
+        if not shown:
+            title, lines = bidi(self.parameters(db, now)["name"]), "<br>".join(map(bidi, text.split("\n")))
+            shown = PAGE.format(title=title, body=lines + "".join(PICTURE for file in answer.files if file.cid))
         return compose(
-            subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=shown, attachments=files,
-            date=now, headers=headers,
+            subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=shown,
+            attachments=answer.files, date=now, headers=headers,
         )  # fmt: skip
 
     def idle(self) -> None:
@@ -1459,10 +1460,10 @@ class Device:
         self.reported = now
         with self.outbox.transaction() as db:
             db.execute("INSERT OR REPLACE INTO parameters VALUES ('reported', ?)", (str(now),))
-            answer = Answer("", status=self.status(db, now))
             subject, headers = f"{self.parameters(db, now)['name']}: report", {"Auto-Submitted": "auto-generated"}
             for to in self.report_to:
-                data = self.write(db, now, to, subject, answer, control=not self.policy.secret, headers=headers)
+                answer = self.tell_status(db, now, to, not self.policy.secret)
+                data = self.write(db, now, to, subject, answer, headers=headers)
                 self.outbox.add(db, smtp.NewItem(f"report-{int(now * 1000)}-{to}", to, data))
         self.ring()
 
