@@ -1588,7 +1588,7 @@ class DebugReceiver:
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
         """Show the mail. Raises Refused for two Subjects, as the device does."""
-        head = mail.data[: mail.data.find(b"\r\n\r\n") + 1 or None]
+        head = b"\n" + mail.data[: mail.data.find(b"\r\n\r\n") + 1 or None]
         if len(SUBJECT.findall(head)) > 1:
             raise Refused(TWO_SUBJECTS)
         if self.maildir:
@@ -1607,7 +1607,7 @@ class DebugReceiver:
             print(f"{self.mails} mails, {self.bytes} bytes", file=self.out, flush=True)
 
 
-SUBJECT = re.compile(rb"^subject[ \t]*:", re.IGNORECASE | re.MULTILINE)
+SUBJECT = re.compile(rb"\nsubject[ \t]*:", re.IGNORECASE)
 
 
 def shown_mail(mail: Mail, number: int) -> str:
