@@ -152,7 +152,7 @@ def test_control_command_changes_one_parameter_and_says_what(
         ("CMD RELAY 5 ON", "relay1, relay2, relay3, relay4"),
         ("CMD RELAY 1", "RELAY n ON|OFF"),
         ("CMD RECORD maybe", "on, off"),
-        ("CMD GET volume", "there are name, armed"),
+        ("CMD GET volume", "'volume' is unknown; write one of name, armed"),
         ("CMD SNAPSHOT cam9", "cam1, cam2, cam3, cam4"),
         ("CMD UPDATE ../x", "does not start with a dot"),
         ("CMD UPDATE .x", "does not start with a dot"),
