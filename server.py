@@ -125,8 +125,7 @@ def event_pattern(text: str) -> str:
     return pattern(text)
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """Patterns of camera or event, and who gets what matches."""
 
     patterns: tuple[str, ...]
@@ -263,8 +262,7 @@ class Refusal(Exception):
         self.code, self.detail, self.closes = code, smtp.printable(detail), closes
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A checked event. `item` is what the spool keeps; `warning` says what became of a wrong picture."""
 
     item: NewItem
@@ -273,15 +271,13 @@ class Event:
     warning: str = ""
 
 
-@dataclass(frozen=True)
-class Heartbeat:
+class Heartbeat(NamedTuple):
     """The camera lives."""
 
     camera: str
 
 
-@dataclass(frozen=True)
-class Ping:
+class Ping(NamedTuple):
     """The peer asks how things are; `trusted`: it may know the counts."""
 
     trusted: bool
