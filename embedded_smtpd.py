@@ -1744,9 +1744,11 @@ class RelayTransport:
                 self.file = sock.makefile("rwb")
         return self.file
 
-    def deliver(self, envelopes: Iterable[smtp.Envelope]) -> Iterator[dict[str, smtp.Outcome]]:
+    def deliver(
+        self, envelopes: Iterable[smtp.Envelope], wanted: Callable[[], bool]
+    ) -> Iterator[dict[str, smtp.Outcome]]:
         for envelope in envelopes:
-            yield dict.fromkeys(envelope.recipients, self._hand_over(envelope))
+            yield dict.fromkeys(envelope.recipients, self._hand_over(envelope)) if wanted() else {}
 
     def _hand_over(self, envelope: smtp.Envelope) -> smtp.Outcome:
         event = json.loads(b"".join(envelope.data)) | ({"token": self.token} if self.token else {})

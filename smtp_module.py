@@ -75,7 +75,7 @@ LINGER_S = 1.0  # a connection is kept this long after the last mail: the next s
 PROBE_MAX_S = 60.0  # an unreachable server is tried at least once a minute: a router comes back unannounced
 TICK_S = 0.5  # requests of the command line and retries are noticed within this
 HOUSEKEEPING_S = 60.0
-BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; what is left of it after this goes back
+BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; after this others may take what is left
 BATCH_MAILS = 32  # mails frozen by one commit
 PAGE_ROWS = 200  # read at once
 DAY_S = 86400.0
@@ -725,9 +725,9 @@ class Transport(Protocol):
     def open(self) -> None:
         """Connect, if not connected. Raises Unavailable."""
 
-    def deliver(self, envelopes: Iterable[Envelope]) -> Iterator[dict[str, Outcome]]:
+    def deliver(self, envelopes: Iterable[Envelope], wanted: Callable[[], bool]) -> Iterator[dict[str, Outcome]]:
         """One transaction each, in order; for each an outcome a recipient. Trouble of network or server is an outcome,
-        never raised."""
+        never raised. `wanted` is asked when an envelope's turn comes; one that is not is left out, with no outcome."""
 
     def close(self) -> None:
         """End the connection politely, if there is one."""
@@ -935,16 +935,26 @@ class SMTPTransport:
             raise Unavailable(replace(judge_error(smtp.step, error), ours=True)) from None
         self._smtp = smtp
 
-    def deliver(self, envelopes: Iterable[Envelope]) -> Iterator[dict[str, Outcome]]:
+    def deliver(
+        self, envelopes: Iterable[Envelope], wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[dict[str, Outcome]]:
         """One transaction each. The commands of the next mail go with the final dot of this one where the server
         offers PIPELINING (RFC 2920 3.1), and the mail after it is asked for while the server works."""
         ahead = Lookahead(envelopes)
         try:
             while parcel := ahead.take():
-                yield self._delivered(parcel, ahead)
+                if wanted():
+                    yield self._delivered(parcel, ahead)
+                else:
+                    self._give_up()
+                    yield {}
         finally:
-            if self._begun:  # nobody wants it any more, and the server waits for its content
-                self._drop()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """What was begun early is not wanted any more, and the server waits for its content."""
+        if self._begun:
+            self._drop()
 
     def _delivered(self, parcel: Parcel, ahead: Lookahead) -> dict[str, Outcome]:
         """A kept connection that the server has closed meanwhile is opened anew, once."""
@@ -1795,6 +1805,15 @@ class Owner(Protocol):
         """The mail as it goes out."""
 
 
+class _Batch:
+    """Mails that one sender has taken: those still `left`, and those that were `begun`, which nobody else may take."""
+
+    def __init__(self, mails: Iterable[Mail]) -> None:
+        self.left = {mail.number: mail for mail in mails}
+        self.begun: set[int] = set()
+        self.taken_at = time.monotonic()
+
+
 def conclude(mail: Mail, outcomes: Mapping[str, Outcome], now: float, delay: float, max_age: float) -> Mail:
     """Pure: the mail after an attempt, with its next state. No outcomes: nobody is left who should get it."""
     small = {name for name, outcome in outcomes.items() if outcome.too_big and not mail.bare}
@@ -1846,8 +1865,8 @@ class Courier:
         self._idle = {True: 0, False: 0}
         self._rings = 1
         self._lock = threading.Lock()  # guards all that follows
-        self._busy: set[int] = set()  # mails that a sender has, and nobody else may take
-        self._batch = 1  # mails frozen at once
+        self._batches: list[_Batch] = []  # what the senders have
+        self._most_at_once = 1  # mails in a batch
         self._brisk_until = 0.0  # a full batch is under way: a second sender would only take the interpreter from it
         self._history = outbox.begun(clock() - owner.window) if owner.window else History()
         self._fresh: int | None = None  # the newest row at the last look, while there is a backlog
@@ -1951,9 +1970,13 @@ class Courier:
         if not self._opened(transport):
             return False
         with self._lock:
-            mails = self._freeze() if self._due() else []
-        if mails:
-            self._carry(mails, transport)
+            batch = _Batch(self._freeze() if self._due() else [])
+            self._batches.append(batch)
+        try:
+            self._carry(batch, transport)
+        finally:
+            with self._lock:
+                self._batches.remove(batch)
         return True
 
     def _opened(self, transport: Transport) -> bool:
@@ -1961,7 +1984,7 @@ class Courier:
         try:
             transport.open()
         except Unavailable as error:
-            if self._succeeded < began and not self._busy:  # another sender at work shows that the server is there
+            if self._succeeded < began and not self._batches:  # another sender at work shows that the server is there
                 self._hold_back(error.outcome)
                 self._held_at_open = True
             return False
@@ -1987,13 +2010,14 @@ class Courier:
         if self._hold and time.monotonic() < self._hold_until:
             return False
         now = self._clock()
-        most = 1 if self._hold else self._batch
-        self._retries = self._outbox.due(now, now + 2 * self._most, self._busy, most)
+        most = 1 if self._hold else self._most_at_once
+        busy = {number for batch in self._batches for number in (*batch.left, *batch.begun)}
+        self._retries = self._outbox.due(now, now + 2 * self._most, busy, most)
         if not (self._hold and self._retries):
             self._plan(now, most)
         if self._hold and (self._drafts or self._retries):
             self._hold_until = time.monotonic() + self._pause()  # nobody else tries meanwhile
-        return bool(self._drafts or self._retries)
+        return bool(self._drafts or self._retries or self._late())
 
     def _plan(self, now: float, most: int) -> None:
         """Ask the owner. Rows that the plan has held are not looked at again before their time."""
@@ -2036,48 +2060,64 @@ class Courier:
             self._history.kinds[draft.kind] = now
             self._history.lanes.update(dict.fromkeys(draft.lanes, now))
         mails = [*frozen, *self._retries]
-        self._busy.update(mail.number for mail in mails)
         self._drafts, self._retries = [], []
+        for batch in self._late() if not mails else ():
+            mails += batch.left.values()
+            batch.left.clear()
         return mails
+
+    def _late(self) -> list[_Batch]:
+        """Batches that hang: what their senders have not begun is there for others."""
+        late = -math.inf if self._hold else time.monotonic() - BATCH_S
+        return [batch for batch in self._batches if batch.left and batch.taken_at < late]
 
     # delivering
 
-    def _carry(self, mails: Sequence[Mail], transport: Transport) -> None:
-        """Deliver these; batches grow while they go out briskly."""
-        began = time.monotonic()
-        if self._batch == BATCH_MAILS:
-            self._brisk_until = began + BRISK_S
+    def _carry(self, batch: _Batch, transport: Transport) -> None:
+        """Deliver a batch; batches grow while they go out briskly."""
+        if self._most_at_once == BATCH_MAILS:
+            self._brisk_until = batch.taken_at + BRISK_S
         with self._ringing:
             self._nudge()
         under_way: deque[tuple[Mail, Sequence[Item]]] = deque()
+
+        def wanted() -> bool:
+            number = under_way[0][0].number
+            with self._lock:
+                if batch.left.pop(number, None):
+                    batch.begun.add(number)
+            return number in batch.begun
+
         try:
-            for outcomes in transport.deliver(self._envelopes(mails, under_way, began + BATCH_S)):
-                if not self._conclude(*under_way.popleft(), outcomes):
+            for outcomes in transport.deliver(self._envelopes(batch, under_way), wanted):
+                mail, items = under_way.popleft()
+                if outcomes and not self._conclude(mail, items, outcomes):
                     break
-                if time.monotonic() - began > BRISK_S:
+                if time.monotonic() - batch.taken_at > BRISK_S:
                     self._insist(self._outbox.flush)
         finally:
             self._insist(self._outbox.flush)
-            took = time.monotonic() - began
+            took = time.monotonic() - batch.taken_at
             with self._lock:
                 self._brisk_until = 0.0
-                self._busy.difference_update(mail.number for mail in mails)
                 if took < BRISK_S:
-                    self._batch = min(BATCH_MAILS, self._batch * 2)
+                    self._most_at_once = min(BATCH_MAILS, self._most_at_once * 2)
                 elif took > BATCH_S:
-                    self._batch = max(1, self._batch // 2)
+                    self._most_at_once = max(1, self._most_at_once // 2)
 
-    def _envelopes(
-        self, mails: Iterable[Mail], under_way: deque[tuple[Mail, Sequence[Item]]], until: float
-    ) -> Iterator[Envelope]:
-        """The mails, made as they are asked for; what is left at `until` goes back to whoever comes next."""
-        for mail in mails:
-            if self._stopping.is_set() or time.monotonic() > until:
+    def _envelopes(self, batch: _Batch, under_way: deque[tuple[Mail, Sequence[Item]]]) -> Iterator[Envelope]:
+        """The mails of a batch, made as they are asked for."""
+        for mail in tuple(batch.left.values()):
+            if self._stopping.is_set():
                 return
+            if mail.number not in batch.left:
+                continue
             if made := self._made(mail):
                 items, envelope = made
                 under_way.append((mail, items))
                 yield envelope
+            else:
+                batch.left.pop(mail.number, None)
 
     def _made(self, mail: Mail) -> tuple[Sequence[Item], Envelope] | None:
         """The mail as it goes out; None: it does not. Never raises: another mail may be under way."""
@@ -2092,6 +2132,7 @@ class Courier:
                 self._outbox.quarantine(error.seq)
         except SpoolError as error:
             self._complain(error)
+            self._stopping.wait(TICK_S)
         except Exception as error:  # one that cannot be composed must not stop the others
             log.exception("a mail cannot be composed; it counts as failed")
             poison = Outcome(Verdict.REFUSED, 0, f"cannot be composed: {type(error).__name__}", "compose")
@@ -2152,7 +2193,7 @@ class Courier:
             self._hold, self._held_at_open = outcome, False
             pause = self._pause()
             self._hold_until = time.monotonic() + pause
-            self._batch = 1
+            self._most_at_once = 1
             self._replan()
         say = log.debug if same else log.error
         say("all mail waits; %s. %s Next try in %.0f s", outcome, self._advise(outcome), pause)

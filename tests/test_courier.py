@@ -99,9 +99,9 @@ class Post:
         if self.away:
             raise Unavailable(self.away)
 
-    def deliver(self, envelopes: Iterable[Envelope]) -> Iterator[dict[str, Outcome]]:
+    def deliver(self, envelopes: Iterable[Envelope], wanted: Callable[[], bool]) -> Iterator[dict[str, Outcome]]:
         for envelope in envelopes:
-            yield self.deliver_one(envelope)
+            yield self.deliver_one(envelope) if wanted() else {}
 
     def deliver_one(self, envelope: Envelope) -> dict[str, Outcome]:
         ids = b"".join(envelope.data).decode()
@@ -765,6 +765,45 @@ def test_two_senders_send_each_mail_once(bench: Callable[..., Bench]) -> None:
         wait_for(lambda: b.outbox.counts()["sent"] == 200)
     assert sorted(b.post.ids()) == sorted(f"i{number}" for number in range(200))
     assert threads == {"sender-1", "sender-2"}
+
+
+def test_what_waits_behind_a_mail_that_hangs_is_taken_over_by_another_sender(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smtp, "BATCH_S", 0.1)
+    monkeypatch.setattr(smtp, "TICK_S", 0.02)
+    b = bench(senders=2, clock=time.time)
+    b.courier._most_at_once = smtp.BATCH_MAILS  # all went well so far
+    go = threading.Event()
+    b.post.before = lambda ids: go.wait(20) and None if ids == "i0" else None
+    with running(b):
+        b.put(*(f"i{number}" for number in range(20)))
+        wait_for(lambda: b.outbox.counts()["sent"] == 19)
+        assert "i0" not in b.post.ids()
+        go.set()
+        wait_for(lambda: b.outbox.counts()["sent"] == 20)
+    assert sorted(b.post.ids()) == sorted(f"i{number}" for number in range(20))
+
+
+def test_a_disk_that_cannot_be_read_does_not_make_a_sender_run_hot(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(clock=time.time)
+    tried: list[int] = []
+
+    def load(self: Outbox, mail: Mail) -> list[Item]:
+        tried.append(mail.number)
+        raise smtp.SpoolError("the disk failed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Outbox, "load", load)
+        with running(b):
+            b.put("a")
+            wait_for(lambda: len(tried) == 2)
+    assert len(tried) <= 3
+    b.restart()
+    b.run()
+    assert b.post.ids() == ["a"]
 
 
 def test_a_connection_is_closed_when_there_is_no_more_work(

@@ -439,6 +439,19 @@ def test_who_stops_in_the_middle_leaves_no_mail_half_begun(scripted: Callable[..
     assert server.connections == 2
 
 
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_a_mail_that_is_not_wanted_when_its_turn_comes_is_left_out(
+    scripted: Callable[..., Scripted], pipelining: bool
+) -> None:
+    server = scripted(extensions=("PIPELINING",) * pipelining)
+    answers = iter((True, False, True, False))
+    transport = SMTPTransport(config(server.port))
+    found = [len(outcomes) for outcomes in transport.deliver(letters("a", "b", "c", "d"), lambda: next(answers))]
+    transport.close()
+    assert found == [1, 0, 1, 0]
+    assert [mail.recipients[0][0] for mail in server.mails] == ["a", "c"]
+
+
 def test_a_mail_too_big_for_the_server_is_not_begun(scripted: Callable[..., Scripted]) -> None:
     server = scripted(extensions=("PIPELINING", "SIZE 1000"))
     big = Envelope("", TO, [b"x" * 900 + b"\r\n", b"y" * 900 + b"\r\n"])
