@@ -756,11 +756,9 @@ class Session:
         if self.user is not None:
             return ALREADY
         mechanism, _, initial = argument.partition(b" ")
-        if not mechanism:
-            return BAD_ARGUMENT
         begin = MECHANISMS.get(mechanism.upper())
         if begin is None:
-            return UNKNOWN_MECHANISM
+            return UNKNOWN_MECHANISM if mechanism else BAD_ARGUMENT
         if mechanism.upper().decode() not in self._mechanisms():
             return TLS_FIRST
         self._exchange = begin(self)
@@ -1757,12 +1755,15 @@ class RelayTransport:
             if said.get("error") == "too_large" and event.pop("image_b64", None):
                 log.warning("%(event)s of %(camera)s is too large for the relay: it goes without its picture", event)
                 said = self._ask(event)
-            outcome = self._judge(said)
         except (OSError, ValueError) as error:
-            outcome = self._later("data", error)
-        if outcome.ours:
-            self.close()
-        return outcome
+            return self._later("data", error)
+        if said.get("ok") is True:
+            return smtp.Outcome(smtp.Verdict.SENT)
+        words = printable(f"{said.get('error')}: {said.get('detail')}")
+        if said.get("error") not in {"bad_event", "too_large"}:
+            return self._later("data", words)
+        log.error("the relay refused an event, it is dropped: %s", words)
+        return smtp.Outcome(smtp.Verdict.REFUSED, detail=words, step="data")
 
     def _ask(self, event: Mapping[str, Any]) -> dict[str, Any]:
         file = self._connected()
@@ -1774,16 +1775,9 @@ class RelayTransport:
             raise ValueError("the relay gave no answer")
         return said
 
-    def _judge(self, said: Mapping[str, Any]) -> smtp.Outcome:
-        if said.get("ok") is True:
-            return smtp.Outcome(smtp.Verdict.SENT)
-        words = printable(f"{said.get('error')}: {said.get('detail')}")
-        if said.get("error") not in {"bad_event", "too_large"}:
-            return self._later("data", words)
-        log.error("the relay refused an event, it is dropped: %s", words)
-        return smtp.Outcome(smtp.Verdict.REFUSED, detail=words, step="data")
-
     def _later(self, step: str, why: object) -> smtp.Outcome:
+        """The relay is in trouble: what comes next goes over a new connection."""
+        self.close()
         words = f"relay {self.host}:{self.port}: {why}"
         return smtp.Outcome(smtp.Verdict.TRY_LATER, detail=words, step=step, ours=True)
 
