@@ -1191,23 +1191,10 @@ PARAMETERS = {
 CAMERAS = ("cam1", "cam2", "cam3", "cam4")
 
 
-class Entry(NamedTuple):
-    """A row of `commands` after its number."""
-
-    at: float
-    who: str
-    network: str
-    command: str
-    result: str
-    refused: bool = False
-    mail: bytes | None = None  # by which the same mail is known again
-    answered: str | None = None  # who got a reply
-
-
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """A command on its way through the device."""
 
-    db: sqlite3.Connection  # inside the transaction
     now: float
     command: Command
     mail: Mail
@@ -1215,7 +1202,16 @@ class Request(NamedTuple):
     peer: str
     access: Access
     operator: str  # "" where nobody is named
-    attached: bytes | None
+
+    @property
+    def who(self) -> str:
+        return self.letter.sender or self.mail.sender
+
+    @functools.cached_property
+    def attached(self) -> bytes | None:
+        """The data of the one attachment, where it matters. Raises Refused."""
+        matters = self.command.verb == "UPDATE" or self.command.token
+        return the_attachment(self.letter.content) if matters else None
 
 
 @dataclass
@@ -1244,71 +1240,74 @@ class Device:
     def deliver(self, mail: Mail, peer: str) -> bytes:
         """Deal with a mail. The reply says for certain what was done; after Refused and SpoolError that is nothing."""
         letter = read_letter(mail.content())
-        who, operator = letter.sender or mail.sender, self.policy.operator(letter.sender)
+        operator = self.policy.operator(letter.sender)
         command = read_command(letter.subject)
         if command is None or operator is None:
-            log.info("discarded a mail of <%s> from %s: %s", who, peer, letter.subject)
+            log.info("discarded a mail of <%s> from %s: %s", letter.sender or mail.sender, peer, letter.subject)
         else:
-            try:
-                self.obey(mail, letter, command, operator, peer)
-            except Refused as refusal:
-                log.warning("refused %s of <%s> from %s", command.words, who, peer)
-                with contextlib.suppress(smtp.SpoolError), self.outbox.transaction(durable=False) as db:
-                    self.journal(db, Entry(self.clock(), who, peer, command.words, f"refused: {refusal}", True))
-                raise
+            self.obey(Request(self.clock(), command, mail, letter, peer, self.policy.access(peer), operator))
         if self.maildir:
             try:
                 self.maildir.add(mail)
             except OSError as error:  # what was done stands: the peer must not send the command again
-                log.error("a mail of <%s> is not in the Maildir: %s", who, error)
+                log.error("a mail of <%s> is not in the Maildir: %s", mail.sender, error)
         return ACCEPTED
 
-    def obey(self, mail: Mail, letter: Letter, command: Command, operator: str, peer: str) -> None:
+    def obey(self, request: Request) -> None:
         """Carry a command out, once, with its reply. Raises Refused; then nothing was done."""
-        now, who = self.clock(), letter.sender or mail.sender
-        key = hashlib.sha256(letter.content).digest() if letter.message_id else None
-        attached = the_attachment(letter.content) if command.verb == "UPDATE" or command.token else None
-        with self.outbox.transaction() as db:
-            if db.execute("SELECT 1 FROM commands WHERE mail = ? AND at > ?", (key, now - MEMORY_SECONDS)).fetchone():
-                log.info("%s of %s came again: not carried out twice", command.words, who)
-                return
-            request = Request(db, now, command, mail, letter, peer, self.policy.access(peer), operator, attached)
-            self.check(request)
-            answer = self.carry_out(request)
-            to = self.reply_address(request)
-            told = to.lower() or None
-            seq = self.journal(db, Entry(now, who, peer, command.words, answer.result, mail=key, answered=told))
-            if to:
-                self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, self.reply(request, answer, to)))
-            self.report_every = self.parameters(db, now)["report_every"]
-        log.info("%s of %s from %s: %s", command.words, who, peer, answer.result)
-        if command.verb == "REBOOT":
-            self.booted = now
+        command = f"{request.command.words} of {request.who} from {request.peer}"
+        try:
+            with self.outbox.transaction() as db:
+                answer = self.carry_out(db, request)
+        except Refused as refusal:
+            log.warning("refused %s", command)
+            with contextlib.suppress(smtp.SpoolError), self.outbox.transaction(durable=False) as db:
+                self.journal(db, request, f"refused: {refusal}", refused=True)
+            raise
+        log.info("%s: %s", command, answer.result if answer else "came again, not carried out twice")
+        if answer and request.command.verb == "REBOOT":
+            self.booted = request.now
             log.info("restarted (simulated); the uptime begins anew")
         self.ring()
 
-    def journal(self, db: sqlite3.Connection, entry: Entry) -> int:
-        """Note a command; its number. A flood of refused ones pushes out refused ones alone."""
-        seq = db.execute("INSERT INTO commands VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", entry).lastrowid or 0
-        keep, before = (REFUSED_LINES, math.inf) if entry.refused else (LOG_LINES, entry.at - MEMORY_SECONDS)
-        db.execute(PRUNE, {"refused": entry.refused, "before": before, "keep": keep})
-        return seq
-
-    def carry_out(self, request: Request) -> Answer:
-        """The answer to a command that is allowed; a wrong argument gets one that says what is right."""
+    def carry_out(self, db: sqlite3.Connection, request: Request) -> Answer | None:
+        """Effect, journal and reply of a command, None when the same mail was obeyed before. Raises Refused."""
+        key = hashlib.sha256(request.letter.content).digest() if request.letter.message_id else None
+        known = "SELECT 1 FROM commands WHERE mail = ? AND at > ?"
+        if db.execute(known, (key, request.now - MEMORY_SECONDS)).fetchone():
+            return None
+        self.check(db, request)
         rule = COMMANDS[request.command.verb]
         try:
-            return rule.act(self, request, rule.read(request.command.argument))
+            answer = rule.act(self, db, request, rule.read(request.command.argument))
         except ValueError as error:
-            return Answer(f"not done: {error}", f"{error}\nThe form is: CMD {rule.usage}\nNothing was changed.")
+            form = f"The form is: CMD {rule.usage}"
+            answer = Answer(f"not done: {error}", f"{error}\n{form}\nNothing was changed.")
+        to = self.reply_address(db, request)
+        seq = self.journal(db, request, answer.result, mail=key, answered=to.lower() or None)
+        if to:
+            self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, self.reply(db, request, answer, to)))
+        self.report_every = self.parameters(db, request.now)["report_every"]
+        return answer
 
-    def check(self, request: Request) -> None:
+    def journal(
+        self, db: sqlite3.Connection, request: Request, result: str,
+        *, refused: bool = False, mail: bytes | None = None, answered: str | None = None,
+    ) -> int:  # fmt: skip
+        """Note a command; its number. A flood of refused ones pushes out refused ones alone."""
+        row = (request.now, request.who, request.peer, request.command.words, result, refused, mail, answered)
+        seq = db.execute("INSERT INTO commands VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid or 0
+        keep, before = (REFUSED_LINES, math.inf) if refused else (LOG_LINES, request.now - MEMORY_SECONDS)
+        db.execute(PRUNE, {"refused": refused, "before": before, "keep": keep})
+        return seq
+
+    def check(self, db: sqlite3.Connection, request: Request) -> None:
         """Use a signature up. Raises Refused when the policy does not allow the command."""
-        command, sender = request.command, request.letter.sender
-        expiry = self.policy.verify(command, sender, request.now, request.attached)
+        command = request.command
+        expiry = self.policy.verify(command, request.letter.sender, request.now, request.attached)
         if expiry:
-            request.db.execute("DELETE FROM used WHERE expiry < ?", (request.now,))
-            if request.db.execute("INSERT OR IGNORE INTO used VALUES (?, ?)", (command.token, expiry)).rowcount:
+            db.execute("DELETE FROM used WHERE expiry < ?", (request.now,))
+            if db.execute("INSERT OR IGNORE INTO used VALUES (?, ?)", (command.token, expiry)).rowcount:
                 return
         if COMMANDS[command.verb].needs is Access.READ:
             return
@@ -1341,7 +1340,7 @@ class Device:
         blocks = {name: {"size": length, "sha256": digest, "stored": iso(at)} for name, length, digest, at in rows}
         return {**values, "time": iso(now), "cameras": cameras, "blocks": blocks}
 
-    def do_help(self, request: Request, _: str) -> Answer:
+    def do_help(self, db: sqlite3.Connection, request: Request, _: str) -> Answer:
         lines = [f"CMD {command.usage:<26} {command.purpose}" for command in COMMANDS.values()]
         rights = "all commands" if self.may_control(request) else "the commands that only read"
         if self.policy.secret:
@@ -1352,47 +1351,47 @@ class Device:
         seen = f"You are {who} ({named}); your mail came from {network}. You may use {rights}."
         return Answer("told the commands", "\n".join([*lines, "", seen]))
 
-    def do_status(self, request: Request, _: str) -> Answer:
-        return self.tell_status(request.db, request.now, self.reply_address(request), self.may_control(request))
+    def do_status(self, db: sqlite3.Connection, request: Request, _: str) -> Answer:
+        return self.tell_status(db, request.now, self.reply_address(db, request), self.may_control(request))
 
-    def do_get(self, request: Request, name: str) -> Answer:
-        return Answer(f"{name} = {self.parameters(request.db, request.now)[name]}")
+    def do_get(self, db: sqlite3.Connection, request: Request, name: str) -> Answer:
+        return Answer(f"{name} = {self.parameters(db, request.now)[name]}")
 
-    def do_log(self, request: Request, _: str) -> Answer:
+    def do_log(self, db: sqlite3.Connection, request: Request, _: str) -> Answer:
         newest = "SELECT at, who, network, command, result FROM commands ORDER BY seq DESC LIMIT ?"
-        rows = request.db.execute(newest, (LOG_LINES,))
+        rows = db.execute(newest, (LOG_LINES,))
         lines = [f"{iso(at)}  {who} from {network}  {command}  {result}" for at, who, network, command, result in rows]
         return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
 
-    def do_set(self, request: Request, setting: tuple[str, str]) -> Answer:
+    def do_set(self, db: sqlite3.Connection, request: Request, setting: tuple[str, str]) -> Answer:
         name, value = setting
-        old = self.parameters(request.db, request.now)[name]
-        request.db.execute("INSERT OR REPLACE INTO parameters VALUES (?, ?)", setting)
+        old = self.parameters(db, request.now)[name]
+        db.execute("INSERT OR REPLACE INTO parameters VALUES (?, ?)", setting)
         return Answer(f"{name}: {old} -> {value}")
 
-    def do_snapshot(self, request: Request, camera: str) -> Answer:
+    def do_snapshot(self, db: sqlite3.Connection, request: Request, camera: str) -> Answer:
         picture = test_card(CAMERAS.index(camera) + 1, request.now)
         file = Attachment(f"{camera}.png", "image/png", picture, cid="snapshot")
         return Answer(f"a picture of {camera}, {iso(request.now)}", files=(file,))
 
-    def do_update(self, request: Request, name: str) -> Answer:
+    def do_update(self, db: sqlite3.Connection, request: Request, name: str) -> Answer:
         data = request.attached
         if data is None:
             raise ValueError("the data comes as the mail's attachment, exactly one")
         digest = hashlib.sha256(data).hexdigest()
-        request.db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", (name, data, digest, request.now))
+        db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", (name, data, digest, request.now))
         return Answer(f"{name}: {len(data)} bytes, SHA-256 {digest}")
 
-    def do_read(self, request: Request, name: str) -> Answer:
-        row = request.db.execute("SELECT data, sha256 FROM blocks WHERE name = ?", (name,)).fetchone()
+    def do_read(self, db: sqlite3.Connection, request: Request, name: str) -> Answer:
+        row = db.execute("SELECT data, sha256 FROM blocks WHERE name = ?", (name,)).fetchone()
         if row is None:
-            names = [name for (name,) in request.db.execute("SELECT name FROM blocks ORDER BY name LIMIT 50")]
+            names = [name for (name,) in db.execute("SELECT name FROM blocks ORDER BY name LIMIT 50")]
             raise ValueError(f"there is no block {name!r}; there are {', '.join(names) or 'none yet'}")
         return Answer(f"{name}: {len(row[0])} bytes, SHA-256 {row[1]}", files=(Attachment(name, data=row[0]),))
 
     # Replies and reports
 
-    def reply_address(self, request: Request) -> str:
+    def reply_address(self, db: sqlite3.Connection, request: Request) -> str:
         """Who gets the reply, "" for nobody: RFC 3834, and a cap, so that no two machines talk for ever."""
         to = request.operator or request.mail.sender
         if not request.mail.sender or request.letter.automatic or not re.fullmatch(r"[^@\s]+@[^@\s]+", to):
@@ -1400,7 +1399,7 @@ class Device:
         if to.lower() in map(str.lower, self.mailboxes) or to.lower().startswith(("mailer-daemon@", "postmaster@")):
             return ""
         recent = "SELECT count(*) FROM commands WHERE answered = ? AND at > ? AND at <= ?"
-        (told,) = request.db.execute(recent, (to.lower(), request.now - 3600, request.now)).fetchone()
+        (told,) = db.execute(recent, (to.lower(), request.now - 3600, request.now)).fetchone()
         return to if told < REPLIES_PER_HOUR else ""
 
     def may_control(self, request: Request) -> bool:
@@ -1419,7 +1418,7 @@ class Device:
             made.append((words.capitalize(), f"mailto:{address}?subject={subject}"))
         return made
 
-    def reply(self, request: Request, answer: Answer, to: str) -> bytes:
+    def reply(self, db: sqlite3.Connection, request: Request, answer: Answer, to: str) -> bytes:
         """The whole reply mail."""
         letter, ours = request.letter, request.letter.message_id
         subject = letter.subject.rpartition(" ~")[0] if request.command.token else letter.subject
@@ -1427,7 +1426,7 @@ class Device:
         if ours:
             before = MESSAGE_ID.findall(letter.headers.get("references", ""))[-10:]
             headers |= {"In-Reply-To": ours, "References": " ".join([*before, ours])}
-        return self.write(request.db, request.now, to, f"Re: {subject}", answer, headers=headers)
+        return self.write(db, request.now, to, f"Re: {subject}", answer, headers=headers)
 
     def tell_status(self, db: sqlite3.Connection, now: float, to: str, control: bool) -> Answer:
         """The whole status for `to`; `control`: with buttons that change something."""
@@ -1493,7 +1492,7 @@ def block(text: str) -> str:
 class Rule(NamedTuple):
     usage: str
     needs: Access
-    act: Callable[[Device, Request, Any], Answer]
+    act: Callable[[Device, sqlite3.Connection, Request, Any], Answer]
     purpose: str
     read: Callable[[str], object] = str  # the argument, from the rest of the Subject
 
@@ -1515,7 +1514,7 @@ COMMANDS = {
         Rule("SNAPSHOT camera", Access.READ, Device.do_snapshot, "a picture of cam1 to cam4", smtp.one_of(*CAMERAS)),
         Rule("UPDATE block", Access.CONTROL, Device.do_update, "the attachment becomes the data block", block),
         Rule("READ block", Access.READ, Device.do_read, "the data block as an attachment", block),
-        Rule("REBOOT", Access.CONTROL, lambda device, request, _: Answer("restarting now"), "restart"),
+        Rule("REBOOT", Access.CONTROL, lambda *_: Answer("restarting now"), "restart"),
     )
 }  # fmt: skip
 
