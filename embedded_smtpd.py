@@ -542,7 +542,7 @@ class Session:
         if self.trace:
             for line in reply.splitlines():
                 self.trace(f"S: 334 {shown(line[4:])}" if line[:4] == b"334 " else f"S: {line.decode('ascii')}")
-        if self._buffer:
+        if self._buffer and self.state is not CLOSED:
             self._read_line(self._buffer)  # a QUIT that came with the final dot
         return reply
 

@@ -170,6 +170,16 @@ def test_input_before_the_greeting_replaces_it() -> None:
     assert session.due is None and session.state is State.CLOSED
 
 
+def test_nothing_is_read_after_the_end() -> None:
+    for rules in (RULES, OLD):
+        session = Session(rules)
+        session.receive(b"EHLO x\r\n")
+        session.receive(b"QUIT\r\n")
+        assert session.take_reply().startswith(b"554 5.5.0")
+        session.receive(b"QUIT\r\n")
+        assert session.due is None and session.state is State.CLOSED
+
+
 def test_ehlo_offers_what_there_is_and_never_pipelining() -> None:
     assert Peer().say(HELLO) == "250-dev\r\n250-SIZE 1000\r\n250-8BITMIME\r\n250-ENHANCEDSTATUSCODES\r\n250 HELP\r\n"
     offered = Peer(dataclasses.replace(LOCKED, tls=CONTEXT)).say(HELLO)
