@@ -912,7 +912,8 @@ HEADER = re.compile(r"([!-9;-~]+)[ \t]*:(.*)", re.DOTALL)
 def read_letter(content: bytes, lenient: bool = False) -> Letter:
     """Read the headers. Raises Refused for what a person and a program would read differently, and for bombs."""
     headers, _ = read_headers(content, 0, len(content))
-    twice = [name for name in SINGLE if len(headers.get_all(name, [])) > 1]
+    names = [name.lower() for name in headers]
+    twice = [name for name in SINGLE if names.count(name) > 1]
     if twice and not lenient:
         raise Refused(TWO_SUBJECTS if "subject" in twice else CANNOT_PARSE)
     subject = decode_words(headers.get("subject", ""), lenient)
