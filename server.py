@@ -160,17 +160,14 @@ DAY_MINUTES, WEEK_MINUTES = 24 * 60, 7 * 24 * 60
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
-def weekdays(text: str) -> frozenset[int]:
+def weekdays(text: str) -> set[int]:
     """`Mon-Fri` or `Sat,Sun` -> their numbers, 0 is Monday; all where there is none."""
     days: set[int] = set()
-    for part in filter(None, re.split(r"[,\s]+", text.lower())):
+    for part in filter(None, re.split(r"[,\s]+", text)):
         first, _, last = part.partition("-")
-        try:
-            low, high = WEEKDAYS.index(first[:3]), WEEKDAYS.index((last or first)[:3])
-        except ValueError:
-            raise ValueError(f"{smtp.printable(part)!r} is no weekday; write Mon-Fri or Sat,Sun") from None
+        low, high = (WEEKDAYS.index(smtp.one_of(*WEEKDAYS)(name[:3])) for name in (first, last or first))
         days.update((low + step) % 7 for step in range((high - low) % 7 + 1))
-    return frozenset(days or range(7))
+    return days or set(range(7))
 
 
 def quiet_rule(text: str) -> frozenset[int]:
