@@ -6,7 +6,7 @@ is the truth about what was delivered. Faults are scripted by step and kind:
 
     STEP[@WORD]:WHAT[*TIMES][%PERCENT]      rcpt@bob:450*3   dot:die*2   body:drop=4096   mail:421%30
 
-STEP is greeting ehlo starttls auth mail rcpt data body dot quit; WORD must stand in the command. WHAT is a reply
+STEP is greeting ehlo starttls tls auth mail rcpt data body dot quit; WORD must stand in the command. WHAT is a reply
 (`550`, `450 4.7.1 later`; 421 also hangs up) or one of
     drop[=N]  hang up (in the body: after N bytes)       reset    say 250, then reset the connection
     die       take it, then hang up without a word       garbage  say what is no SMTP
@@ -188,16 +188,22 @@ class Session:
                 text = "503 5.5.1 MAIL first"
             code = self._reply(step, text, line)
             if step == "starttls" and code == 220 and self.sink.tls:
-                self._buffer.clear()
-                self.sink.peers.discard(self.sock)
-                self.sock = self.sink.tls.wrap_socket(self.sock, server_side=True)
-                self.sink.peers.add(self.sock)
+                self._start_tls(self.sink.tls)
             elif step == "mail":
                 self._begun, self._recipients = code == 250, []
             elif step == "rcpt" and code == 250:
                 self._recipients.append(line[line.find("<") + 1 : line.rfind(">")])
             elif step == "quit":
                 raise HangUp
+
+    def _start_tls(self, tls: ssl.SSLContext) -> None:
+        self._buffer.clear()
+        if fault := self.sink.strike("tls", ""):
+            self._misbehave(fault.what)
+            raise HangUp
+        self.sink.peers.discard(self.sock)
+        self.sock = tls.wrap_socket(self.sock, server_side=True)
+        self.sink.peers.add(self.sock)
 
     def _capabilities(self) -> str:
         sink = self.sink
@@ -300,6 +306,40 @@ def describe(mail: bytes) -> dict[str, Any]:
     ]
     return {"alerts": alerts, "message_id": headers.get("Message-ID", ""), "pictures": pictures,
             "bytes": len(mail), "time": time.time()}  # fmt: skip
+
+
+class Resolver:
+    """A DNS server on port 53 of a loopback address: every name is 127.0.0.1, or what `fault` says. Raises OSError."""
+
+    FAULTS = ("silence", "servfail", "nxdomain")
+    address = "127.0.0.200"
+
+    def __init__(self) -> None:
+        self.fault, self.asked = "", 0
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._sock.bind((self.address, 53))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                query, peer = self._sock.recvfrom(512)
+                self.asked += 1
+                if self.fault != "silence":
+                    self._sock.sendto(self._answer(query), peer)
+
+    def _answer(self, query: bytes) -> bytes:
+        """RFC 1035 4.1: an address for type A, nothing for other types."""
+        end = query.index(b"\0", 12) + 5
+        found = not self.fault and query[end - 4 : end - 2] == b"\0\1"
+        code = {"servfail": 2, "nxdomain": 3}.get(self.fault, 0)
+        head = query[:2] + struct.pack("!HHHHH", 0x8180 | code, 1, found, 0, 0)
+        record = struct.pack("!HHHIH4s", 0xC00C, 1, 1, 0, 4, socket.inet_aton("127.0.0.1"))
+        return head + query[12:end] + record * found
+
+    def close(self) -> None:
+        """The end."""
+        self._sock.close()
 
 
 def main() -> int:

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -125,9 +126,11 @@ class Relay:
         """While inside, strace with these options is attached to it, to the threads to come too."""
         command = [strace, *(word for word in options if word != "-D"), "-p", str(self.pid)]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tracer:
-            until("strace is attached", lambda: "TracerPid:\t0" not in Path(f"/proc/{self.pid}/status").read_text())
-            yield
-            tracer.terminate()
+            try:
+                until("strace is attached", lambda: "TracerPid:\t0" not in Path(f"/proc/{self.pid}/status").read_text())
+                yield
+            finally:
+                tracer.terminate()
 
     def _listening(self, offset: int) -> re.Match[bytes] | None:
         said = self.log.read_bytes()[offset:]
@@ -467,14 +470,26 @@ def needs(program: str) -> str:
     return found
 
 
-def certificate(folder: Path, name: str = "localhost") -> ssl.SSLContext:
-    """A self-signed certificate, folder/cert.pem and key.pem, as a server's context. Raises Skipped."""
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    request = [needs("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
-               "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-days", "2"]  # fmt: skip
-    subprocess.run(request, check=True, capture_output=True)
+def certificate(
+    folder: Path, name: str = "localhost", days: int = 2, only: ssl.TLSVersion | None = None
+) -> ssl.SSLContext:
+    """A self-signed certificate, folder/cert.pem and key.pem, as a server's context. Raises Skipped.
+
+    With negative `days` it has expired; `only` is the one version of TLS that the server speaks.
+    """
+    cert, key, request = folder / "cert.pem", folder / "key.pem", folder / "request.pem"
+    names = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    for command in (
+        ["req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request, *names],
+        ["x509", "-req", "-in", request, "-signkey", key, "-days", str(days), "-copy_extensions", "copy", "-out", cert],
+    ):
+        subprocess.run([needs("openssl"), *command], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
+    if only:
+        context.set_ciphers("ALL:@SECLEVEL=0")  # what is old counts as insecure
+        with warnings.catch_warnings(action="ignore"):
+            context.minimum_version = context.maximum_version = only
     return context
 
 
