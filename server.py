@@ -1285,10 +1285,6 @@ class Alerts:
     def recipients(self, lane: str) -> tuple[str, ...]:
         return route(self._config, *lane.split(" ", 1))
 
-    def _event(self, name: str) -> str:
-        """The words for an event; one that is not known stands for itself."""
-        return self._events.get(name, name)
-
     def render(self, mail: Mail, items: Sequence[Item]) -> Envelope:
         """The mail as it goes out."""
         shown = [Shown.of(item) for item in items]
@@ -1353,6 +1349,10 @@ class Alerts:
             part = smtp.Attachment(one.content["image"], kind, base64=picture, cid=cid)
             captioned.append((f"{one.clock}, {self._event(one.event)}, {one.camera}", part))
         return captioned
+
+    def _event(self, name: str) -> str:
+        """The words for an event; one that is not known stands for itself."""
+        return self._events.get(name, name)
 
     def _span(self, seconds: float) -> str:
         """A length of time for people."""
