@@ -1473,7 +1473,7 @@ def setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     name = name.strip().lower()
     if not equals:
-        raise ValueError("a name and a value are wanted")
+        raise ValueError("the value is missing")
     convert = PARAMETERS[name].convert if name in PARAMETERS else None
     if convert is None:
         known = f"{name} can only be read" if name in PARAMETERS else f"there is no parameter {name!r}"
