@@ -906,7 +906,7 @@ _ADDRESS = r"([!-'*+\--9=?A-~]++@[!-'*+\--9=?A-~]++)"
 ONE_ADDRESS = re.compile(rf"\s*(?:[^<>,;:@()]*+<\s*{_ADDRESS}\s*>|{_ADDRESS})\s*(?:\([^()]*+\))?\s*")
 SINGLE = ("subject", "from", "message-id", "content-type", "content-transfer-encoding")  # two of these are a trick
 FOLD = re.compile(r"\r\n(?=[ \t])")
-HEADER = re.compile(r"([!-9;-~]+)[ \t]*:(.*)", re.DOTALL)
+HEADER = re.compile(r"^([!-9;-~]+)[ \t]*:(.*)", re.MULTILINE)
 
 
 def read_letter(content: bytes, lenient: bool = False) -> Letter:
@@ -930,13 +930,11 @@ def read_headers(content: bytes, start: int, end: int) -> tuple[email.message.Me
     stop = content.find(b"\r\n\r\n", start, min(end, start + HEADER_BYTES))
     if stop < 0 and end - start > HEADER_BYTES:
         raise Refused(CANNOT_PARSE)
-    text = content[start : stop if stop >= 0 else end].decode("utf-8", "replace")
-    lines = FOLD.sub(" ", text).split("\r\n")
-    if len(lines) > HEADER_LINES:
+    text = FOLD.sub(" ", content[start : stop if stop >= 0 else end].decode("utf-8", "replace"))
+    if text.count("\r\n") >= HEADER_LINES:
         raise Refused(CANNOT_PARSE)
-    for line in lines:
-        if found := HEADER.fullmatch(line):
-            headers[found[1]] = found[2].strip()
+    for name, value in HEADER.findall(text):
+        headers[name] = value.strip()
     return headers, stop + 4 if stop >= 0 else end
 
 
