@@ -1148,13 +1148,12 @@ class Diary:
     def tick(self, now: float, silent: Sequence[str]) -> bool:
         """Write the day's mail if it is due; True if it was. Raises SpoolError; then it is due again."""
         day = self._day(now)
-        if self._written > day + dt.timedelta(days=1):  # the clock was ahead by days
+        due = self._at is not None and day > self._written
+        if due:
+            self._outbox.put([self._summary(day, now, silent)])
+        if due or self._written > day + dt.timedelta(days=1):  # the clock was ahead by days
             self._written = day
-        if self._at is None or day <= self._written:
-            return False
-        self._outbox.put([self._summary(day, now, silent)])
-        self._written = day
-        return True
+        return due
 
     def _summary(self, day: dt.date, now: float, silent: Sequence[str]) -> NewItem:
         """What was received, what waits, what failed, who is silent."""
