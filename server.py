@@ -382,8 +382,7 @@ def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
     content = {key: check(value) for key, check in FIELDS.items() if (value := fields.get(key)) is not None}
     if "camera" not in content:
         raise Refusal("bad_event", "camera is missing")
-    name, camera, wished = content["event"], content["camera"], content.pop("id", None)
-    base64_text, warning = None, ""
+    wished, base64_text, warning = content.pop("id", ""), None, ""
     if picture is not None:
         try:
             base64_text, kind = check_picture(picture)
@@ -391,9 +390,13 @@ def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
         except ValueError as error:
             content["dropped"] = str(error)
             base64_text, warning = None, f"image dropped: {error}"
-    payload = _encode(content).encode("utf-8")
-    item = NewItem(wished or secrets.token_hex(12), f"{name} {camera}", payload, base64_text, now, fresh=wished is None)
-    return Event(item, camera, name, warning)
+    return Event(spooled(content, now, wished, base64_text), content["camera"], content["event"], warning)
+
+
+def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: bytes | None = None) -> NewItem:
+    """What the spool keeps of an event; alerts of one event and one camera share a lane."""
+    lane, payload = f"{content['event']} {content['camera']}", _encode(content).encode("utf-8")
+    return NewItem(wished or secrets.token_hex(12), lane, payload, picture, now, fresh=not wished)
 
 
 def _matching(pattern: re.Pattern[str], sentence: str) -> Callable[[object], str]:
@@ -1126,8 +1129,7 @@ class Watch:
 
 
 def _relay_alert(event: str, camera: str, now: float, **more: object) -> NewItem:
-    payload = _encode({"event": event, "camera": camera, **more}).encode("utf-8")
-    return NewItem(f"relay-{secrets.token_hex(10)}", f"{event} {camera}", payload, None, now, fresh=True)
+    return spooled({"event": event, "camera": camera, **more}, now, f"relay-{secrets.token_hex(10)}")
 
 
 class Diary:
@@ -1164,8 +1166,7 @@ class Diary:
             ).fetchall()
         meta = {"received": sum(number for _, number in lanes), "lanes": lanes[:20], "silent": silent}
         meta |= {"why": self._outbox.untold()[1], **self._outbox.counts()}
-        payload = _encode({"event": SUMMARY, "camera": "relay", "meta": meta}).encode("utf-8")
-        return NewItem(f"summary/{day}", f"{SUMMARY} relay", payload, None, now)
+        return spooled({"event": SUMMARY, "camera": "relay", "meta": meta}, now, f"summary/{day}")
 
 
 # ───────────────────────────────────────────── Render ───────────────────────────────────────────────
