@@ -932,7 +932,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def quiet_hours(minutes: Container[int], now: float) -> tuple[float, float]:
-    """When quiet hours last ended, and when those of now end (`now`: it is not quiet). Wall clock, also in between."""
+    """When quiet hours last ended, and when those of now end (`now`: it is not quiet), by the clock on the wall."""
     here = dt.datetime.fromtimestamp(now).replace(second=0, microsecond=0)
     at = (here.weekday() * 24 + here.hour) * 60 + here.minute
     since = next(n for n in itertools.count() if (at - n - 1) % WEEK_MINUTES in minutes)
