@@ -75,7 +75,7 @@ NESTING_MAX = 16
 VALUES_MAX = 100_000  # in one line of JSON, so that it does not become a huge tree
 DIGEST_MAX = 10_000  # alerts in one digest
 DIGEST_ROWS, DIGEST_PICTURES = 50, 4
-PRIORITY = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")
+PRIORITY = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")  # what breaks quiet hours unless ALERT_PRIORITY is set
 CAMERAS_MAX = 10_000  # cameras whose silence is watched
 
 log = logging.getLogger("relay")
