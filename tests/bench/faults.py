@@ -538,9 +538,12 @@ def soak(run: Run, scripts: Sequence[str]) -> str:
                 stage.sink.pipelining = pipelining
                 stage.sink.pause()
                 stage.sink.script(fault)
+                stage.sink.outlasted = 0
                 stage.sink.resume()
                 stage.offer(10 if run.short else 50)
                 until(f"{fault} strikes", lambda: stage.sink.fired)
+                if fault.split("*")[0].endswith((":stall", ":endless")) and fault != "dot:stall*1":  # which may be long
+                    until(f"{fault}: the relay gives up", lambda: stage.sink.outlasted)
                 stage.sink.fired.clear()
                 stage.sink.script()
                 until(f"{fault}: nothing waits", lambda: not stage.relay.counts()["queued"], HEAL_S)

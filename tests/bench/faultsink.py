@@ -83,6 +83,7 @@ class Sink:
         self.fired: dict[str, int] = {}  # how often a fault struck, by "step:what"
         self.early = 0  # times a peer without PIPELINING spoke before its turn
         self.sessions = 0
+        self.outlasted = 0  # stalls and endless replies that are over
         self._faults: list[Fault] = []
         self._rng = random.Random(seed)
         self._log = log.open("ab", buffering=0)
@@ -266,11 +267,14 @@ class Session:
         if what == "garbage":
             self._send(self.sink.garbage())
             return 0
-        while what in ("stall", "endless"):  # until the peer leaves
-            if what == "stall":
-                self._receive()
-            else:
-                self._send(b"250-more\r\n" * 1000)
+        try:
+            while what in ("stall", "endless"):  # until the peer leaves
+                if what == "stall":
+                    self._receive()
+                else:
+                    self._send(b"250-more\r\n" * 1000)
+        finally:
+            self.sink.outlasted += 1
         raise HangUp
 
     def _send(self, data: bytes) -> None:
@@ -339,6 +343,8 @@ class Resolver:
 
     def close(self) -> None:
         """The end."""
+        with contextlib.suppress(OSError):  # it is not connected, but this wakes the thread
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
 
