@@ -738,7 +738,7 @@ class Relay:
         except Refusal as refusal:
             return refusal
         except MemoryError:  # about us, not about the line: it must come again
-            self.short_of_memory()
+            self._short_of_memory()
             return Refusal("busy", "the relay is short of memory; try again later", closes=True)
         except Exception:
             log.exception("a line could not be read")
@@ -770,7 +770,7 @@ class Relay:
         if now - before > TROUBLE_OVER_S:
             log.error("%s", words)
 
-    def short_of_memory(self) -> None:
+    def _short_of_memory(self) -> None:
         """The machine's memory or its threads have run out, which is the same: a thread needs a stack."""
         self._complain("memory", "out of memory or threads: connections are turned away, and have to come again")
 
@@ -790,21 +790,13 @@ class Relay:
 
     def listen(self) -> None:
         """Listen on every address of the host. Raises OSError."""
-        host = self.config.host.strip("[]")
-        found = socket.getaddrinfo(host or None, self.config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        number = self.config.port
-        for family, kind, _, _, where in dict.fromkeys(found):
-            listener = socket.socket(family, kind)
-            if os.name == "posix":
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                both = host == "::"
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-            listener.bind((where[0], number, *where[2:]))
-            listener.listen(BACKLOG)
+        host, self.port = self.config.host.strip("[]"), self.config.port
+        found = socket.getaddrinfo(host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, where in dict.fromkeys(found):
+            address = (where[0], self.port, *where[2:])
+            listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
             self._listeners.append(listener)
-            number = listener.getsockname()[1]
-        self.port = number
+            self.port = listener.getsockname()[1]  # one that was chosen counts for the other addresses, too
 
     def start(self) -> None:
         """Accept connections; logs where."""
@@ -832,7 +824,7 @@ class Relay:
                     self._complain("accept", f"no connection can be accepted: {error.strerror}")
                 time.sleep(0.1)  # the connection stays in the queue: trying again at once would be a busy loop
             except (RuntimeError, MemoryError):
-                self.short_of_memory()
+                self._short_of_memory()
                 time.sleep(0.1)
 
     def _admit(self, sock: socket.socket) -> None:
@@ -847,7 +839,7 @@ class Relay:
                 _thread.start_new_thread(self._serve, (connection,))
                 return
         except (RuntimeError, MemoryError):
-            self.short_of_memory()
+            self._short_of_memory()
         self._turn_away(sock)
 
     def _turn_away(self, sock: socket.socket) -> None:
@@ -872,7 +864,7 @@ class Relay:
         try:
             connection.serve()
         except MemoryError:
-            self.short_of_memory()
+            self._short_of_memory()
         except Exception:
             log.exception("a connection's thread failed")
 
