@@ -1311,6 +1311,7 @@ class Outbox:
             if small and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("damaged")
             db.execute("PRAGMA page_size=8192")  # of a new file; a picture is a chain of pages
+            db.execute("PRAGMA secure_delete=OFF")  # Debian's default writes zeros over all that was sent
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             if pragma(db, "synchronous") != 2:
@@ -1564,22 +1565,22 @@ class Outbox:
         ((number, _, why),) = self._rows(UNTOLD)
         return number, why or ""
 
-    def settle(self, mail: Mail, now: float) -> None:
-        """Write down how an attempt ended. Needs no disk sync: a power cut at worst makes the attempt happen again.
+    def settle(self, mail: Mail, now: float) -> bool:
+        """How an attempt ended: the next commit writes it down. Needs no disk sync: a power cut at worst makes the
+        attempt happen again.
 
-        A mail that everybody has is only ticked off, in a file beside the spool, so that the end of this process
-        repeats nothing; the next commit settles it, or `flush`.
+        True: everybody has the mail, and it is ticked off in a file beside the spool, so that the end of this
+        process repeats nothing. Else `flush` should follow.
         """
         self._ticked.append((mail, now))
         if mail.state != SENT:
-            return self.flush()
-        try:
-            os.write(self._ticks, b"%d\n" % mail.number)
-        except OSError as error:
-            raise SpoolError(f"{self.path}.sent: {error.strerror}") from None
+            return False
+        with contextlib.suppress(OSError):
+            return os.write(self._ticks, b"%d\n" % mail.number) > 0
+        return False
 
     def flush(self) -> None:
-        """Settle what is only ticked off."""
+        """Write down what was settled. Raises SpoolError; then it stays noted."""
         if self._ticked:
             with self.transaction(durable=False):
                 pass
@@ -1651,9 +1652,9 @@ class Outbox:
         """What was there when row `newest` came and is not sent yet has failed; the number of them."""
         return self._change("state = 3, error = ? WHERE settled IS NULL AND state IN (0, 1) AND seq <= ?", why, newest)
 
-    def quarantine(self, seq: int) -> None:
-        """A row does not match its checksum: it has failed; the others of its mail go on."""
-        self._change("state = 3, error = 'damaged on disk' WHERE state = 1 AND seq = ?", seq)
+    def quarantine(self, seq: int, why: str = "damaged on disk") -> None:
+        """A row cannot go out: it has failed; the others of its mail go on."""
+        self._change("state = 3, error = ? WHERE state = 1 AND seq = ?", why, seq)
 
     def _change(self, change: str, *values: object) -> int:
         with self.transaction() as db:
@@ -1927,34 +1928,36 @@ class Courier:
                 if self.step(transport):
                     used, connected = time.monotonic(), True
                     continue
-            left = used + LINGER_S - time.monotonic()
-            if connected and left <= 0:
-                transport.close()
-                connected = False
-            self._wait(rings, connected, min(left, TICK_S) if connected else TICK_S)
+                left = used + LINGER_S - time.monotonic()
+                if connected and left <= 0:
+                    transport.close()
+                    connected = False
+                self._wait(rings, connected, min(left, TICK_S) if connected else TICK_S)
         transport.close()
 
     def _keep_loop(self) -> None:
-        while not self._stopping.wait(TICK_S):
-            with self._stumbling():
-                self.tick()
+        while not self._stopping.is_set():
+            with self._stumbling(pause=TICK_S):
+                if not self._stopping.wait(TICK_S):
+                    self.tick()
 
     @contextlib.contextmanager
     def _stumbling(self, pause: float = 0.0) -> Iterator[None]:
         """Whatever fails is logged, and the thread goes on."""
         try:
             yield
-        except SpoolError as error:
+        except (SpoolError, MemoryError) as error:
             self._complain(error)
             self._stopping.wait(pause)
         except Exception:
             log.exception("%s stumbled; it goes on", threading.current_thread().name)
             self._stopping.wait(pause)
 
-    def _complain(self, error: SpoolError) -> None:
-        if str(error) != self._complaint and not self._stopping.is_set():
-            self._complaint = str(error)
-            log.error("%s", error)
+    def _complain(self, error: SpoolError | MemoryError) -> None:
+        words = str(error) or "out of memory"
+        if words != self._complaint and not self._stopping.is_set():
+            self._complaint = words
+            log.error("%s", words)
 
     # a few mails
 
@@ -2094,9 +2097,9 @@ class Courier:
                 if outcomes and not self._conclude(mail, items, outcomes):
                     break
                 if time.monotonic() - batch.taken_at > BRISK_S:
-                    self._insist(self._outbox.flush)
+                    self._insist_on_flush()
         finally:
-            self._insist(self._outbox.flush)
+            self._insist_on_flush()
             took = time.monotonic() - batch.taken_at
             with self._lock:
                 self._brisk_until = 0.0
@@ -2121,6 +2124,7 @@ class Courier:
 
     def _made(self, mail: Mail) -> tuple[Sequence[Item], Envelope] | None:
         """The mail as it goes out; None: it does not. Never raises: another mail may be under way."""
+        items: Sequence[Item] = ()
         try:
             items = self._outbox.load(mail)
             if items and mail.recipients:
@@ -2130,14 +2134,31 @@ class Courier:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
             with self._stumbling():
                 self._outbox.quarantine(error.seq)
-        except SpoolError as error:
+        except (SpoolError, MemoryError) as error:  # about us, not about the mail
             self._complain(error)
             self._stopping.wait(TICK_S)
         except Exception as error:  # one that cannot be composed must not stop the others
+            if len(items) > 1 and self._sorted_out(mail, items):
+                return None
             log.exception("a mail cannot be composed; it counts as failed")
             poison = Outcome(Verdict.REFUSED, 0, f"cannot be composed: {type(error).__name__}", "compose")
             self._settle(mail, dict.fromkeys(mail.recipients, poison))
         return None
+
+    def _sorted_out(self, mail: Mail, items: Sequence[Item]) -> bool:
+        """Fail those that cannot be composed alone; if there are any, the mail is due again without them."""
+        found = False
+        for item in items:
+            try:
+                self._owner.render(mail, [item])
+            except MemoryError:
+                return True
+            except Exception as error:
+                log.exception("%s cannot be composed; it counts as failed", item.id)
+                with self._stumbling():
+                    self._outbox.quarantine(item.seq, f"cannot be composed: {type(error).__name__}")
+                    found = True
+        return found
 
     def _conclude(self, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> bool:
         """Write down and tell what became of a mail; False: everything waits."""
@@ -2154,16 +2175,17 @@ class Courier:
     def _settle(self, mail: Mail, outcomes: Mapping[str, Outcome]) -> None:
         now = self._clock()
         after = conclude(mail, outcomes, now, backoff(mail.tries, self._first, self._most), self._max_age)
-        self._insist(lambda: self._outbox.settle(after, now))
+        if not self._outbox.settle(after, now):
+            self._insist_on_flush()
         if after.state == FAILED and self._owner.limit:
             with self._lock:
                 self._wake = 0.0  # its place in the budget is free
 
-    def _insist(self, write: Callable[[], None]) -> None:
+    def _insist_on_flush(self) -> None:
         """What was sent must be written down before anything else, or it is sent twice."""
         while True:
             try:
-                return write()
+                return self._outbox.flush()
             except SpoolError as error:
                 if self._stopping.is_set():
                     return

@@ -409,6 +409,34 @@ def test_what_cannot_be_composed_fails_and_the_others_go(bench: Callable[..., Be
     assert "cannot be composed: KeyError" in smtp.read_queue(b.spool)[0]["error"]
 
 
+def test_what_cannot_be_composed_fails_alone_in_a_mail_of_several(bench: Callable[..., Bench]) -> None:
+    b = bench(Owner(together=True))
+    b.owner.poison = {"b"}
+    b.put("a", "b", "c")
+    b.run()
+    assert b.post.ids() == ["a,c"]
+    assert b.states() == {"b": "failed"}
+    assert "cannot be composed: KeyError" in smtp.read_queue(b.spool)[0]["error"]
+
+
+def test_a_mail_that_memory_is_too_short_for_waits(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cannot(*_: Any) -> Envelope:
+        raise MemoryError
+
+    b = bench()
+    b.put("a")
+    with monkeypatch.context() as short:
+        short.setattr(b.owner, "render", cannot)
+        short.setattr(smtp, "TICK_S", 0.01)
+        assert b.courier.step(b.post) and b.courier.step(b.post)
+    assert b.states() == {"a": "waiting"}
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == ["out of memory"]
+    b.run()
+    assert b.post.ids() == ["a"]
+
+
 @pytest.mark.parametrize("column", ["payload", "picture"])
 def test_a_damaged_row_fails_and_the_others_of_its_mail_go(bench: Callable[..., Bench], column: str) -> None:
     b = bench(Owner(together=True))
@@ -709,15 +737,15 @@ def test_what_was_sent_is_written_down_before_anything_else(
 ) -> None:
     b = bench()
     monkeypatch.setattr(smtp, "TICK_S", 0.001)
-    real, failures = Outbox.settle, [0]
+    real, failures = Outbox.transaction, [0]
 
-    def settle(self: Outbox, *arguments: Any) -> None:
-        failures[0] += 1
-        if failures[0] < 4:
+    def transaction(self: Outbox, **how: bool) -> Any:
+        failures[0] += not how.get("durable", True)
+        if not how.get("durable", True) and failures[0] < 4:
             raise smtp.SpoolError("the disk is full")
-        real(self, *arguments)
+        return real(self, **how)
 
-    monkeypatch.setattr(Outbox, "settle", settle)
+    monkeypatch.setattr(Outbox, "transaction", transaction)
     b.put("a")
     b.run()
     assert b.post.tried == ["a"] and b.outbox.counts()["sent"] == 1
