@@ -879,10 +879,10 @@ class Relay:
         self._let_go(math.inf)
         until = time.monotonic() + timeout
         with self._lock:
-            open_now = list(self._connections)
-        for connection in open_now:
+            peers = [connection.sock for connection in self._connections]
+        for sock in peers:
             with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RD)  # wakes the thread; what has arrived is still read
+                sock.shutdown(socket.SHUT_RD)  # wakes the thread; what has arrived is still read
         while self._connections and time.monotonic() < until:
             time.sleep(0.01)
 

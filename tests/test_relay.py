@@ -266,6 +266,17 @@ def test_stopping_answers_what_has_been_read(run: Any) -> None:
         running.connect()
 
 
+def test_stopping_waits_no_longer_than_its_connections_live(run: Any) -> None:
+    running = run()
+    with running.connect() as one, running.connect() as other:
+        for sock in (one, other):
+            sock.sendall(EVENT)
+            assert b"queued" in sock.recv(4096)
+        began = time.monotonic()
+        running.relay.stop(60)
+    assert time.monotonic() - began < 30
+
+
 def test_a_half_read_line_is_not_judged_when_the_relay_stops(run: Any) -> None:
     running = run()
     with running.connect() as sock:

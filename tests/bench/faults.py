@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import random
+import re
 import signal
 import socket
 import sqlite3
@@ -437,8 +438,13 @@ DAMAGES = {
     ),
     "cut in half": lambda data, rng: data[: len(data) // 2],
     "cut to nothing": lambda data, rng: b"",
-    "one bit in a payload": lambda data, rng: data.replace(b'"number":4', b'"number":5', 1),
+    "one bit in a payload": lambda data, rng: flip(rng.choice(re.findall(rb'"camera": ?"cam\d+"', data)), data),
 }
+
+
+def flip(victim: bytes, data: bytes) -> bytes:
+    """One bit of each copy: a page may hold an old one that counts no more."""
+    return data.replace(victim, victim.replace(b"cam", b"cal"))
 
 
 @row("spool damaged", "; ".join(DAMAGES))

@@ -493,13 +493,18 @@ def certificate(
     return context
 
 
+def absolute(text: str) -> Path:
+    """A path that means the same in every folder."""
+    return Path(text).resolve()
+
+
 def arguments(doc: str | None) -> argparse.ArgumentParser:
     """The flags that every proof has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     anything = random.SystemRandom().randrange(10**6)
     parser.add_argument("--seed", type=int, default=anything, help="of all that is random")
     parser.add_argument("--short", action="store_true", help="a form for the impatient")
-    parser.add_argument("--product", type=Path, default=ROOT, help="the folder with server.py and smtp_module.py")
+    parser.add_argument("--product", type=absolute, default=ROOT, help="the folder with server.py and smtp_module.py")
     return parser
 
 
