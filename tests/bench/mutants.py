@@ -43,7 +43,7 @@ class Mutant:
 
 TAKE_LATER = r"""receipts = [smtp.Receipt(event.item.id, True) for event in events]
             threading.Timer(0.05, self._outbox.put, ([event.item for event in events],)).start()"""
-TAKE_HALF = r"""kept = [event.item for event in events][: len(events) // 2 if self._stopping else None]
+TAKE_HALF = r"""kept = [event.item for event in events][: len(events) // 2 if self.stopping else None]
             receipts = [*self._outbox.put(kept), *(smtp.Receipt(e.item.id, True) for e in events[len(kept):])]"""
 PUT = r"receipts = self\._outbox\.put\(\[event\.item for event in events\]\)"
 LATER = r"(def judge\(.*(?:\n.*)*?REFUSED if refused else Verdict\.)TRY_LATER"
