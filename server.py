@@ -1060,8 +1060,7 @@ class Watch:
         self._unsaved: set[str] = set()
         self._ticked = self._saved = time.monotonic()
         if self._expect:
-            with outbox.transaction() as db:
-                known = db.execute("SELECT camera, seen, silent FROM cameras").fetchall()
+            known = outbox.rows("SELECT camera, seen, silent FROM cameras")
             named = [(name, time.time(), 0) for name, _ in self._expect if not re.search(r"[*?\[]", name)]
             for name, seen, silent in (*named, *known):
                 if camera := self._expected(name):
@@ -1129,8 +1128,7 @@ class Diary:
 
     def __init__(self, at: int | None, now: float, outbox: Outbox) -> None:
         self._at, self._outbox = at, outbox
-        with outbox.transaction() as db:
-            last = db.execute("SELECT max(id) FROM items WHERE id >= 'summary/2' AND id < 'summary/3'").fetchone()[0]
+        ((last,),) = outbox.rows("SELECT max(id) FROM items WHERE id >= 'summary/2' AND id < 'summary/3'")
         self._written = dt.date.fromisoformat(last[8:18]) if last else self._day(now)
 
     def _day(self, now: float) -> dt.date:

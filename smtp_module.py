@@ -877,6 +877,10 @@ class Dialogue(smtplib.SMTP):
         return line
 
 
+class OutOfStep(OSError):
+    """The server has lost what came together with a final dot, or answers what it was not asked."""
+
+
 TROUBLE = (OSError, smtplib.SMTPException, ValueError)  # all that a dialogue raises
 
 
@@ -903,15 +907,24 @@ class Lookahead:
     def __init__(self, envelopes: Iterable[Envelope]) -> None:
         self._source = map(Parcel, envelopes)
         self._made: deque[Parcel] = deque()
+        self._trouble: Exception | None = None
 
     def see(self, number: int) -> Parcel | None:
         """The next parcel (1), or the one after it (2)."""
-        self._made.extend(itertools.islice(self._source, max(0, number - len(self._made))))
+        try:
+            if not self._trouble:  # else the envelopes would no longer be in step with their owner's
+                self._made.extend(itertools.islice(self._source, max(0, number - len(self._made))))
+        except Exception as error:  # another mail is under way, whose outcome must be heard first
+            self._trouble = error
         return self._made[number - 1] if len(self._made) >= number else None
 
     def take(self) -> Parcel | None:
         """The next parcel, which is no longer ahead."""
-        return self._made.popleft() if self.see(1) else None
+        if self.see(1):
+            return self._made.popleft()
+        if self._trouble:
+            raise self._trouble
+        return None
 
 
 class SMTPTransport:
@@ -967,12 +980,15 @@ class SMTPTransport:
         except TROUBLE as error:
             assert self._smtp is not None
             step = self._smtp.step
-            if self._begun is parcel and isinstance(error, TimeoutError):  # it swallows what comes with the dot
+            if self._begun is parcel and isinstance(error, TimeoutError | OutOfStep):
                 self._begins_early = False
             self._drop()
             if kept and step == "mail":
                 return self._delivered(parcel, ahead)
             outcome = judge_error(step, error)
+        except BaseException:  # replies may be under way that belong to nobody
+            self._drop()
+            raise
         return dict.fromkeys(parcel.envelope.recipients, outcome)
 
     def _transaction(self, parcel: Parcel, ahead: Lookahead) -> dict[str, Outcome]:
@@ -988,6 +1004,8 @@ class SMTPTransport:
             smtp.write([self._packet(parcel)])
         ahead.see(1)
         outcomes, data = self._addressed(smtp, parcel)
+        if self._begun is parcel and smtp.step == "mail" and data.code in (500, 503):
+            raise OutOfStep("commands were lost")
         self._begun = None
         taken = [name for name, outcome in outcomes.items() if outcome.verdict is Verdict.SENT]
         if data.code == 354 and not taken:
@@ -1024,9 +1042,11 @@ class SMTPTransport:
         smtp.step, smtp.patience_s = "dot", FINAL_DOT_TIMEOUT_S
         smtp.write([*parcel.pieces, last])
         ahead.see(2)
-        outcome = judge("dot", *smtp.getreply())
+        code, words = smtp.getreply()
+        if 300 <= code < 400:
+            raise OutOfStep(f"{code} after the mail")
         smtp.dirty = False
-        return outcome
+        return judge("dot", code, words)
 
     def _addressed(self, smtp: Dialogue, parcel: Parcel) -> tuple[dict[str, Outcome], Outcome]:
         """The outcome of MAIL and RCPT for each recipient, and that of DATA; 354: the server waits for the mail.
@@ -1049,7 +1069,9 @@ class SMTPTransport:
             return outcomes, mail
         smtp.step = "data"
         code, words = next(replies)
-        return outcomes, judge("data", code if code == 354 or code >= 400 else -1, words)
+        if code != 354 and code < 400:
+            raise OutOfStep(f"{code} to DATA")
+        return outcomes, judge("data", code, words)
 
     def verify(self, recipient: str = "") -> Outcome:
         """Would the server take a mail from us (to `recipient`)? Nothing is sent. Raises Unavailable."""
@@ -1103,7 +1125,7 @@ WAITING, FROZEN, SENT, FAILED, DROPPED = range(5)  # of an item; a mail is FROZE
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items(     -- one row a life; what is settled keeps its id and loses its payload
-  seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, lane TEXT NOT NULL, arrived REAL NOT NULL,
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, lane TEXT NOT NULL, arrived REAL NOT NULL,
   state INTEGER NOT NULL DEFAULT 0, settled REAL, error TEXT,
   taken TEXT,                         -- who has it already, though it failed for others
   told INTEGER NOT NULL DEFAULT 0,    -- the mail that tells of this failure
@@ -1112,7 +1134,7 @@ CREATE INDEX IF NOT EXISTS items_open ON items(state, seq) WHERE settled IS NULL
 CREATE INDEX IF NOT EXISTS items_settled ON items(settled, state) WHERE settled IS NOT NULL;
 CREATE INDEX IF NOT EXISTS items_untold ON items(seq) WHERE state = 3 AND told = 0;
 CREATE TABLE IF NOT EXISTS mails(     -- a mail whose sending has begun: it stays the same mail
-  mail INTEGER PRIMARY KEY, kind TEXT NOT NULL, items TEXT NOT NULL, recipients TEXT NOT NULL,
+  mail INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, items TEXT NOT NULL, recipients TEXT NOT NULL,
   failed INTEGER NOT NULL, why TEXT NOT NULL, begun REAL NOT NULL, next REAL NOT NULL,
   state INTEGER NOT NULL DEFAULT 1, tries INTEGER NOT NULL DEFAULT 0, waited REAL NOT NULL DEFAULT 0,
   bare INTEGER NOT NULL DEFAULT 0, taken TEXT NOT NULL DEFAULT '[]', refused TEXT NOT NULL DEFAULT '{}',
@@ -1252,7 +1274,8 @@ class Outbox:
         self._schema, self._size_max = SCHEMA + schema, size_max
         self._lock = threading.RLock()
         self._gathered: deque[_Ticket] = deque()
-        self._ticked: deque[tuple[Mail, float]] = deque()  # sent and noted; the next commit settles them
+        self._ticked: deque[tuple[Mail, float]] = deque()  # over and noted; the next commit settles them
+        self._ticking = threading.Lock()  # guards it, and the file that says the same; never held during a commit
         self._closed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1261,7 +1284,7 @@ class Outbox:
             raise SpoolError(f"{self.path}: {error.strerror}") from None
         try:
             self._db = self._open_sound()
-            self._ticks = os.open(f"{self.path}.sent", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            self._ticks = self._open_ticks()
             self._read_ticks()
         except (sqlite3.Error, OSError) as error:
             os.close(self._owned)
@@ -1273,8 +1296,13 @@ class Outbox:
             if not self._closed:
                 self._closed = True
                 self._db.close()
-                os.close(self._ticks)
+                with self._ticking:
+                    os.close(self._ticks)
+                    self._ticks = -1  # the number may soon be another file's
                 os.close(self._owned)
+
+    def _open_ticks(self) -> int:
+        return os.open(f"{self.path}.sent", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
 
     # opening, damage, loss
 
@@ -1356,19 +1384,25 @@ class Outbox:
             try:
                 if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
                     self._rescue()
+                if durable and not os.fstat(self._ticks).st_nlink:
+                    with self._ticking:
+                        os.close(self._ticks)
+                        self._ticks = self._open_ticks()
                 if durable != self._durable:
                     self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                     self._durable = durable
                 self._db.execute("BEGIN IMMEDIATE")
-                ticked = tuple(self._ticked)
+                with self._ticking:
+                    ticked = tuple(self._ticked)
                 for mail, when in ticked:
                     self._settle(mail, when)
                 yield self._db
                 self._db.execute("COMMIT")
-                for _ in ticked:
-                    self._ticked.popleft()
-                if ticked and not self._ticked:
-                    os.ftruncate(self._ticks, 0)
+                with self._ticking:
+                    for _ in ticked:
+                        self._ticked.popleft()
+                    if ticked and not self._ticked:
+                        os.ftruncate(self._ticks, 0)
             except BaseException as error:
                 with contextlib.suppress(sqlite3.Error):
                     if self._db.in_transaction:
@@ -1378,7 +1412,8 @@ class Outbox:
                     self._fail(error)
                 raise
 
-    def _rows(self, sql: str, *values: object) -> list[Any]:
+    def rows(self, sql: str, *values: object) -> list[Any]:
+        """The rows of a query, outside any transaction. Raises SpoolError."""
         with self._lock:
             try:
                 return self._db.execute(sql, values).fetchall()
@@ -1431,13 +1466,13 @@ class Outbox:
     def _check_room(self, more: int) -> None:
         """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them."""
         pages, free, page = (
-            self._rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
+            self.rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
         )
         used = (pages - free) * page
         if self._size_max is not None and used + more > self._size_max:
             raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
         if self._disk_lacks(more, free * page):
-            self._rows("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
             if self._disk_lacks(more, free * page):
                 raise DiskFull(f"{self.path}: the disk is full")
 
@@ -1474,7 +1509,7 @@ class Outbox:
         """What waits and is in no mail yet, oldest first, page by page, without payloads."""
         sql = "SELECT seq, id, lane, arrived, taken FROM items WHERE settled IS NULL AND state = 0 AND seq > ?"
         while True:
-            page = self._rows(f"{sql} ORDER BY seq LIMIT {PAGE_ROWS}", after)
+            page = self.rows(f"{sql} ORDER BY seq LIMIT {PAGE_ROWS}", after)
             for seq, name, lane, arrived, taken in page:
                 yield Waiting(seq, name, lane, arrived, frozenset(json.loads(taken or "[]")))
                 after = seq
@@ -1483,12 +1518,12 @@ class Outbox:
 
     def newest(self) -> int:
         """The row number of the newest item."""
-        return int(self._rows("SELECT max(seq) FROM items")[0][0] or 0)
+        return int(self.rows("SELECT max(seq) FROM items")[0][0] or 0)
 
     def begun(self, since: float) -> History:
         """When mails of each lane and kind last began, since then."""
         history = History()
-        for kind, lane, when in self._rows(
+        for kind, lane, when in self.rows(
             "SELECT mails.kind, items.lane, mails.begun FROM mails, json_each(mails.items) AS one"
             " JOIN items ON items.seq = one.value WHERE mails.begun > ? ORDER BY mails.begun", since,
         ):  # fmt: skip
@@ -1498,8 +1533,10 @@ class Outbox:
     def budget(self, now: float, limit: int) -> tuple[deque[float], int]:
         """When the newest `limit` mails of the last day went, and how many are under way."""
         sql = "SELECT settled FROM mails WHERE settled > ? AND settled <= ? AND taken != '[]'"
-        rows = self._rows(f"{sql} ORDER BY settled DESC LIMIT ?", now - DAY_S, now, limit)
-        return deque(when for (when,) in reversed(rows)), self._rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
+        with self._lock:  # a commit between the two would count its mails in neither
+            rows = self.rows(f"{sql} ORDER BY settled DESC LIMIT ?", now - DAY_S, now, limit)
+            pending = self.rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
+        return deque(when for (when,) in reversed(rows)), pending
 
     def freeze(self, drafts: Sequence[Draft], now: float) -> list[Mail]:
         """Make each draft a mail, durably: from now on, whatever happens, it is the same mail.
@@ -1536,7 +1573,7 @@ class Outbox:
             Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), failed, why, tries, waited, bool(bare),
                  tuple(json.loads(taken)), json.loads(refused))
             for number, kind, items, to, failed, why, tries, waited, bare, taken, refused
-            in self._rows(f"{sql} WHERE state = 1 AND {which}", *values)
+            in self.rows(f"{sql} WHERE state = 1 AND {which}", *values)
         ]  # fmt: skip
 
     # rendering and settling
@@ -1546,7 +1583,7 @@ class Outbox:
         sql = "SELECT id, lane, arrived, payload, sum, picture_sum FROM items WHERE seq = ? AND state = 1"
         items = []
         for seq in mail.items:
-            for name, lane, arrived, payload, wanted, picture in self._rows(sql, seq):
+            for name, lane, arrived, payload, wanted, picture in self.rows(sql, seq):
                 if hashlib.sha256(payload or b"").digest() != wanted:
                     raise Damaged(seq)
                 load = functools.partial(self._picture, seq, picture) if picture else lambda: None
@@ -1554,7 +1591,7 @@ class Outbox:
         return items
 
     def _picture(self, seq: int, wanted: bytes) -> bytes | None:
-        for (picture,) in self._rows("SELECT picture FROM items WHERE seq = ? AND state = 1", seq):
+        for (picture,) in self.rows("SELECT picture FROM items WHERE seq = ? AND state = 1", seq):
             if hashlib.sha256(picture or b"").digest() != wanted:
                 raise Damaged(seq)
             return bytes(picture)
@@ -1562,7 +1599,7 @@ class Outbox:
 
     def untold(self) -> tuple[int, str]:
         """How many alerts failed without anybody having been told, and why (the first three reasons)."""
-        ((number, _, why),) = self._rows(UNTOLD)
+        ((number, _, why),) = self.rows(UNTOLD)
         return number, why or ""
 
     def settle(self, mail: Mail, now: float) -> bool:
@@ -1572,11 +1609,12 @@ class Outbox:
         True: everybody has the mail, and it is ticked off in a file beside the spool, so that the end of this
         process repeats nothing. Else `flush` should follow.
         """
-        self._ticked.append((mail, now))
-        if mail.state != SENT:
-            return False
-        with contextlib.suppress(OSError):
-            return os.write(self._ticks, b"%d\n" % mail.number) > 0
+        with self._ticking:
+            self._ticked.append((mail, now))
+            if mail.state != SENT:
+                return False
+            with contextlib.suppress(OSError):
+                return os.write(self._ticks, b"%018d\n" % mail.number) == 19
         return False
 
     def flush(self) -> None:
@@ -1587,7 +1625,7 @@ class Outbox:
 
     def _read_ticks(self) -> None:
         """What the last owner had no time to settle."""
-        for number in re.findall(rb"\d+", Path(f"{self.path}.sent").read_bytes()):
+        for number in re.findall(rb"(?m)^(\d{18})\n", Path(f"{self.path}.sent").read_bytes()):
             for mail in self._mails("mail = ?", int(number)):
                 sent = replace(mail, state=SENT, recipients=(), taken=(*mail.taken, *mail.recipients))
                 self._ticked.append((sent, time.time()))
@@ -1643,7 +1681,7 @@ class Outbox:
         """The lanes of what waits or has failed, as far as the first 2000 rows show."""
         return [
             lane
-            for (lane,) in self._rows(
+            for (lane,) in self.rows(
                 "SELECT DISTINCT lane FROM (SELECT lane FROM items WHERE settled IS NULL LIMIT 2000)"
             )
         ]
@@ -1714,7 +1752,8 @@ def file_identity(path: Path) -> tuple[int, int] | None:
 
 def salvage(damaged: Path, into: sqlite3.Connection) -> None:
     """Copy every row of every table that can still be read, from both ends, since a bad page stops a reader."""
-    tables = [name for (name,) in into.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    ours = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+    tables = [name for (name,) in into.execute(ours)]
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(damaged)) as db:
         into.execute("BEGIN")
         for table, order in itertools.product(tables, ("", "DESC")):
@@ -1916,8 +1955,10 @@ class Courier:
         with self._ringing:
             if self._rings == rings and not self._stopping.is_set():
                 self._idle[connected] += 1
-                self._bells[connected].wait(seconds)
-                self._idle[connected] -= 1
+                try:
+                    self._bells[connected].wait(seconds)
+                finally:
+                    self._idle[connected] -= 1
 
     def _send_loop(self) -> None:
         transport = self._transport()
@@ -1987,7 +2028,8 @@ class Courier:
         try:
             transport.open()
         except Unavailable as error:
-            if self._succeeded < began and not self._batches:  # another sender at work shows that the server is there
+            at_work = any(batch.taken_at > began - PROBE_MAX_S for batch in self._batches)
+            if self._succeeded < began and not at_work:  # else another sender shows that the server is there
                 self._hold_back(error.outcome)
                 self._held_at_open = True
             return False
@@ -2065,8 +2107,8 @@ class Courier:
         mails = [*frozen, *self._retries]
         self._drafts, self._retries = [], []
         for batch in self._late() if not mails else ():
-            mails += batch.left.values()
-            batch.left.clear()
+            for number in list(batch.left)[len(batch.left) // 2 :]:  # its sender may have begun the next one already
+                mails += filter(None, [batch.left.pop(number, None)])
         return mails
 
     def _late(self) -> list[_Batch]:
@@ -2085,11 +2127,7 @@ class Courier:
         under_way: deque[tuple[Mail, Sequence[Item]]] = deque()
 
         def wanted() -> bool:
-            number = under_way[0][0].number
-            with self._lock:
-                if batch.left.pop(number, None):
-                    batch.begun.add(number)
-            return number in batch.begun
+            return not self._stopping.is_set() and self._claim(batch, under_way[0][0])
 
         try:
             for outcomes in transport.deliver(self._envelopes(batch, under_way), wanted):
@@ -2108,6 +2146,13 @@ class Courier:
                 elif took > BATCH_S:
                     self._most_at_once = max(1, self._most_at_once // 2)
 
+    def _claim(self, batch: _Batch, mail: Mail) -> bool:
+        """Is it still ours? From now on nobody else may take it."""
+        with self._lock:
+            if batch.left.pop(mail.number, None):
+                batch.begun.add(mail.number)
+            return mail.number in batch.begun
+
     def _envelopes(self, batch: _Batch, under_way: deque[tuple[Mail, Sequence[Item]]]) -> Iterator[Envelope]:
         """The mails of a batch, made as they are asked for."""
         for mail in tuple(batch.left.values()):
@@ -2115,21 +2160,22 @@ class Courier:
                 return
             if mail.number not in batch.left:
                 continue
-            if made := self._made(mail):
+            if made := self._made(batch, mail):
                 items, envelope = made
                 under_way.append((mail, items))
                 yield envelope
             else:
                 batch.left.pop(mail.number, None)
 
-    def _made(self, mail: Mail) -> tuple[Sequence[Item], Envelope] | None:
+    def _made(self, batch: _Batch, mail: Mail) -> tuple[Sequence[Item], Envelope] | None:
         """The mail as it goes out; None: it does not. Never raises: another mail may be under way."""
         items: Sequence[Item] = ()
         try:
             items = self._outbox.load(mail)
             if items and mail.recipients:
                 return items, self._owner.render(mail, items)
-            self._settle(mail, {})  # all of it was dropped meanwhile, or everybody has it
+            if self._claim(batch, mail):
+                self._settle(mail, {})  # all of it was dropped meanwhile, or everybody has it
         except Damaged as error:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
             with self._stumbling():

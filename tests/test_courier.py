@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -489,7 +490,7 @@ def test_a_server_that_cannot_be_used_burns_no_tries_and_freezes_nothing(
     with caplog.at_level(logging.INFO):
         for _ in range(5):
             assert b.probe() == 0
-    assert b.outbox._rows("SELECT count(*) FROM mails") == [(0,)]
+    assert b.outbox.rows("SELECT count(*) FROM mails") == [(0,)]
     assert b.states() == {"a": "held", "b": "held"}
     row = smtp.read_queue(b.spool)[0]
     assert (row["tries"], row["error"], row["recipients"]) == (0, str(why), ["ann@x.org"])
@@ -705,7 +706,7 @@ def test_drop_of_what_waits_is_put_off_or_has_failed(bench: Callable[..., Bench]
     replies.clear()
     b.later(100)
     assert b.post.got == [] and b.states() == {}
-    assert b.outbox._rows("SELECT count(*) FROM mails WHERE state = 1") == [(0,)]
+    assert b.outbox.rows("SELECT count(*) FROM mails WHERE state = 1") == [(0,)]
 
 
 def test_drop_of_an_alert_in_flight_stays_dropped(bench: Callable[..., Bench]) -> None:
@@ -811,6 +812,59 @@ def test_what_waits_behind_a_mail_that_hangs_is_taken_over_by_another_sender(
         go.set()
         wait_for(lambda: b.outbox.counts()["sent"] == 20)
     assert sorted(b.post.ids()) == sorted(f"i{number}" for number in range(20))
+
+
+def test_an_alert_after_a_quiet_week_goes_at_once(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.put("a", "b", "c")
+    b.run()
+    b.clock.now += 8 * smtp.DAY_S
+    b.courier._kept_house = -math.inf
+    b.courier.tick()
+    assert b.outbox.counts()["sent"] == 0, "all are forgotten"
+    b.put("d")
+    b.run()
+    assert b.post.ids() == ["a", "b", "c", "d"]
+
+
+def test_a_sender_takes_over_no_more_than_half(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    b = bench()
+    b.courier._most_at_once = 8
+    monkeypatch.setattr(smtp, "BATCH_S", -1.0)  # everybody is late
+    other = Post()
+
+    def meanwhile(ids: str) -> None:
+        b.post.before = lambda ids: None
+        assert b.courier.step(other)
+
+    b.post.before = meanwhile
+    b.put(*(f"i{n}" for n in range(8)))
+    b.courier.step(b.post)
+    assert (b.post.ids(), other.ids()) == (["i0", "i1", "i2", "i3"], ["i4", "i5", "i6", "i7"])
+
+
+def test_stop_begins_no_other_mail(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.courier._most_at_once = 8
+    b.post.before = lambda ids: b.courier._stopping.set()
+    b.put("a", "b", "c")
+    b.courier.step(b.post)
+    assert b.post.ids() == ["a"] and b.outbox.counts() == {"queued": 2, "sent": 1, "failed": 0}
+
+
+def test_a_hold_begins_though_another_sender_has_waited_long_for_an_answer(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    other = Post()
+    other.away = AWAY
+
+    def meanwhile(ids: str) -> None:
+        b.courier._batches[0].taken_at -= 2 * smtp.PROBE_MAX_S
+        b.put("b")
+        assert not b.courier.step(other) and b.courier._hold == AWAY
+
+    b.post.before = meanwhile
+    b.put("a")
+    b.courier.step(b.post)
 
 
 def test_a_disk_that_cannot_be_read_does_not_make_a_sender_run_hot(

@@ -149,6 +149,16 @@ def test_a_long_id_with_a_suffix_stays_within_128_characters(outbox: Outbox) -> 
     assert changed.new and len(changed.id) == 128 and changed.id != name
 
 
+def test_no_number_is_given_twice(spool: Path) -> None:
+    for expected in (1, 3, 5):  # a courier that has seen row 2 looks for rows beyond it
+        with contextlib.closing(Outbox(spool)) as outbox:
+            outbox.put([item("a"), item("b")])
+            assert [row.seq for row in outbox.waiting()] == [expected, expected + 1]
+            send_all(outbox)
+            assert [number for (number,) in outbox.rows("SELECT mail FROM mails")] == [expected, expected + 1]
+            assert outbox.prune(time.time() + 2 * smtp.MEMORY_S) == 2
+
+
 def test_a_settled_id_is_remembered_and_forgotten_after_seven_days(outbox: Outbox) -> None:
     outbox.put([item("a"), item("b"), item("c")])
     outbox.drop("a")
@@ -171,7 +181,7 @@ def send_all(outbox: Outbox, now: float = 0.0) -> None:
 def test_settled_rows_lose_their_payload(outbox: Outbox) -> None:
     outbox.put([item("a", b"secret", b"picture")])
     send_all(outbox)
-    assert outbox._rows("SELECT payload, picture FROM items") == [(None, None)]
+    assert outbox.rows("SELECT payload, picture FROM items") == [(None, None)]
 
 
 def test_a_full_spool_refuses_and_takes_again_when_there_is_room(spool: Path) -> None:
@@ -221,7 +231,7 @@ def test_what_stands_in_the_log_needs_its_room_again_and_is_cleared_before_anyth
     usage = shutil.disk_usage("/")._replace(total=1_000_000, free=100_000)  # 50,000 of it are kept for bookkeeping
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert outbox.put([item("b", b"x" * 20_000)])[0].new
-    assert log.stat().st_size < 50_000
+    assert log.stat().st_size < 100_000
     with pytest.raises(SpoolFull):
         outbox.put([item("c", b"x" * 30_000)])
 
@@ -343,7 +353,7 @@ def test_salvage_keeps_failures_partial_deliveries_and_the_owners_tables(spool: 
         assert ids(outbox) == ["waiting"]
         (mail,) = outbox.due(5.0, 99.0, (), 9)
         assert (mail.recipients, mail.taken) == (("b@x.y",), ("a@x.y",))
-        assert outbox._rows("SELECT value FROM mine") == [("yes",)]
+        assert outbox.rows("SELECT value FROM mine") == [("yes",)]
         assert not outbox.put([item("sent")])[0].new
 
 
@@ -515,13 +525,15 @@ def test_the_end_of_the_process_repeats_nothing_that_was_ticked_off(spool: Path)
         with contextlib.closing(Outbox(spool)) as outbox:
             assert outbox.counts() == {"queued": 1, "sent": 2, "failed": 0}
             assert [mail.number for mail in outbox.due(1.0, 9.0, (), 9)] == [3]
-            assert outbox._rows("SELECT taken FROM mails WHERE mail = 1") == [('["x@y.z", "v@w.z"]',)]
+            assert outbox.rows("SELECT taken FROM mails WHERE mail = 1") == [('["x@y.z", "v@w.z"]',)]
     assert Path(f"{spool}.sent").read_bytes() == b""
 
 
 def test_ticks_that_are_rubbish_or_of_other_mails_do_nothing(spool: Path) -> None:
     subprocess.run([sys.executable, "-c", OWNER, str(spool)], check=False)
-    Path(f"{spool}.sent").write_bytes(b"\0\xff-\n77\n\n1\n1\n999999999999999999\n")
+    Path(f"{spool}.sent").write_bytes(
+        b"\0\xff-\n77\n\n%018d\n%018d\n%018d\n%b\n%018d" % (1, 1, 10**18 - 1, b"2" * 5000, 2)  # the last is torn off
+    )
     with contextlib.closing(Outbox(spool)) as outbox:
         assert outbox.counts() == {"queued": 2, "sent": 1, "failed": 0}
 
@@ -537,6 +549,15 @@ def test_a_disk_that_is_full_at_the_start_repeats_nothing_either(
         assert [mail.number for mail in outbox.due(1.0, 9.0, (), 9)] == [3]
         outbox.put([item("later")])
         assert outbox.counts() == {"queued": 2, "sent": 2, "failed": 0}
+
+
+def test_ticks_go_on_in_a_file_anew_when_theirs_was_removed(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item("a")])
+        Path(f"{spool}.sent").unlink()
+        (mail,) = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
+        assert outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, 0.0, 1.0, 9.0), 0.0)
+        assert Path(f"{spool}.sent").read_bytes() == b"%018d\n" % mail.number
 
 
 def test_one_commit_settles_all_that_was_ticked_off(outbox: Outbox) -> None:

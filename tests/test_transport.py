@@ -427,6 +427,43 @@ def test_a_server_that_loses_what_comes_with_the_dot_is_no_longer_hurried(script
     assert server.connections == 2
 
 
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_trouble_with_the_next_mail_comes_after_the_outcome_of_this_one(
+    scripted: Callable[..., Scripted], pipelining: bool
+) -> None:
+    server = scripted(extensions=("PIPELINING",) * pipelining)
+
+    def envelopes() -> Iterator[Envelope]:
+        yield from letters("a", "b")
+        raise MemoryError
+
+    transport = SMTPTransport(config(server.port))
+    delivering = transport.deliver(envelopes())
+    assert [one(next(delivering)).verdict for _ in "ab"] == [SENT, SENT]
+    with pytest.raises(MemoryError):
+        next(delivering)
+    assert [one(outcomes).verdict for outcomes in transport.deliver(letters("c"))] == [SENT]
+    transport.close()
+    assert [mail.recipients[0][0] for mail in server.mails] == ["a", "b", "c"]
+
+
+def test_a_server_out_of_step_after_the_dot_is_no_longer_hurried(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(answers={"MAIL": [b"250 ok\r\n", b"500 what\r\n"], "RCPT": [b"250 ok\r\n", b"503 MAIL first\r\n"],
+                               "DATA": [b"354 go\r\n", b"503 MAIL first\r\n"]})  # fmt: skip
+    assert [outcome.code for outcome in deliver_all(server.port, "a", "b", "c")] == [250, 250, 250]
+    assert [mail.recipients[0][0] for mail in server.mails] == ["a", "b", "c"]
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize(("place", "answer"), [("DATA", b"250 ok\r\n"), (".", b"354 what\r\n")])
+def test_an_answer_that_does_not_belong_there_is_a_later_and_ends_the_connection(
+    scripted: Callable[..., Scripted], place: str, answer: bytes
+) -> None:
+    server = scripted(answers={place: [answer]})
+    assert [outcome.verdict for outcome in deliver_all(server.port, "a", "b")] == [LATER, SENT]
+    assert server.connections == 2
+
+
 def test_who_stops_in_the_middle_leaves_no_mail_half_begun(scripted: Callable[..., Scripted]) -> None:
     server = scripted()
     transport = SMTPTransport(config(server.port))
