@@ -1907,7 +1907,6 @@ class Courier:
         self._lock = threading.Lock()  # guards all that follows
         self._batches: list[_Batch] = []  # what the senders have
         self._most_at_once = 1  # mails in a batch
-        self._brisk_until = 0.0  # a full batch is under way: a second sender would only take the interpreter from it
         self._history = outbox.begun(clock() - owner.window) if owner.window else History()
         self._fresh: int | None = None  # the newest row at the last look, while there is a backlog
         self._replan()
@@ -2009,7 +2008,7 @@ class Courier:
         planned anew.
         """
         with self._lock:
-            if time.monotonic() < self._brisk_until or not self._due():
+            if self._brisk() or not self._due():
                 return False
         if not self._opened(transport):
             return False
@@ -2022,6 +2021,11 @@ class Courier:
             with self._lock:
                 self._batches.remove(batch)
         return True
+
+    def _brisk(self) -> bool:
+        """Do full batches go out so quickly that a second sender would only take the interpreter from the first?"""
+        since = time.monotonic() - BRISK_S
+        return self._most_at_once == BATCH_MAILS and any(batch.taken_at > since for batch in self._batches)
 
     def _opened(self, transport: Transport) -> bool:
         began = time.monotonic()
@@ -2120,8 +2124,6 @@ class Courier:
 
     def _carry(self, batch: _Batch, transport: Transport) -> None:
         """Deliver a batch; batches grow while they go out briskly."""
-        if self._most_at_once == BATCH_MAILS:
-            self._brisk_until = batch.taken_at + BRISK_S
         with self._ringing:
             self._nudge()
         under_way: deque[tuple[Mail, Sequence[Item]]] = deque()
@@ -2140,7 +2142,6 @@ class Courier:
             self._insist_on_flush()
             took = time.monotonic() - batch.taken_at
             with self._lock:
-                self._brisk_until = 0.0
                 if took < BRISK_S:
                     self._most_at_once = min(BATCH_MAILS, self._most_at_once * 2)
                 elif took > BATCH_S:
