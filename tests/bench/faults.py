@@ -703,6 +703,8 @@ def several_addresses(run: Run) -> str:
         stage.offer(50)
         until("all is delivered", lambda: len(stage.delivered()) == 50)
         with hole("::1", stage.sink.port):
+            stage.relay.stop()
+            stage.relay.start(*wrapper)
             stage.offer(50)
             return finish(stage)
 

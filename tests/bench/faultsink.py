@@ -328,6 +328,8 @@ class Resolver:
         with contextlib.suppress(OSError):
             while True:
                 query, peer = self._sock.recvfrom(512)
+                if not query:  # closed
+                    return
                 self.asked += 1
                 if self.fault != "silence":
                     self._sock.sendto(self._answer(query), peer)
