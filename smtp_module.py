@@ -78,6 +78,7 @@ HOUSEKEEPING_S = 60.0
 BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; after this others may take what is left
 BATCH_MAILS = 32  # mails frozen by one commit
 PAGE_ROWS = 200  # read at once
+TICK_SLOTS, TICK_BYTES = 4096, 19  # more than 64 senders can have sent and not settled
 DAY_S = 86400.0
 MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
@@ -1276,6 +1277,7 @@ class Outbox:
         self._gathered: deque[_Ticket] = deque()
         self._ticked: deque[tuple[Mail, float]] = deque()  # over and noted; the next commit settles them
         self._ticking = threading.Lock()  # guards it, and the file that says the same; never held during a commit
+        self._slot = -1
         self._closed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1302,7 +1304,7 @@ class Outbox:
                 os.close(self._owned)
 
     def _open_ticks(self) -> int:
-        return os.open(f"{self.path}.sent", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        return os.open(f"{self.path}.sent", os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
 
     # opening, damage, loss
 
@@ -1401,8 +1403,6 @@ class Outbox:
                 with self._ticking:
                     for _ in ticked:
                         self._ticked.popleft()
-                    if ticked and not self._ticked:
-                        os.ftruncate(self._ticks, 0)
             except BaseException as error:
                 with contextlib.suppress(sqlite3.Error):
                     if self._db.in_transaction:
@@ -1426,6 +1426,7 @@ class Outbox:
             with contextlib.suppress(sqlite3.Error, OSError):
                 self._db.close()
                 self._db = self._open_sound()
+                os.ftruncate(self._ticks, 0)  # it may count from 1 again
         full = bool(re.search("is full|No space left", str(error)))
         if full:  # the log may hold room that the database does not need any more
             with contextlib.suppress(sqlite3.Error):
@@ -1614,7 +1615,9 @@ class Outbox:
             if mail.state != SENT:
                 return False
             with contextlib.suppress(OSError):
-                return os.write(self._ticks, b"%018d\n" % mail.number) == 19
+                self._slot = (self._slot + 1) % TICK_SLOTS  # what stands there was settled long ago
+                os.lseek(self._ticks, self._slot * TICK_BYTES, os.SEEK_SET)
+                return os.write(self._ticks, b"%018d\n" % mail.number) == TICK_BYTES
         return False
 
     def flush(self) -> None:
