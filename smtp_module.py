@@ -1266,6 +1266,67 @@ class _Ticket:
     error: Exception | None = None
 
 
+class Ticks:
+    """Mails that are over, until the next commit settles them.
+
+    Those that everybody has are also ticked off in a file, so that the end of the process repeats none of them. Its
+    slots are written again and again: what stood there was settled long ago, and no mail's number is given twice.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._slot = path, -1
+        self._waiting: deque[tuple[Mail, float]] = deque()
+        self._lock = threading.Lock()  # never held during a commit
+        self._open()
+
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+
+    def add(self, mail: Mail, now: float) -> bool:
+        """Remember it; True if it could be ticked off."""
+        with self._lock:
+            self._waiting.append((mail, now))
+            if mail.state != SENT:
+                return False
+            with contextlib.suppress(OSError):
+                self._slot = (self._slot + 1) % TICK_SLOTS
+                os.lseek(self._file, self._slot * TICK_BYTES, os.SEEK_SET)
+                return os.write(self._file, b"%018d\n" % mail.number) == TICK_BYTES
+        return False
+
+    def waiting(self) -> tuple[tuple[Mail, float], ...]:
+        """Mails to settle, and when they were over, oldest first."""
+        with self._lock:
+            return tuple(self._waiting)
+
+    def settled(self, number: int) -> None:
+        """So many of them, the oldest, are settled."""
+        with self._lock:
+            for _ in range(number):
+                self._waiting.popleft()
+
+    def numbers(self) -> list[int]:
+        """The mails that were ticked off before this start, settled or not."""
+        return [int(number) for number in re.findall(rb"(?m)^(\d{18})\n", Path(self._path).read_bytes())]
+
+    def clear(self) -> None:
+        """Forget what is in the file."""
+        os.ftruncate(self._file, 0)
+
+    def renew(self) -> None:
+        """Make the file anew if it was removed."""
+        if not os.fstat(self._file).st_nlink:
+            with self._lock:
+                os.close(self._file)
+                self._open()
+
+    def close(self) -> None:
+        """Close the file; what is ticked off after this is only remembered."""
+        with self._lock:
+            os.close(self._file)
+            self._file = -1  # the number may soon be another file's
+
+
 class Outbox:
     """The durable queue. Every method is safe to call from any thread, and raises SpoolError when the disk fails."""
 
@@ -1275,9 +1336,6 @@ class Outbox:
         self._schema, self._size_max = SCHEMA + schema, size_max
         self._lock = threading.RLock()
         self._gathered: deque[_Ticket] = deque()
-        self._ticked: deque[tuple[Mail, float]] = deque()  # over and noted; the next commit settles them
-        self._ticking = threading.Lock()  # guards it, and the file that says the same; never held during a commit
-        self._slot = -1
         self._closed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1286,7 +1344,7 @@ class Outbox:
             raise SpoolError(f"{self.path}: {error.strerror}") from None
         try:
             self._db = self._open_sound()
-            self._ticks = self._open_ticks()
+            self._ticks = Ticks(f"{self.path}.sent")
             self._read_ticks()
         except (sqlite3.Error, OSError) as error:
             os.close(self._owned)
@@ -1298,13 +1356,8 @@ class Outbox:
             if not self._closed:
                 self._closed = True
                 self._db.close()
-                with self._ticking:
-                    os.close(self._ticks)
-                    self._ticks = -1  # the number may soon be another file's
+                self._ticks.close()
                 os.close(self._owned)
-
-    def _open_ticks(self) -> int:
-        return os.open(f"{self.path}.sent", os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
 
     # opening, damage, loss
 
@@ -1386,23 +1439,18 @@ class Outbox:
             try:
                 if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
                     self._rescue()
-                if durable and not os.fstat(self._ticks).st_nlink:
-                    with self._ticking:
-                        os.close(self._ticks)
-                        self._ticks = self._open_ticks()
+                if durable:
+                    self._ticks.renew()
                 if durable != self._durable:
                     self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                     self._durable = durable
                 self._db.execute("BEGIN IMMEDIATE")
-                with self._ticking:
-                    ticked = tuple(self._ticked)
-                for mail, when in ticked:
+                over = self._ticks.waiting()
+                for mail, when in over:
                     self._settle(mail, when)
                 yield self._db
                 self._db.execute("COMMIT")
-                with self._ticking:
-                    for _ in ticked:
-                        self._ticked.popleft()
+                self._ticks.settled(len(over))
             except BaseException as error:
                 with contextlib.suppress(sqlite3.Error):
                     if self._db.in_transaction:
@@ -1426,7 +1474,7 @@ class Outbox:
             with contextlib.suppress(sqlite3.Error, OSError):
                 self._db.close()
                 self._db = self._open_sound()
-                os.ftruncate(self._ticks, 0)  # it may count from 1 again
+                self._ticks.clear()  # it may count from 1 again
         full = bool(re.search("is full|No space left", str(error)))
         if full:  # the log may hold room that the database does not need any more
             with contextlib.suppress(sqlite3.Error):
@@ -1564,7 +1612,7 @@ class Outbox:
 
     def due(self, now: float, latest: float, busy: Collection[int], most: int) -> list[Mail]:
         """Frozen mails to try again now. One that is due later than `latest` is due now: the clock was set back."""
-        taken = {*busy, *(mail.number for mail, _ in tuple(self._ticked))}
+        taken = {*busy, *(mail.number for mail, _ in self._ticks.waiting())}
         found = self._mails("(next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(taken))
         return [mail for mail in found if mail.number not in taken][:most]
 
@@ -1610,31 +1658,23 @@ class Outbox:
         True: everybody has the mail, and it is ticked off in a file beside the spool, so that the end of this
         process repeats nothing. Else `flush` should follow.
         """
-        with self._ticking:
-            self._ticked.append((mail, now))
-            if mail.state != SENT:
-                return False
-            with contextlib.suppress(OSError):
-                self._slot = (self._slot + 1) % TICK_SLOTS  # what stands there was settled long ago
-                os.lseek(self._ticks, self._slot * TICK_BYTES, os.SEEK_SET)
-                return os.write(self._ticks, b"%018d\n" % mail.number) == TICK_BYTES
-        return False
+        return self._ticks.add(mail, now)
 
     def flush(self) -> None:
         """Write down what was settled. Raises SpoolError; then it stays noted."""
-        if self._ticked:
+        if self._ticks.waiting():
             with self.transaction(durable=False):
                 pass
 
     def _read_ticks(self) -> None:
         """What the last owner had no time to settle."""
-        for number in re.findall(rb"(?m)^(\d{18})\n", Path(f"{self.path}.sent").read_bytes()):
-            for mail in self._mails("mail = ?", int(number)):
+        for number in self._ticks.numbers():
+            for mail in self._mails("mail = ?", number):
                 sent = replace(mail, state=SENT, recipients=(), taken=(*mail.taken, *mail.recipients))
-                self._ticked.append((sent, time.time()))
+                self._ticks.add(sent, time.time())
         with contextlib.suppress(SpoolError):  # a full disk; then the next commit that succeeds settles them
             self.flush()
-            os.ftruncate(self._ticks, 0)
+            self._ticks.clear()
 
     def _settle(self, mail: Mail, now: float) -> None:
         over = None if mail.state == FROZEN else now

@@ -591,10 +591,10 @@ def test_who_cannot_tick_a_mail_off_is_told_to_flush(outbox: Outbox) -> None:
     outbox.put([item("a")])
     (mail,) = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
     sent = smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, 0.0, 1.0, 9.0)
-    sound, outbox._ticks = outbox._ticks, os.open(os.devnull, os.O_RDONLY)
+    sound, outbox._ticks._file = outbox._ticks._file, os.open(os.devnull, os.O_RDONLY)
     assert not outbox.settle(sent, 0.0)
-    os.close(outbox._ticks)
-    outbox._ticks = sound
+    os.close(outbox._ticks._file)
+    outbox._ticks._file = sound
     outbox.flush()
     assert outbox.counts() == {"queued": 0, "sent": 1, "failed": 0}
     assert outbox.settle(sent, 0.0)
