@@ -648,7 +648,8 @@ class Connection:
             total += len(found)
             if self._lines.late(self._relay.config.idle_timeout_s):
                 raise TimeoutError("a line took too long")
-            if total >= BATCH_BYTES:
+            plain = not isinstance(self.sock, ssl.SSLSocket)
+            if total >= BATCH_BYTES or (plain and len(found) < READ_BYTES):  # less than asked for: there is no more
                 return
             found = read_now(self.sock)
         if found is not None:

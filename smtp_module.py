@@ -77,6 +77,7 @@ TICK_S = 0.5  # requests of the command line and retries are noticed within this
 HOUSEKEEPING_S = 60.0
 BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; after this others may take what is left
 BATCH_MAILS = 32  # mails frozen by one commit
+ROOM_S = 0.25  # the room on the disk is looked at no more often, while there is plenty
 PAGE_ROWS = 200  # read at once
 TICK_SLOTS, TICK_BYTES = 4096, 19  # more than 64 senders can have sent and not settled
 DAY_S = 86400.0
@@ -1336,6 +1337,7 @@ class Outbox:
         self._schema, self._size_max = SCHEMA + schema, size_max
         self._lock = threading.RLock()
         self._gathered: deque[_Ticket] = deque()
+        self._room = self._room_until = 0.0
         self._closed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1513,26 +1515,37 @@ class Outbox:
                 ticket.receipts = receipts
 
     def _check_room(self, more: int) -> None:
-        """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them."""
+        """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them.
+
+        An eighth of what was found may be used up, and ROOM_S may pass, before the next look.
+        """
+        self._room -= 4 * more  # rows take more than what they hold
+        if self._room > 0 and time.monotonic() < self._room_until:
+            return
         pages, free, page = (
             self.rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
         )
         used = (pages - free) * page
-        if self._size_max is not None and used + more > self._size_max:
+        spare = math.inf if self._size_max is None else self._size_max - used - more
+        if spare < 0:
             raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
-        if self._disk_lacks(more, free * page):
+        disk = self._disk_spare(more, free * page)
+        if disk < 0:
             self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
-            if self._disk_lacks(more, free * page):
-                raise DiskFull(f"{self.path}: the disk is full")
+            disk = self._disk_spare(more, free * page)
+        if disk < 0:
+            raise DiskFull(f"{self.path}: the disk is full")
+        self._room, self._room_until = min(spare, disk) / 8, time.monotonic() + ROOM_S
 
-    def _disk_lacks(self, more: int, unused: int) -> bool:
-        """Everything is written twice, into the log and then into the database, which may have unused room."""
+    def _disk_spare(self, more: int, unused: int) -> int:
+        """Bytes left on the disk after so many more. Everything is written twice, into the log and then into the
+        database, which may have unused room."""
         try:
             disk, waits = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
         except FileNotFoundError:  # nothing was written yet, or the folder was removed, which is noticed elsewhere
-            return False
+            return 0
         reserve = min(DISK_RESERVE_BYTES, disk.total // 20)
-        return disk.free - reserve - more < max(0, waits + more - unused)
+        return disk.free - reserve - more - max(0, waits + more - unused)
 
     def add(self, db: sqlite3.Connection, item: NewItem) -> Receipt:
         """Add an item inside a transaction."""
