@@ -2069,7 +2069,9 @@ class Courier:
         if not self._opened(transport):
             return False
         with self._lock:
-            batch = _Batch(self._freeze() if self._due() else [])
+            if not self._due():  # another sender was quicker
+                return True
+            batch = _Batch(self._freeze())
             self._batches.append(batch)
         try:
             self._carry(batch, transport)
@@ -2179,7 +2181,7 @@ class Courier:
     # delivering
 
     def _carry(self, batch: _Batch, transport: Transport) -> None:
-        """Deliver a batch; batches grow while they go out briskly."""
+        """Deliver a batch; batches grow while full ones go out briskly."""
         with self._ringing:
             self._nudge()
         under_way: deque[tuple[Mail, Sequence[Item]]] = deque()
@@ -2198,7 +2200,7 @@ class Courier:
             self._insist_on_flush()
             took = time.monotonic() - batch.taken_at
             with self._lock:
-                if took < BRISK_S:
+                if took < BRISK_S and len(batch.begun) >= self._most_at_once:
                     self._most_at_once = min(BATCH_MAILS, self._most_at_once * 2)
                 elif took > BATCH_S:
                     self._most_at_once = max(1, self._most_at_once // 2)

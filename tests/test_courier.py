@@ -827,6 +827,17 @@ def test_an_alert_after_a_quiet_week_goes_at_once(bench: Callable[..., Bench]) -
     assert b.post.ids() == ["a", "b", "c", "d"]
 
 
+def test_batches_grow_only_while_full_ones_go_out_briskly(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    for name in "abcdef":
+        b.put(name)
+        b.run()
+    assert b.courier._most_at_once == 2
+    b.put(*(f"i{n}" for n in range(100)))
+    b.run()
+    assert b.courier._most_at_once == smtp.BATCH_MAILS
+
+
 def test_a_sender_takes_over_no_more_than_half(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     b = bench()
     b.courier._most_at_once = 8
