@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -323,6 +324,11 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
     yield start
     for server in started:
         server.stop()
+
+
+def pytest_configure() -> None:
+    """The programs under test must hear Ctrl-C, though a shell may have started the tests deaf to it (`pytest &`)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
