@@ -209,8 +209,10 @@ class Scripted:
             self.open.append(sock)
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
-    def _say(self, sock: socket.socket, key: str, line: str, usual: bytes) -> bytes:
-        """Answer; the bytes said last, CLOSE for none."""
+    def _say(
+        self, sock: socket.socket, key: str, line: str, usual: bytes, mail: Received | None = None
+    ) -> bytes:
+        """Answer; the bytes said last, CLOSE for none. A mail that is taken is in `mails` before anybody is told."""
         answer: Any = self.answers.get(key, usual)
         if isinstance(answer, list):
             answer = answer.pop(0) if answer else usual
@@ -220,6 +222,8 @@ class Scripted:
             sock.recv(1)  # until the peer has had enough
             answer = CLOSE
         for piece in [answer] if isinstance(answer, bytes) else answer:
+            if mail and piece.startswith(b"250"):
+                self.mails.append(mail)
             sock.sendall(piece)
             answer = piece
         return answer
@@ -259,12 +263,10 @@ class Scripted:
                 if self.hears is not None:
                     file.read(self.hears)
                     return
-                content = _read_mail(file)
-                said = self._say(sock, ".", "", b"250 taken\r\n" if recipients else b"554 nobody\r\n")
+                mail = Received(sender or "", recipients, _read_mail(file))
+                said = self._say(sock, ".", "", b"250 taken\r\n" if recipients else b"554 nobody\r\n", mail)
                 if not said:
                     return
-                if said.startswith(b"250") and sender is not None:
-                    self.mails.append(Received(sender, recipients, content))
                 sender, recipients = None, []
                 if self.swallows:
                     self.swallows -= 1
