@@ -385,6 +385,8 @@ class Connection:
             data = self.socket.recv(ANSWER_MAX_BYTES)
         except TimeoutError:
             return []
+        except ConnectionResetError as error:
+            raise ConnectionError(f"{error.strerror}{self.hint}") from None
         if not data:
             raise ConnectionError(f"the relay closed the connection{self.hint}")
         *lines, self.rest = (self.rest + data).split(b"\n")

@@ -1624,7 +1624,7 @@ FIELDS = {
 EVENTS = [  # the first that fits
     (r"tamper|mask|blind|cover|obstruct|occlu|scene change|defocus", "TAMPER_DETECTED"),
     (r"reconnect|video (signal )?(recover|restor)", "CAMERA_RECONNECTED"),
-    (r"video\s*(signal\s*)?loss|no video|signal lost|disconnect|offline|lost connection", "CAMERA_DISCONNECTED"),
+    (r"video\s*(signal\s*)?los[st]|no video|signal lost|disconnect|offline|lost connection", "CAMERA_DISCONNECTED"),
     (r"\bdoor\b", "DOOR_OPENED"),
     (r"restart|reboot|power.?on|start.?up", "SYSTEM_RESTARTED"),
     (r"\btest(ing)?\b", "TEST"),

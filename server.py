@@ -435,7 +435,7 @@ FIELDS: Mapping[str, Callable[[object], Any]] = {
     "event": _matching(EVENT_NAME, "event must be 1 to 64 characters of A-Z a-z 0-9 _ . -"),
     "camera": _matching(CAMERA, "a camera's name must be 1 to 128 printable characters"),
     "timestamp": _timestamp,
-    "image_url": _matching(WEB_LINK, "image_url must be a link that begins with http:// or https://"),
+    "image_url": _matching(WEB_LINK, "image_url must be an http:// or https:// link without blanks, up to 4000 long"),
     "meta": _meta,
     "id": _matching(EVENT_ID, "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"),
 }
@@ -958,6 +958,8 @@ class _Desk:
         if not urgent and self._now < self._quiet_until:
             return self._hold(self._quiet_until, "quiet hours")
         kind = "" if event == SUMMARY else self._late(row, urgent)
+        if kind == "spread":  # what its lane has begun a digest with goes with that, whatever is left for others
+            kind = self._joined.get(row.lane, kind)
         if not kind and self._config.cooldown_s and event != SUMMARY:
             began = self._began.get(row.lane, math.inf)
             ends = began + self._config.cooldown_s if began <= self._now else -math.inf  # or the clock was set back

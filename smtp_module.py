@@ -1697,6 +1697,10 @@ class Outbox:
             "UPDATE mails SET state = ?, next = ?, tries = ?, waited = ?, bare = ?, error = ?, settled = ?,"
             " recipients = ?, taken = ?, refused = ? WHERE mail = ?", (*row, *lists, mail.number),
         )  # fmt: skip
+        if mail.failed and not mail.taken:  # nobody has read what it tells of: another mail shall
+            undo = "UPDATE items SET told = 0 WHERE settled IS NULL AND state = 3 AND told = ?"
+            self._db.execute(undo, (mail.number,))
+            self._db.execute("UPDATE mails SET failed = 0, why = '' WHERE mail = ?", (mail.number,))
         if mail.state == FROZEN:
             return
         change = "state = 2, settled = ?, error = NULL, payload = NULL, picture = NULL"
@@ -1707,9 +1711,6 @@ class Outbox:
             values = (mail.error, json.dumps(mail.taken))
         seqs = [(*values, seq) for seq in mail.items]
         number = self._db.executemany(f"UPDATE items SET {change} WHERE seq = ? AND state = 1", seqs).rowcount
-        if mail.failed and not mail.taken:  # nobody has read what it told of
-            undo = "UPDATE items SET told = 0 WHERE settled IS NULL AND state = 3 AND told = ?"
-            self._db.execute(undo, (mail.number,))
         self._counts[WAITING] -= number
         self._counts[mail.state] += number
 
@@ -2338,7 +2339,7 @@ class Courier:
         """Twice a second: requests of the command line, housekeeping, the remark for `queue`."""
         if self._requests():
             with self._lock:
-                self._hold_until = 0.0
+                self._hold_until, self._hold_tries = 0.0, 0
                 self._replan()
             self.ring()
         hold = self._hold

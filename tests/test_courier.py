@@ -305,6 +305,19 @@ def test_a_refusal_is_final_shown_and_told_once(bench: Callable[..., Bench]) -> 
     assert [(m.failed, "5.1.1" in m.why) for m in b.owner.rendered[-2:]] == [(1, True), (0, False)]
 
 
+def test_a_failure_is_told_by_a_mail_that_goes_out_and_not_by_one_that_waits(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    replies = {"bad": NO, "temp": BUSY}
+    b.post.say = lambda ids, name: replies.get(ids, YES)
+    for name in ("bad", "temp", "good", "better"):
+        b.put(name)
+        b.run()
+    assert [m.failed for m in b.owner.rendered] == [0, 1, 1, 0]
+    replies.clear()
+    b.later(100)
+    assert b.post.ids() == ["good", "better", "temp"] and b.owner.rendered[-1].failed == 0
+
+
 def test_later_means_backoff_with_jitter_and_another_try_as_the_same_mail(bench: Callable[..., Bench]) -> None:
     b = bench()
     b.post.say = lambda ids, name: BUSY
@@ -668,6 +681,18 @@ def test_a_pass_looks_at_few_rows_of_a_long_queue(bench: Callable[..., Bench]) -
 
 def request(spool: Path, what: str, name: str) -> None:
     Path(f"{spool}.request-{time.time_ns()}").write_text(json.dumps([what, name]))
+
+
+def test_a_retry_by_hand_does_not_make_the_next_try_later(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.post.away = AWAY
+    b.put("a")
+    b.run()
+    for _ in range(5):
+        request(b.spool, "retry", "all")
+        b.courier.tick()
+        b.run()
+    assert b.courier._hold_until - time.monotonic() <= 20
 
 
 def test_retry_sends_what_failed_again_and_ends_a_hold(bench: Callable[..., Bench]) -> None:

@@ -339,6 +339,13 @@ def test_daily_limit_of_the_table(
     assert plan.wake == (None if wake is None else pytest.approx(NOW + wake, abs=0.001))
 
 
+def test_a_digest_that_uses_up_half_of_the_limit_holds_all_that_waits_for_it() -> None:
+    config = replace(TWENTY, cooldown_s=60.0)
+    rows = [row(number, NOW - 5, camera="yard") for number in range(2, 6)]
+    sent = {"times": [NOW - HOUR] * 9, "lanes": {f"{MOTION} yard": NOW - 60}}
+    assert mails(decide(config, rows, NOW, **sent)) == [(2, 3, 4, 5)]
+
+
 def test_digests_for_several_recipients_share_the_daily_limit() -> None:
     config = replace(TWENTY, routes=routes("c0=a@y.org; c1=b@y.org; c2=c@y.org"))
     times = [NOW - DAY_S / 5] * 10
