@@ -28,7 +28,7 @@ from harness import Relay, Run, Stage, Table, certificate, must, needs, until
 
 table = Table()
 row = table.row
-HONEST_P99_S, FRESH_MAX_S = 1.0, 5.0  # fresh connections: seconds to connect and have an answer, busy being one
+HONEST_P99_S, FRESH_MAX_S = 5.0, 5.0  # red beyond; a loaded machine is slow, and "held up" is for ever
 
 
 class Honest:
