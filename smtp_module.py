@@ -70,6 +70,7 @@ DEBUG_HOST, DEBUG_PORT = "localhost", 1025  # where mail goes while nothing is c
 SUBMISSION_PORT, SUBMISSIONS_PORT = 587, 465  # RFC 6409, RFC 8314
 TIMEOUT_S = 30.0
 FINAL_DOT_TIMEOUT_S = 600.0  # RFC 5321 4.5.3.2.6: a shorter wait makes duplicates
+ATTEMPT_S, SLOWEST_BYTES_S = 600.0, 10_000  # a login, or a mail up to its dot, is given up after this and its size
 REPLY_MAX_BYTES, REPLY_MAX_LINES = 64 * 1024, 1000  # a reply that goes on for ever must not fill the memory
 LINGER_S = 1.0  # a connection is kept this long after the last mail: the next server may serve one at a time
 PROBE_MAX_S = 60.0  # an unreachable server is tried at least once a minute: a router comes back unannounced
@@ -744,7 +745,8 @@ class Dialogue(smtplib.SMTP):
     def __init__(self, config: SMTPConfig, report: Callable[[str, str], None]) -> None:
         super().__init__(local_hostname="localhost", timeout=config.timeout_s)  # without a host it does not connect
         self.step = "resolve"
-        self.patience_s = config.timeout_s
+        self.patience_s = config.timeout_s  # for one reply
+        self.deadline = time.monotonic() + ATTEMPT_S  # for all of them, and for what is sent
         self.dirty = False  # a transaction was left open: RSET comes first
         self._config, self._report = config, report
         self._received = bytearray()
@@ -827,11 +829,11 @@ class Dialogue(smtplib.SMTP):
     def write(self, pieces: Sequence[bytes]) -> None:
         """Send pieces; small ones as one packet."""
         assert self.sock is not None
-        self.sock.settimeout(self._config.timeout_s)
         if sum(map(len, pieces)) < PIECE:
             pieces = [b"".join(pieces)]
         try:
             for piece in pieces:
+                self.sock.settimeout(max(0.001, min(self._config.timeout_s, self.deadline - time.monotonic())))
                 self.sock.sendall(piece)
         except ConnectionError:  # a server that hangs up in the middle of a mail has often said why
             self.patience_s = 1.0
@@ -845,7 +847,7 @@ class Dialogue(smtplib.SMTP):
 
     def getreply(self) -> tuple[int, bytes]:
         """One whole reply. What is no reply raises SMTPResponseException, and so does 421, which ends a connection."""
-        until = time.monotonic() + self.patience_s
+        until = min(time.monotonic() + self.patience_s, self.deadline)
         lines: list[bytes] = []
         for _ in range(REPLY_MAX_LINES):
             line = self._line(until)
@@ -997,6 +999,7 @@ class SMTPTransport:
         smtp = self._smtp
         assert smtp is not None
         smtp.step, smtp.patience_s = "mail", self._config.timeout_s
+        smtp.deadline = time.monotonic() + ATTEMPT_S + parcel.length / SLOWEST_BYTES_S
         if too_big := self._too_big(parcel):
             return dict.fromkeys(parcel.envelope.recipients, too_big)
         if smtp.dirty:
@@ -1044,6 +1047,7 @@ class SMTPTransport:
         smtp.step, smtp.patience_s = "dot", FINAL_DOT_TIMEOUT_S
         smtp.write([*parcel.pieces, last])
         ahead.see(2)
+        smtp.deadline = math.inf  # the answer to the dot has a patience of its own
         code, words = smtp.getreply()
         if 300 <= code < 400:
             raise OutOfStep(f"{code} after the mail")

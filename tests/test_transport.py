@@ -6,6 +6,7 @@ import base64
 import hmac
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -500,6 +501,40 @@ def test_a_mail_too_big_for_the_server_is_not_begun(scripted: Callable[..., Scri
 
 
 # time and size
+
+
+def test_an_attempt_has_a_deadline_though_each_answer_comes_in_time(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smtp, "ATTEMPT_S", 0.3)
+
+    def slowly(line: str) -> bytes:
+        time.sleep(0.05)
+        return b"250 ok\r\n"
+
+    server = scripted(answers={"RCPT": slowly})
+    began = time.monotonic()
+    found = deliver(server.port, *(f"u{number}@example.com" for number in range(50)))
+    assert {(outcome.verdict, outcome.step, outcome.detail) for outcome in found.values()} == {(LATER, "rcpt", "timed out")}
+    assert time.monotonic() - began < 2 and not server.mails
+
+
+def test_a_mail_that_is_not_read_has_a_deadline(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smtp, "ATTEMPT_S", 0.3)
+    monkeypatch.setattr(smtp, "SLOWEST_BYTES_S", 1 << 30)
+    go = threading.Event()
+
+    def silent(line: str) -> Iterator[bytes]:
+        yield b"354 go on\r\n"
+        go.wait(20)
+
+    began = time.monotonic()
+    found = one(deliver(scripted(answers={"DATA": silent}).port, data=[b"x" * 70 + b"\r\n"] * 500_000, timeout_s=20.0))
+    go.set()
+    assert (found.verdict, found.step, found.detail) == (LATER, "dot", "timed out")
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("place", ["greeting", "EHLO", "MAIL", "RCPT", "DATA"])
