@@ -528,9 +528,9 @@ class Lines:
 
     def feed(self, chunk: bytes) -> list[bytes | Refusal]:
         """The lines that end in this chunk, without blank ones; a Refusal that closes comes last."""
+        if b"\n" not in chunk:  # many times as quick as split
+            return self._keep(chunk)
         first, *rest = chunk.split(b"\n")
-        if not rest:
-            return self._keep(first)
         lines = [line.removesuffix(b"\r") for line in (self._finish(first), *rest[:-1])]
         whole = [self._too_large if len(line) > self._limit else line for line in lines if not line.isspace()]
         return [line for line in whole if line] + self._keep(rest[-1])
@@ -737,7 +737,8 @@ class Relay:
         try:
             return line if isinstance(line, Refusal) else parse_line(line, self._token, now)
         except Refusal as refusal:
-            return refusal
+            # a new one: what was raised remembers its frames, and would keep the connection alive
+            return Refusal(refusal.code, refusal.detail, closes=refusal.closes)
         except MemoryError:  # about us, not about the line: it must come again
             self._short_of_memory()
             return Refusal("busy", "the relay is short of memory; try again later", closes=True)
@@ -755,7 +756,7 @@ class Relay:
             if full and len(events) > 1 and not isinstance(error, smtp.DiskFull):
                 # What fits into the spool is taken. The last room of a disk is for bookkeeping.
                 return [receipt for event in events for receipt in self._journal([event])]
-            self._complain(type(error).__name__, error)
+            self._complain(type(error).__name__, str(error))
             sentence = "no room is left for alerts; try again later" if full else "the disk failed; try again later"
             return [Refusal("spool_full" if full else "spool_error", sentence)] * len(events)
         self._ring()
@@ -1681,6 +1682,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.demo:
         return demo()
     smtp.start_logging(args.log_level)
+    smtp.keep_buffers()
     flags = {"ALERT_HOST": args.host, "ALERT_PORT": args.port, "ALERT_SPOOL": args.spool}
     try:
         settings = Settings.load(flags, args.env_file)

@@ -54,7 +54,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 try:
     import fcntl
@@ -1125,7 +1125,7 @@ def dot_stuffed(pieces: Sequence[bytes]) -> list[bytes]:
 # ───────────────────────────────────────────── Outbox ───────────────────────────────────────────────
 # A durable queue in one SQLite file that does not know what it carries. One process owns a file, one connection
 # does every write and checkpoint (SQLite before 3.51.3 can corrupt a WAL file that two connections write).
-# Beside it lie its lock and, for a moment, the numbers of mails that were sent and are not settled yet.
+# Beside it lie its lock, the pictures and, for a moment, the numbers of mails that were sent and are not settled yet.
 
 WAITING, FROZEN, SENT, FAILED, DROPPED = range(5)  # of an item; a mail is FROZEN, then SENT or FAILED
 
@@ -1135,7 +1135,8 @@ CREATE TABLE IF NOT EXISTS items(     -- one row a life; what is settled keeps i
   state INTEGER NOT NULL DEFAULT 0, settled REAL, error TEXT,
   taken TEXT,                         -- who has it already, though it failed for others
   told INTEGER NOT NULL DEFAULT 0,    -- the mail that tells of this failure
-  sum BLOB NOT NULL, picture_sum BLOB, payload BLOB, picture BLOB);
+  sum BLOB NOT NULL, payload BLOB,
+  picture_sum BLOB, picture_at INTEGER, picture_size INTEGER);  -- in the file of pictures
 CREATE INDEX IF NOT EXISTS items_open ON items(state, seq) WHERE settled IS NULL;
 CREATE INDEX IF NOT EXISTS items_settled ON items(settled, state) WHERE settled IS NOT NULL;
 CREATE INDEX IF NOT EXISTS items_untold ON items(seq) WHERE state = 3 AND told = 0;
@@ -1264,14 +1265,58 @@ class History:
     kinds: dict[str, float] = field(default_factory=dict)
 
 
+class Place(NamedTuple):
+    """A picture's SHA-256, and where it lies in the file of pictures; the size is 0 where there is none."""
+
+    sum: bytes | None = None
+    at: int = 0
+    size: int = 0
+
+
 @dataclass(eq=False)
 class _Ticket:
     items: Sequence[NewItem]
+    places: Sequence[Place]  # one an item
     receipts: list[Receipt] | None = None
     error: Exception | None = None
 
 
-class Ticks:
+class SideFile:
+    """A file beside the database, held open; one that was removed is made anew."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()  # never held during a commit
+        self._file = self._opened()
+
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+
+    def renew(self) -> None:
+        """Make the file anew if it was removed."""
+        if not os.fstat(self._file).st_nlink:
+            with self._lock:
+                anew = self._opened()
+                self._rescue(anew)
+                os.close(self._file)
+                self._file = anew
+
+    def _rescue(self, anew: int) -> None:
+        """Copy what is worth it."""
+
+    def _write(self, file: int, at: int, data: bytes) -> None:
+        os.lseek(file, at, os.SEEK_SET)  # Windows has no pwrite
+        while data:
+            data = data[os.write(file, data) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            os.close(self._file)
+            self._file = -1  # the number may soon be another file's
+
+
+class Ticks(SideFile):
     """Mails that are over, until the next commit settles them.
 
     Those that everybody has are also ticked off in a file, so that the end of the process repeats none of them. Its
@@ -1279,13 +1324,9 @@ class Ticks:
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._slot = path, -1
+        super().__init__(path)
+        self._slot = -1
         self._waiting: deque[tuple[Mail, float]] = deque()
-        self._lock = threading.Lock()  # never held during a commit
-        self._open()
-
-    def _open(self) -> None:
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
 
     def add(self, mail: Mail, now: float) -> bool:
         """Remember it; True if it could be ticked off."""
@@ -1295,8 +1336,8 @@ class Ticks:
                 return False
             with contextlib.suppress(OSError):
                 self._slot = (self._slot + 1) % TICK_SLOTS
-                os.lseek(self._file, self._slot * TICK_BYTES, os.SEEK_SET)
-                return os.write(self._file, b"%018d\n" % mail.number) == TICK_BYTES
+                self._write(self._file, self._slot * TICK_BYTES, b"%018d\n" % mail.number)
+                return True
         return False
 
     def waiting(self) -> tuple[tuple[Mail, float], ...]:
@@ -1318,18 +1359,99 @@ class Ticks:
         """Forget what is in the file."""
         os.ftruncate(self._file, 0)
 
-    def renew(self) -> None:
-        """Make the file anew if it was removed."""
-        if not os.fstat(self._file).st_nlink:
-            with self._lock:
-                os.close(self._file)
-                self._open()
 
-    def close(self) -> None:
-        """Close the file; what is ticked off after this is only remembered."""
+class Pictures(SideFile):
+    """The pictures of what waits. SQLite would write each of them twice, page by page.
+
+    A row says where its picture lies. The place is free again once the end of that row is on disk, and no earlier: a
+    power cut could bring the row back.
+    """
+
+    def __init__(self, path: str, used: Iterable[Place]) -> None:
+        super().__init__(path)
+        sync_folder(path)
+        self._end = 0
+        self._gaps: list[tuple[int, int]] = []  # start and end of what is free before the end
+        for place in sorted(used, key=lambda place: place.at):
+            if place.at > self._end:
+                self._gaps.append((self._end, place.at))
+            self._end = max(self._end, place.at + place.size)
+
+    def write(self, pictures: Sequence[bytes | None]) -> list[Place]:
+        """Put them where there is room; they are on disk when this returns. Raises OSError; then nothing was kept."""
+        if not any(pictures):
+            return [Place()] * len(pictures)
+        sums = [hashlib.sha256(picture).digest() if picture else None for picture in pictures]
+        places: list[Place] = []
+        try:
+            with self._lock:
+                for picture, digest in zip(pictures, sums, strict=True):
+                    places.append(Place(digest, self._reserved(len(picture)), len(picture)) if picture else Place())
+                    self._write(self._file, places[-1].at, picture or b"")
+            sync(self._file)
+        except BaseException:
+            self.free(places)
+            raise
+        return places
+
+    def _reserved(self, size: int) -> int:
+        """Where so many bytes have room: in the first gap that is large enough, or at the end."""
+        for number, (start, end) in enumerate(self._gaps):
+            if end - start >= size:
+                self._gaps[number] = (start + size, end)
+                return start
+        self._end += size
+        return self._end - size
+
+    def read(self, place: Place) -> bytes | None:
+        """The picture; None if it is not the one that was written there. Raises OSError."""
         with self._lock:
-            os.close(self._file)
-            self._file = -1  # the number may soon be another file's
+            os.lseek(self._file, place.at, os.SEEK_SET)
+            picture = os.read(self._file, place.size)
+        return picture if hashlib.sha256(picture).digest() == place.sum else None
+
+    def free(self, places: Iterable[Place]) -> None:
+        """These places may be used again."""
+        with self._lock:
+            gaps: list[tuple[int, int]] = []
+            for start, end in sorted((*self._gaps, *((place.at, place.at + place.size) for place in places))):
+                if gaps and gaps[-1][1] == start:
+                    gaps[-1] = gaps[-1][0], end
+                elif start < end:
+                    gaps.append((start, end))
+            if gaps and gaps[-1][1] == self._end:
+                self._end = gaps.pop()[0]
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, self._end)
+            self._gaps = gaps
+
+    def size(self) -> tuple[int, int]:
+        """Bytes in use, and bytes free among them."""
+        with self._lock:
+            free = sum(end - start for start, end in self._gaps)
+            return self._end - free, free
+
+    def _rescue(self, anew: int) -> None:
+        with open(self._file, "rb", closefd=False) as source, open(anew, "wb", closefd=False) as copy:
+            source.seek(0)
+            shutil.copyfileobj(source, copy)
+        sync(anew)
+        sync_folder(self._path)
+
+
+def sync(file: int) -> None:
+    """What was written to the file is on disk when this returns. Raises OSError."""
+    getattr(os, "fdatasync", os.fsync)(file)
+
+
+def sync_folder(path: str) -> None:
+    """The name of the file is on disk when this returns."""
+    with contextlib.suppress(OSError):  # Windows opens no folder
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class Outbox:
@@ -1341,6 +1463,7 @@ class Outbox:
         self._schema, self._size_max = SCHEMA + schema, size_max
         self._lock = threading.RLock()
         self._gathered: deque[_Ticket] = deque()
+        self._over: list[Place] = []  # of rows that have ended, which is not surely on disk
         self._room = self._room_until = 0.0
         self._closed = False
         try:
@@ -1350,6 +1473,8 @@ class Outbox:
             raise SpoolError(f"{self.path}: {error.strerror}") from None
         try:
             self._db = self._open_sound()
+            shown = "SELECT picture_sum, picture_at, picture_size FROM items WHERE settled IS NULL AND picture_size"
+            self._pictures = Pictures(f"{self.path}.pictures", itertools.starmap(Place, self._db.execute(shown)))
             self._ticks = Ticks(f"{self.path}.sent")
             self._read_ticks()
         except (sqlite3.Error, OSError) as error:
@@ -1363,6 +1488,7 @@ class Outbox:
                 self._closed = True
                 self._db.close()
                 self._ticks.close()
+                self._pictures.close()
                 os.close(self._owned)
 
     # opening, damage, loss
@@ -1399,13 +1525,14 @@ class Outbox:
             small = self.path.stat().st_size < CHECKED_MAX_BYTES
             if small and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("damaged")
-            db.execute("PRAGMA page_size=8192")  # of a new file; a picture is a chain of pages
             db.execute("PRAGMA secure_delete=OFF")  # Debian's default writes zeros over all that was sent
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             if pragma(db, "synchronous") != 2:
                 raise sqlite3.OperationalError("synchronous=FULL was not taken")
             db.executescript(self._schema)
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk
+                db.execute("PRAGMA wal_checkpoint")  # what a killed owner has settled is on disk from here on
             self._recount(db)
         except BaseException:
             db.close()
@@ -1442,22 +1569,28 @@ class Outbox:
         the next durable one). Raises SpoolError; then nothing was done.
         """
         with self._lock:
+            known = len(self._over)
             try:
                 if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
                     self._rescue()
                 if durable:
+                    self._pictures.renew()
                     self._ticks.renew()
                 if durable != self._durable:
                     self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                     self._durable = durable
                 self._db.execute("BEGIN IMMEDIATE")
-                over = self._ticks.waiting()
-                for mail, when in over:
+                sent = self._ticks.waiting()
+                for mail, when in sent:
                     self._settle(mail, when)
                 yield self._db
                 self._db.execute("COMMIT")
-                self._ticks.settled(len(over))
+                self._ticks.settled(len(sent))
+                if durable and self._over:
+                    self._pictures.free(self._over)
+                    self._over = []
             except BaseException as error:
+                del self._over[known:]
                 with contextlib.suppress(sqlite3.Error):
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
@@ -1494,20 +1627,34 @@ class Outbox:
 
         The same id with the same content is a duplicate; with other content it gets a suffix. Raises SpoolError.
         """
-        ticket = _Ticket(items)
+        ticket = _Ticket(items, self._laid_down([item.picture for item in items]))
         self._gathered.append(ticket)
         with self._lock:  # whoever gets it commits all that gathered; the others find their tickets done
             if ticket.receipts is None and ticket.error is None:
                 self._commit([self._gathered.popleft() for _ in range(len(self._gathered))])
         if ticket.receipts is None:
-            raise ticket.error or SpoolError("interrupted")
+            self._pictures.free(ticket.places)
+            try:
+                raise ticket.error or SpoolError("interrupted")
+            finally:
+                ticket.error = None  # else the two keep each other alive, and all that stands on the stack
         return ticket.receipts
+
+    def _laid_down(self, pictures: Sequence[bytes | None]) -> Sequence[Place]:
+        """The pictures on disk, each by the thread that brings it."""
+        if size := sum(len(picture or b"") for picture in pictures):
+            self._check_room(0, size)
+        try:
+            return self._pictures.write(pictures)
+        except OSError as error:
+            with self._lock:
+                self._fail(error)
 
     def _commit(self, tickets: Sequence[_Ticket]) -> None:
         try:
-            self._check_room(sum(len(i.payload) + len(i.picture or b"") for t in tickets for i in t.items))
+            self._check_room(sum(len(item.payload) for ticket in tickets for item in ticket.items), 0)
             with self.transaction() as db:
-                done = [[self.add(db, item) for item in ticket.items] for ticket in tickets]
+                done = [list(map(self.add, itertools.repeat(db), one.items, one.places)) for one in tickets]
         except Exception as error:
             alone = len(tickets) == 1 or (isinstance(error, SpoolError) and not isinstance(error, SpoolFull))
             for ticket in tickets:
@@ -1518,31 +1665,33 @@ class Outbox:
             for ticket, receipts in zip(tickets, done, strict=True):
                 ticket.receipts = receipts
 
-    def _check_room(self, more: int) -> None:
+    def _check_room(self, rows: int, pictures: int) -> None:
         """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them.
 
         An eighth of what was found may be used up, and ROOM_S may pass, before the next look.
         """
-        self._room -= 4 * more  # rows take more than what they hold
+        self._room -= 4 * (rows + pictures)  # rows take more than what they hold
         if self._room > 0 and time.monotonic() < self._room_until:
             return
         pages, free, page = (
             self.rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
         )
-        used = (pages - free) * page
-        spare = math.inf if self._size_max is None else self._size_max - used - more
+        shown, gaps = self._pictures.size()
+        used = (pages - free) * page + shown
+        spare = math.inf if self._size_max is None else self._size_max - used - rows - pictures
         if spare < 0:
             raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
-        disk = self._disk_spare(more, free * page)
+        needed = max(0, pictures - gaps)
+        disk = self._disk_spare(rows, free * page) - needed
         if disk < 0:
             self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
-            disk = self._disk_spare(more, free * page)
+            disk = self._disk_spare(rows, free * page) - needed
         if disk < 0:
             raise DiskFull(f"{self.path}: the disk is full")
         self._room, self._room_until = min(spare, disk) / 8, time.monotonic() + ROOM_S
 
     def _disk_spare(self, more: int, unused: int) -> int:
-        """Bytes left on the disk after so many more. Everything is written twice, into the log and then into the
+        """Bytes left on the disk after so many more in rows. They are written twice, into the log and then into the
         database, which may have unused room."""
         try:
             disk, waits = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
@@ -1551,21 +1700,22 @@ class Outbox:
         reserve = min(DISK_RESERVE_BYTES, disk.total // 20)
         return disk.free - reserve - more - max(0, waits + more - unused)
 
-    def add(self, db: sqlite3.Connection, item: NewItem) -> Receipt:
-        """Add an item inside a transaction."""
-        sums = hashlib.sha256(item.payload).digest(), item.picture and hashlib.sha256(item.picture).digest()
+    def add(self, db: sqlite3.Connection, item: NewItem, place: Place = Place()) -> Receipt:  # noqa: B008
+        """Add an item inside a transaction; `place` is where its picture lies."""
+        sums = hashlib.sha256(item.payload).digest(), place.sum
         name = item.id
         while not item.fresh:
             known = db.execute("SELECT sum, picture_sum FROM items WHERE id = ?", (name,)).fetchone()
             if known is None:
                 break
             if known == sums or name != item.id:
+                self._over.append(place)
                 return Receipt(name, new=False)
             name = f"{item.id[:115]}-{hashlib.sha256(sums[0] + (sums[1] or b'')).hexdigest()[:12]}"
         db.execute(
-            "INSERT INTO items(id, lane, arrived, sum, picture_sum, payload, picture) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (name, item.lane, item.arrived, *sums, item.payload, item.picture),
-        )
+            "INSERT INTO items(id, lane, arrived, payload, sum, picture_sum, picture_at, picture_size)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (name, item.lane, item.arrived, item.payload, sums[0], *place),
+        )  # fmt: skip
         self._counts[WAITING] += 1
         return Receipt(name, new=True)
 
@@ -1646,22 +1796,25 @@ class Outbox:
 
     def load(self, mail: Mail) -> list[Item]:
         """The items of a mail that are still in it, each verified against its checksum. Raises Damaged."""
-        sql = "SELECT id, lane, arrived, payload, sum, picture_sum FROM items WHERE seq = ? AND state = 1"
+        sql = "SELECT id, lane, arrived, payload, sum, picture_sum, picture_at, picture_size FROM items"
+        sql += " WHERE seq = ? AND state = 1"
         items = []
         for seq in mail.items:
-            for name, lane, arrived, payload, wanted, picture in self.rows(sql, seq):
-                if hashlib.sha256(payload or b"").digest() != wanted:
+            for name, lane, arrived, payload, wanted, *shown in self.rows(sql, seq):
+                if type(payload) is not bytes or hashlib.sha256(payload).digest() != wanted:
                     raise Damaged(seq)
-                load = functools.partial(self._picture, seq, picture) if picture else lambda: None
+                load = functools.partial(self._picture, seq, Place(*shown)) if shown[0] else lambda: None
                 items.append(Item(seq, name, lane, arrived, payload, load))
         return items
 
-    def _picture(self, seq: int, wanted: bytes) -> bytes | None:
-        for (picture,) in self.rows("SELECT picture FROM items WHERE seq = ? AND state = 1", seq):
-            if hashlib.sha256(picture or b"").digest() != wanted:
-                raise Damaged(seq)
-            return bytes(picture)
-        return None  # dropped meanwhile
+    def _picture(self, seq: int, place: Place) -> bytes | None:
+        try:
+            picture = self._pictures.read(place)
+        except OSError as error:
+            raise SpoolError(f"{self.path}: {error}") from error
+        if picture is None and self.rows("SELECT 1 FROM items WHERE seq = ? AND state = 1", seq):
+            raise Damaged(seq)  # else it was dropped meanwhile
+        return picture
 
     def untold(self) -> tuple[int, str]:
         """How many alerts failed without anybody having been told, and why (the first three reasons)."""
@@ -1707,16 +1860,23 @@ class Outbox:
             self._db.execute("UPDATE mails SET failed = 0, why = '' WHERE mail = ?", (mail.number,))
         if mail.state == FROZEN:
             return
-        change = "state = 2, settled = ?, error = NULL, payload = NULL, picture = NULL"
+        change = "state = 2, settled = ?, error = NULL, payload = NULL"
         values: tuple[object, ...] = (now,)
         if mail.state == FAILED:  # who has it is added to those who had it in an earlier life
             change = "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
             change += " json_each(coalesce(items.taken, '[]')) UNION ALL SELECT value FROM json_each(?)))"
             values = (mail.error, json.dumps(mail.taken))
-        seqs = [(*values, seq) for seq in mail.items]
-        number = self._db.executemany(f"UPDATE items SET {change} WHERE seq = ? AND state = 1", seqs).rowcount
+        change += " WHERE state = 1 AND seq = ?"
+        number = sum(self._update(self._db, change, *values, seq) for seq in mail.items)
         self._counts[WAITING] -= number
         self._counts[mail.state] += number
+
+    def _update(self, db: sqlite3.Connection, change: str, *values: object) -> int:
+        """Change rows; the number of them. The places of pictures that nobody needs any more are free after this."""
+        returned = "RETURNING settled, picture_sum, picture_at, picture_size"
+        rows = db.execute(f"UPDATE items SET {change} {returned}", values).fetchall()
+        self._over += [Place(*shown) for settled, *shown in rows if settled is not None and shown[0]]
+        return len(rows)
 
     def note(self, **remarks: object) -> None:
         """Leave remarks for `queue`."""
@@ -1735,7 +1895,7 @@ class Outbox:
 
     def drop(self, name: str = "all") -> int:
         """What waits, is held or failed (or one) is not sent and its payload is forgotten; the number of them."""
-        change = "state = 4, settled = ?, payload = NULL, picture = NULL WHERE settled IS NULL AND ? IN (id, 'all')"
+        change = "state = 4, settled = ?, payload = NULL WHERE settled IS NULL AND ? IN (id, 'all')"
         return self._change(change, time.time(), name)
 
     def lanes(self) -> list[str]:
@@ -1757,7 +1917,7 @@ class Outbox:
 
     def _change(self, change: str, *values: object) -> int:
         with self.transaction() as db:
-            number = db.execute(f"UPDATE items SET {change}", values).rowcount
+            number = self._update(db, change, *values)
             self._recount(db)
         return number
 
@@ -2398,6 +2558,11 @@ class Courier:
             lanes = {lane: self._owner.recipients(lane) for lane in self._outbox.lanes()}
             self._outbox.note(hold=remark, lanes=lanes)
             self._remarked = mark
+
+
+def keep_buffers() -> None:
+    """Have malloc keep buffers as large as pictures: glibc maps anew what is larger than all that was ever freed."""
+    bytes(8 << 20)
 
 
 def notify(state: str) -> None:

@@ -38,8 +38,9 @@ def test_what_is_acknowledged_survives_a_power_cut_at_that_instant():
 
 
 @needs_strace
-def test_the_power_cut_test_notices_a_relay_that_does_not_sync():
-    assert powerloss.control(RUN.product, seed=1, points=10).lossy
+@pytest.mark.parametrize("broken", powerloss.CONTROLS)
+def test_the_power_cut_test_notices_a_relay_that_does_not_sync(broken):
+    assert powerloss.control(RUN.product, powerloss.CONTROLS[broken], seed=1, points=20).lossy
 
 
 def test_a_mail_cut_off_after_the_dot_is_sent_again_with_the_same_message_id():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
+import random
 import shutil
 import sqlite3
 import stat
@@ -37,6 +39,33 @@ def count_commits(outbox: Outbox) -> list[str]:
     said: list[str] = []
     outbox._db.set_trace_callback(said.append)
     return said
+
+
+def rot(spool: Path, what: bytes, into: bytes) -> None:
+    """Change what stands in the file of pictures."""
+    path = Path(f"{spool}.pictures")
+    path.write_bytes(path.read_bytes().replace(what, into))
+
+
+def shown(outbox: Outbox) -> dict[str, bytes | None]:
+    """The pictures of all that waits, which is in mails afterwards."""
+    mails = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
+    return {loaded.id: loaded.picture() for mail in mails for loaded in outbox.load(mail)}
+
+
+def kept(outbox: Outbox) -> dict[str, bytes | None]:
+    """The pictures of all that is not over."""
+    sql = "SELECT id, picture_sum, picture_at, picture_size FROM items WHERE settled IS NULL"
+    places = {name: smtp.Place(*place) for name, *place in outbox.rows(sql)}
+    return {name: outbox._pictures.read(place) if place.size else None for name, place in places.items()}
+
+
+def send(outbox: Outbox, *names: str) -> None:
+    """Freeze these and settle them as sent, on disk only with the next durable commit."""
+    rows = [row for row in outbox.waiting() if row.id in names]
+    for mail in outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in rows], 0.0):
+        outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.SENT, 250)}, 0.0, 1.0, 9.0), 0.0)
+    outbox.flush()
 
 
 @pytest.fixture
@@ -179,19 +208,23 @@ def send_all(outbox: Outbox, now: float = 0.0) -> None:
 
 
 def test_settled_rows_lose_their_payload(outbox: Outbox) -> None:
-    outbox.put([item("a", b"secret", b"picture")])
+    outbox.put([item("a", b"secret")])
     send_all(outbox)
-    assert outbox.rows("SELECT payload, picture FROM items") == [(None, None)]
+    assert outbox.rows("SELECT payload FROM items") == [(None,)]
 
 
-def test_a_full_spool_refuses_and_takes_again_when_there_is_room(spool: Path) -> None:
+@pytest.mark.parametrize("bulk", [(b"x" * 20_000, None), (b"x", b"x" * 20_000)], ids=["payload", "picture"])
+def test_a_full_spool_refuses_and_takes_again_when_there_is_room(
+    spool: Path, bulk: tuple[bytes, bytes | None]
+) -> None:
     with contextlib.closing(Outbox(spool, size_max=400_000)) as outbox:
         with pytest.raises(SpoolFull):
             for number in range(100):
-                outbox.put([item(str(number), b"x" * 20_000)])
+                outbox.put([item(str(number), *bulk)])
         assert 10 < len(ids(outbox)) < 20
         send_all(outbox)
-        assert outbox.put([item("again", b"x" * 20_000)])[0].new
+        outbox.put([item("small")])
+        assert outbox.put([item("again", *bulk)])[0].new
 
 
 def test_what_is_too_big_for_the_spool_costs_only_itself(spool: Path) -> None:
@@ -379,7 +412,7 @@ def test_a_spool_that_vanishes_while_in_use_is_written_anew_before_anything_is_a
     spool: Path, what: str
 ) -> None:
     with contextlib.closing(Outbox(spool)) as outbox:
-        outbox.put([item("before")])
+        outbox.put([item("before", picture=b"picture")])
         if what == "folder":
             shutil.rmtree(spool.parent)
         else:
@@ -395,6 +428,7 @@ def test_a_spool_that_vanishes_while_in_use_is_written_anew_before_anything_is_a
     with contextlib.closing(Outbox(spool)) as outbox:
         assert ids(outbox) == ["before", "after"]
         assert outbox.put([item("later")])[0].new
+        assert shown(outbox) == {"before": b"picture", "after": None, "later": None}
 
 
 def test_a_rescue_that_fails_half_way_loses_nothing(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +453,7 @@ def test_a_row_that_rots_is_noticed(outbox: Outbox) -> None:
     mails = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
     with outbox.transaction() as db:
         db.execute("UPDATE items SET payload = ? WHERE id = 'a'", (b"hellO",))
-        db.execute("UPDATE items SET picture = ? WHERE id = 'b'", (b"picturE",))
+    rot(outbox.path, b"picture", b"picturE")
     with pytest.raises(smtp.Damaged):
         outbox.load(mails[0])
     (loaded,) = outbox.load(mails[1])
@@ -427,12 +461,95 @@ def test_a_row_that_rots_is_noticed(outbox: Outbox) -> None:
         loaded.picture()
 
 
+# pictures
+
+
 def test_a_picture_dropped_in_flight_is_no_damage(outbox: Outbox) -> None:
     outbox.put([item("a", b"hello", b"picture")])
     (mail,) = outbox.freeze([Draft((row.seq,), ("x@y.z",)) for row in outbox.waiting()], 0.0)
     (loaded,) = outbox.load(mail)
     outbox.drop("a")
+    outbox.put([item("b", picture=b"another")])
     assert loaded.picture() is None
+
+
+def test_a_place_is_used_again_only_when_the_end_of_its_row_is_surely_on_disk(outbox: Outbox) -> None:
+    outbox.put([item("a", picture=b"a" * 100), item("b", picture=b"b" * 100)])
+    send(outbox, "a")
+    outbox.put([item("c", picture=b"c" * 100)])  # a power cut before its commit brings a back
+    file = Path(f"{outbox.path}.pictures")
+    assert file.read_bytes() == b"a" * 100 + b"b" * 100 + b"c" * 100
+    outbox.put([item("d", picture=b"d" * 30), item("e", picture=b"e" * 70), item("f", picture=b"f")])
+    assert file.read_bytes() == b"d" * 30 + b"e" * 70 + b"b" * 100 + b"c" * 100 + b"f"
+
+
+def test_the_file_of_pictures_is_cut_off_behind_what_waits(outbox: Outbox) -> None:
+    file = Path(f"{outbox.path}.pictures")
+    outbox.put([item(name, picture=name.encode() * 100) for name in "abcd"])
+    send(outbox, "b", "d")
+    outbox.put([item("e")])
+    assert file.read_bytes() == b"a" * 100 + b"b" * 100 + b"c" * 100
+    send(outbox, "c")
+    outbox.put([item("f")])
+    assert file.read_bytes() == b"a" * 100
+    outbox.drop()
+    assert file.read_bytes() == b""
+
+
+def test_the_places_of_failures_are_kept_and_those_of_duplicates_are_not(outbox: Outbox) -> None:
+    outbox.put([item("a", picture=b"picture")])
+    (mail,) = outbox.freeze([Draft((1,), ("x@y.z",))], 0.0)
+    outbox.settle(smtp.conclude(mail, {"x@y.z": smtp.Outcome(smtp.Verdict.REFUSED, 550)}, 0.0, 1.0, 9.0), 0.0)
+    assert [receipt.new for receipt in outbox.put([item("a", picture=b"picture")])] == [False]
+    outbox.put([item("b", picture=b"another")])
+    assert Path(f"{outbox.path}.pictures").read_bytes() == b"pictureanother"
+    outbox.retry()
+    assert shown(outbox) == {"a": b"picture", "b": b"another"}
+
+
+def test_pictures_that_do_not_fit_on_the_disk_keep_nothing(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, file: int, at: int, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(smtp.Pictures, "_write", full)
+        with pytest.raises(smtp.DiskFull):
+            outbox.put([item("a", picture=b"picture")])
+    outbox.put([item("b", picture=b"another")])
+    assert shown(outbox) == {"b": b"another"}
+    assert Path(f"{outbox.path}.pictures").read_bytes() == b"another"
+
+
+def test_pictures_that_no_row_names_in_the_end_keep_no_room(outbox: Outbox) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        outbox.put([item("bad\ud800", picture=b"picture")])
+    assert os.path.getsize(f"{outbox.path}.pictures") == 0
+
+
+def test_a_lost_file_of_pictures_is_damage(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item("a", picture=b"picture")])
+    Path(f"{spool}.pictures").unlink()
+    with contextlib.closing(Outbox(spool)) as outbox, pytest.raises(smtp.Damaged):
+        shown(outbox)
+
+
+def test_every_picture_is_its_own_whatever_comes_goes_and_starts_anew(spool: Path) -> None:
+    rng = random.Random(5)
+    there: dict[str, bytes | None] = {}
+    numbers = itertools.count()
+    for _ in range(10):
+        with contextlib.closing(Outbox(spool)) as outbox:
+            for _ in range(20):
+                new = {f"n{next(numbers)}": rng.randbytes(rng.choice((0, 10, 500))) or None for _ in range(4)}
+                outbox.put([item(name, picture=picture) for name, picture in new.items()])
+                there |= new
+                gone = rng.sample(sorted(there), rng.randrange(len(there)))
+                send(outbox, *gone[1:])
+                for name in gone[:1]:
+                    outbox.drop(name)
+                there = {name: picture for name, picture in there.items() if name not in gone}
+            assert kept(outbox) == there
 
 
 # planning and settling
@@ -610,7 +727,9 @@ def test_the_queue_is_read_without_writing_while_in_use_and_after(spool: Path) -
         assert [row["id"] for row in smtp.read_queue(spool)] == ["a"]
     before = sorted(path.name for path in spool.parent.iterdir())
     assert [row["id"] for row in smtp.read_queue(spool)] == ["a"]
-    assert sorted(path.name for path in spool.parent.iterdir()) == before == ["alerts.db", "alerts.db.lock", "alerts.db.sent"]
+    assert sorted(path.name for path in spool.parent.iterdir()) == before == [
+        "alerts.db", "alerts.db.lock", "alerts.db.pictures", "alerts.db.sent",
+    ]  # fmt: skip
 
 
 def test_the_queue_of_a_killed_owner_can_be_read(spool: Path) -> None:

@@ -1,6 +1,7 @@
 """The event port with real sockets: one answer a line, in order, after the commit; nobody disturbs another."""
 
 import contextlib
+import gc
 import json
 import shutil
 import socket
@@ -266,6 +267,20 @@ def test_stopping_answers_what_has_been_read(run: Any) -> None:
         running.connect()
 
 
+@pytest.mark.parametrize("line", [b"nonsense", b"{}", b"[" * 99, b"x" * 20_000_000, EVENT.strip(), b'{"heartbeat": ""}'])
+def test_a_connection_is_forgotten_when_it_ends_whatever_was_refused(run: Any, line: bytes) -> None:
+    running = run()
+    if line == EVENT.strip():
+        running.outbox._db.close()
+    gc.collect()
+    gc.disable()
+    try:
+        assert not running.ask(line + b"\n")[0]["ok"]
+        until(lambda: not running.relay._connections, 2)
+    finally:
+        gc.enable()
+
+
 def test_stopping_waits_no_longer_than_its_connections_live(run: Any) -> None:
     running = run()
     with running.connect() as one, running.connect() as other:
@@ -296,10 +311,10 @@ def test_of_a_batch_what_fits_is_taken(run: Any) -> None:
 
 @pytest.mark.parametrize(
     ("place", "shortage"),
-    [("_thread.start_new_thread", RuntimeError("can't start new thread")), ("Connection", MemoryError())],
+    [("_thread.start_new_thread", RuntimeError), ("Connection", MemoryError)],
 )
 def test_without_threads_or_memory_peers_are_turned_away_and_the_log_says_so_once(
-    run: Any, place: str, shortage: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Any, place: str, shortage: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def cannot(*_: Any) -> None:
         raise shortage

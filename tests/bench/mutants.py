@@ -51,7 +51,7 @@ soak = faults.soak
 
 MUTANTS = {
     "M1": Mutant("answers before the commit", "power loss", power_fails, ((RELAY, PUT, TAKE_LATER),)),
-    "M2": Mutant("synchronous=NORMAL", "power loss", power_fails, tuple(powerloss.CONTROL)),
+    "M2": Mutant("synchronous=NORMAL", "power loss", power_fails, tuple(powerloss.CONTROLS["synchronous=NORMAL"])),
     "M3": Mutant("marks a mail as sent before its 250", "kill -9 after the dot", faults.killed_after_the_dot, (
         (MAIL, r"(\n +)(yield envelope\n)",
          r"\1self._settle(mail, dict.fromkeys(mail.recipients, Outcome(Verdict.SENT)))\1\2"),
