@@ -709,8 +709,7 @@ def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CE
 # ───────────────────────────────────────────── Transport ────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Envelope:
+class Envelope(NamedTuple):
     """One transaction: who sends ("" is the null sender), who receives, and the mail in pieces of whole lines.
 
     `eight_bit`: it is not all ASCII, as what this module composes is.
@@ -1190,16 +1189,14 @@ class NewItem:
     fresh: bool = False
 
 
-@dataclass(frozen=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What became of a put: `new` is False for a duplicate; `id` differs where the wished one meant something else."""
 
     id: str
     new: bool
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """A light row of what waits, for planning. `taken`: recipients who have it already."""
 
     seq: int
@@ -1209,8 +1206,7 @@ class Waiting:
     taken: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """A row with its payload, for rendering. `picture()` loads the picture when it is needed; None: there is none."""
 
     seq: int
@@ -1221,8 +1217,7 @@ class Item:
     picture: Callable[[], bytes | None] = lambda: None
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """A mail that is due: which items, to whom, and its owner's own word for how to render it."""
 
     items: tuple[int, ...]
@@ -1231,8 +1226,7 @@ class Draft:
     lanes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Mail:
+class Mail(NamedTuple):
     """A frozen mail. `bare`: without pictures. `failed`, `why`: alerts that failed, which this mail tells of.
 
     `recipients` are those who are left, `taken` and `refused` those who are done; `waited` is the sum of its own
@@ -1249,7 +1243,7 @@ class Mail:
     waited: float = 0.0
     bare: bool = False
     taken: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = {}
     state: int = FROZEN
     next: float = 0.0
     error: str | None = None
@@ -1579,6 +1573,7 @@ class Outbox:
                 if durable != self._durable:
                     self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                     self._durable = durable
+                changes = self._db.total_changes
                 self._db.execute("BEGIN IMMEDIATE")
                 sent = self._ticks.waiting()
                 for mail, when in sent:
@@ -1586,7 +1581,7 @@ class Outbox:
                 yield self._db
                 self._db.execute("COMMIT")
                 self._ticks.settled(len(sent))
-                if durable and self._over:
+                if durable and self._over and self._db.total_changes > changes:  # else nothing was synced
                     self._pictures.free(self._over)
                     self._over = []
             except BaseException as error:
@@ -1615,9 +1610,8 @@ class Outbox:
                 self._db = self._open_sound()
                 self._ticks.clear()  # it may count from 1 again
         full = bool(re.search("is full|No space left", str(error)))
-        if full:  # the log may hold room that the database does not need any more
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if full:
+            self._reclaim()
         raise (DiskFull if full else SpoolError)(f"{self.path}: {error}") from error
 
     # putting
@@ -1673,32 +1667,42 @@ class Outbox:
         self._room -= 4 * (rows + pictures)  # rows take more than what they hold
         if self._room > 0 and time.monotonic() < self._room_until:
             return
+        spare, disk = self._spare(rows, pictures)
+        if min(spare, disk) < 0:
+            self._reclaim()
+            spare, disk = self._spare(rows, pictures)
+        if spare < 0:
+            raise SpoolFull(f"{self.path}: no more than {self._size_max} bytes are allowed, and they are used")
+        if disk < 0:
+            raise DiskFull(f"{self.path}: the disk is full")
+        self._room, self._room_until = min(spare, disk) / 8, time.monotonic() + ROOM_S
+
+    def _spare(self, rows: int, pictures: int) -> tuple[float, float]:
+        """Bytes left after so many more: of what the spool may take, and of the disk.
+
+        Rows are written twice, into the log and then into the database, which may have unused room, like the file of
+        pictures.
+        """
         pages, free, page = (
             self.rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
         )
         shown, gaps = self._pictures.size()
         used = (pages - free) * page + shown
         spare = math.inf if self._size_max is None else self._size_max - used - rows - pictures
-        if spare < 0:
-            raise SpoolFull(f"{self.path}: {used} bytes are used, no more than {self._size_max} are allowed")
-        needed = max(0, pictures - gaps)
-        disk = self._disk_spare(rows, free * page) - needed
-        if disk < 0:
-            self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
-            disk = self._disk_spare(rows, free * page) - needed
-        if disk < 0:
-            raise DiskFull(f"{self.path}: the disk is full")
-        self._room, self._room_until = min(spare, disk) / 8, time.monotonic() + ROOM_S
-
-    def _disk_spare(self, more: int, unused: int) -> int:
-        """Bytes left on the disk after so many more in rows. They are written twice, into the log and then into the
-        database, which may have unused room."""
         try:
             disk, waits = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
         except FileNotFoundError:  # nothing was written yet, or the folder was removed, which is noticed elsewhere
-            return 0
+            return spare, 0
         reserve = min(DISK_RESERVE_BYTES, disk.total // 20)
-        return disk.free - reserve - more - max(0, waits + more - unused)
+        return spare, disk.free - reserve - rows - max(0, waits + rows - free * page) - max(0, pictures - gaps)
+
+    def _reclaim(self) -> None:
+        """Free what the log holds for nothing, and the places of pictures whose end is on disk when it is empty."""
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy:
+                self._pictures.free(self._over)
+                self._over = []
 
     def add(self, db: sqlite3.Connection, item: NewItem, place: Place = Place()) -> Receipt:  # noqa: B008
         """Add an item inside a transaction; `place` is where its picture lies."""
@@ -1840,7 +1844,7 @@ class Outbox:
         """What the last owner had no time to settle."""
         for number in self._ticks.numbers():
             for mail in self._mails("mail = ?", number):
-                sent = replace(mail, state=SENT, recipients=(), taken=(*mail.taken, *mail.recipients))
+                sent = mail._replace(state=SENT, recipients=(), taken=(*mail.taken, *mail.recipients))
                 self._ticks.add(sent, time.time())
         with contextlib.suppress(SpoolError):  # a full disk; then the next commit that succeeds settles them
             self.flush()
@@ -2088,8 +2092,8 @@ def conclude(mail: Mail, outcomes: Mapping[str, Outcome], now: float, delay: flo
     refused = {**mail.refused, **refused}
     left = tuple(name for name in mail.recipients if name in small or name in later)
     error = "; ".join([f"{n}: {said}" for n, said in refused.items()] + [f"{n}: {o}" for n, o in later.items()])
-    return replace(
-        mail, recipients=left, taken=taken, refused=refused, tries=mail.tries + 1, waited=waited,
+    return mail._replace(
+        recipients=left, taken=taken, refused=refused, tries=mail.tries + 1, waited=waited,
         bare=mail.bare or bool(small), state=FROZEN if left else FAILED if refused else SENT,
         next=now if small else now + delay, error=error or None,
     )  # fmt: skip

@@ -375,7 +375,7 @@ def test_digest_shows_the_newest_four_pictures_newest_first() -> None:
 def test_digest_loads_no_more_pictures_than_it_shows() -> None:
     loaded: list[int] = []
     items = [item(n, JPEG, NOW + n) for n in range(40)]
-    counted = [replace(one, picture=lambda one=one: loaded.append(one.seq) or one.picture()) for one in items]  # type: ignore[misc]
+    counted = [one._replace(picture=lambda one=one: loaded.append(one.seq) or one.picture()) for one in items]  # type: ignore[misc]
     render(counted)
     assert loaded == [39, 38, 37, 36]
 
