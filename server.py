@@ -24,6 +24,7 @@ import email
 import email.policy
 import errno
 import fnmatch
+import functools
 import hashlib
 import hmac
 import html
@@ -1251,7 +1252,7 @@ class Letter:
     key: str  # the Message-ID is a function of it
     head: tuple[str, str, str]  # what, where, when
     colour: str
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[tuple[str, ...]]
     notes: list[tuple[str, str]] = field(default_factory=list)  # with their colours
     link: str = ""  # the one value in the rows that is a link
     pictures: Sequence[tuple[str, smtp.Attachment]] = ()  # with their captions
@@ -1448,7 +1449,8 @@ def _picture_rows(pictures: Sequence[tuple[str, smtp.Attachment]]) -> str:
     return drawn
 
 
-def _table_row(row: Sequence[str], link: str) -> str:
+@functools.lru_cache(maxsize=256)  # most rows of an alert stood in the last one of its camera, too
+def _table_row(row: tuple[str, ...], link: str) -> str:
     cells, colour = "", "color:#5f6b76"
     for cell in row:
         text = _escape(cell)

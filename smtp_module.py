@@ -258,6 +258,9 @@ class OneLine(logging.Formatter):
 def start_logging(level: str = "info") -> None:
     """Log to standard error, one line a record."""
     logging.raiseExceptions = False  # a closed standard error must not cost anything
+    # what no line shows need not be found out: docs.python.org/3/howto/logging.html#optimization
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -818,13 +821,6 @@ class Dialogue(smtplib.SMTP):
             self._masked = False
         self._report("login", user)
 
-    def ask(self, commands: Sequence[str], *, asked: bool) -> Iterator[tuple[int, bytes]]:
-        """The reply to each command. `asked`: they were sent already, all at once."""
-        for command in commands:
-            if not asked:
-                self.putcmd(command)
-            yield self.getreply()
-
     def write(self, pieces: Sequence[bytes]) -> None:
         """Send pieces; small ones as one packet."""
         assert self.sock is not None
@@ -1059,7 +1055,8 @@ class SMTPTransport:
         After a refusal the rest is only asked if it is under way already.
         """
         names, together = parcel.envelope.recipients, smtp.has_extn("pipelining")
-        replies = smtp.ask(parcel.commands(smtp), asked=together)
+        there = itertools.islice(iter(smtp.getreply, None), len(names) + 2)
+        replies = there if together else map(smtp.docmd, parcel.commands(smtp))
         mail = judge("mail", *next(replies))
         if mail.verdict is not Verdict.SENT:
             rest = [mail]
@@ -1299,15 +1296,23 @@ class SideFile:
         """Copy what is worth it."""
 
     def _write(self, file: int, at: int, data: bytes) -> None:
-        os.lseek(file, at, os.SEEK_SET)  # Windows has no pwrite
         while data:
-            data = data[os.write(file, data) :]
+            written = pwrite(file, data, at)
+            data, at = data[written:], at + written
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             os.close(self._file)
             self._file = -1  # the number may soon be another file's
+
+
+def _seek_and_write(file: int, data: bytes, at: int) -> int:
+    os.lseek(file, at, os.SEEK_SET)
+    return os.write(file, data)
+
+
+pwrite: Callable[[int, bytes, int], int] = getattr(os, "pwrite", _seek_and_write)  # Windows has none
 
 
 class Ticks(SideFile):
@@ -1773,7 +1778,7 @@ class Outbox:
                     continue
                 number = db.execute(
                     "INSERT INTO mails(kind, items, recipients, failed, why, begun, next) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (draft.kind, json.dumps(items), json.dumps(draft.recipients), failed, why or "", now, now),
+                    (draft.kind, json_list(items), json_list(draft.recipients), failed, why or "", now, now),
                 ).lastrowid
                 if failed:
                     db.execute("UPDATE items SET told = ? WHERE state = 3 AND told = 0", (number,))
@@ -1853,7 +1858,7 @@ class Outbox:
     def _settle(self, mail: Mail, now: float) -> None:
         over = None if mail.state == FROZEN else now
         row = (mail.state, mail.next, mail.tries, mail.waited, mail.bare, mail.error, over)
-        lists = map(json.dumps, (mail.recipients, mail.taken, mail.refused))
+        lists = json_list(mail.recipients), json_list(mail.taken), json.dumps(mail.refused) if mail.refused else "{}"
         self._db.execute(
             "UPDATE mails SET state = ?, next = ?, tries = ?, waited = ?, bare = ?, error = ?, settled = ?,"
             " recipients = ?, taken = ?, refused = ? WHERE mail = ?", (*row, *lists, mail.number),
@@ -1945,6 +1950,12 @@ class Outbox:
             counts |= dict(db.execute(f"SELECT state, count(*) FROM items WHERE settled {which} GROUP BY state"))
         counts[WAITING] += counts[FROZEN]
         self._counts = counts
+
+
+@functools.lru_cache(maxsize=256)
+def json_list(values: tuple[str | int, ...]) -> str:
+    """A list as JSON; those of recipients are mostly the same."""
+    return json.dumps(values)
 
 
 def lock_file(path: Path) -> int:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import multiprocessing
 import os
 import resource
+import selectors
 import socket
 import statistics
 import subprocess
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yardsticks
 from harness import ROOT, Relay, Skipped, machine, until
-from yardsticks import PICTURE, SMALL
+from yardsticks import PICTURE, SMALL, Counter
 
 QUICK = False
 ROWS: list[tuple[str, str, str]] = []
@@ -54,11 +54,6 @@ def beside(ours: float, name: str, measure: Callable[[], float]) -> str:
 
 
 # ───────────────────────────────────────────── The relay under load ─────────────────────────────────
-
-
-def receiver() -> contextlib.AbstractContextManager[int]:
-    """What takes mail as fast as it comes; without Postfix, our own."""
-    return yardsticks.smtp_sink() if yardsticks.SINK else yardsticks.debug_receiver()
 
 
 @contextlib.contextmanager
@@ -108,37 +103,34 @@ def stream(port: int, number: int, size: int = 0) -> float:
         return number / (time.perf_counter() - began)
 
 
-def _lock_step(port: int, number: int, shown: str) -> None:
-    with socket.create_connection(("127.0.0.1", port)) as sock, sock.makefile("rb") as answers:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for _ in range(number):
-            sock.sendall(event(shown))
-            assert b'"queued"' in answers.readline()
+def lock_step(port: int, clients: int, number: int, size: int = 0) -> float:
+    """Events a second of clients that each wait for their answer, driven by this one process: it takes little."""
+    shown = picture(size)
+    lines = (event(shown) for _ in range(clients * number))
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+        for _ in range(clients):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            selector.register(sock, selectors.EVENT_READ)
+        began = time.perf_counter()
+        for key in list(selector.get_map().values()):
+            key.fileobj.sendall(next(lines))
+        answered = 0
+        while answered < clients * number:
+            for key, _ in selector.select():
+                assert b'"queued"' in key.fileobj.recv(4096)
+                answered += 1
+                if line := next(lines, b""):
+                    key.fileobj.sendall(line)
+        return clients * number / (time.perf_counter() - began)
 
 
-def _call_by_call(port: int, number: int, shown: str) -> None:
-    for _ in range(number):
-        _lock_step(port, 1, shown)
-
-
-def lock_step(port: int, clients: int, number: int, size: int = 0, client: Callable[..., None] = _lock_step) -> float:
-    """Events a second with clients that wait for each answer."""
-    workers = [multiprocessing.Process(target=client, args=(port, number, picture(size))) for _ in range(clients)]
-    began = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not any(worker.exitcode for worker in workers)
-    return clients * number / (time.perf_counter() - began)
-
-
-def delivered(running: Relay, number: int, size: int = 0) -> float:
+def delivered(running: Relay, receiver: Counter, number: int, size: int = 0) -> float:
     """Mails a second from the first event sent to the last mail taken."""
-    before = running.counts()["sent"]
+    wanted = receiver.taken() + number
     began = time.perf_counter()
     stream(running.port, number, size)
-    until("all is sent", lambda: running.counts()["sent"] - before >= number, 600)
+    until("all is sent", lambda: receiver.taken() >= wanted, 600)
     return number / (time.perf_counter() - began)
 
 
@@ -146,9 +138,9 @@ def delivered(running: Relay, number: int, size: int = 0) -> float:
 
 
 def plainly(smtp_port: int, number: int, size: int = 0) -> float:
-    """Events a second of the plain server: 16 clients at once, each with a connection an event, wait for the mail."""
+    """Events a second of the plain server: 16 clients at once wait for the mail."""
     with yardsticks.plain_server(smtp_port) as port:
-        return lock_step(port, 16, number // 16, size, _call_by_call)
+        return lock_step(port, 16, number // 16, size)
 
 
 def accepting() -> None:
@@ -176,20 +168,21 @@ def accepting() -> None:
 def mailing() -> None:
     """Events to mails in the receiver."""
     shown = b"\xff\xd8\xff" + os.urandom(200_000)
-    with receiver() as port:
-        with relay(port) as running:
-            small = delivered(running, scaled(20_000))
-            large = delivered(running, scaled(1500), 200_000)
+    with Counter() as receiver:
+        with relay(receiver.port) as running:
+            small = delivered(running, receiver, scaled(20_000))
+            large = delivered(running, receiver, scaled(1500), 200_000)
         row(
             "event to mail, small", f"{small:,.0f}/s",
-            beside(small, "Postfix", lambda: yardsticks.postfix_delivers(port, scaled(2000), SMALL)),
-            beside(small, "the plain way", lambda: plainly(port, scaled(1600))),
+            beside(small, "Postfix", lambda: yardsticks.postfix_delivers(receiver, scaled(2000), SMALL)),
+            beside(small, "the plain way", lambda: plainly(receiver.port, scaled(1600))),
         )  # fmt: skip
         row(
             "event to mail, 200 KB picture", f"{large:,.0f}/s",
-            beside(large, "Postfix", lambda: yardsticks.postfix_delivers(port, scaled(600), PICTURE)),
-            beside(large, "the plain way", lambda: plainly(port, scaled(320), 200_000)),
-            beside(large, "smtplib, kept connection", lambda: yardsticks.smtplib_delivers(port, scaled(300), shown)),
+            beside(large, "Postfix", lambda: yardsticks.postfix_delivers(receiver, scaled(600), PICTURE)),
+            beside(large, "the plain way", lambda: plainly(receiver.port, scaled(320), 200_000)),
+            beside(large, "smtplib, kept connection",
+                   lambda: yardsticks.smtplib_delivers(receiver.port, scaled(300), shown)),
         )  # fmt: skip
 
 
@@ -334,10 +327,10 @@ def growing() -> None:
     def memory(running: Relay) -> str:
         return f"memory {running.footprint()['VmRSS'] / 1024:.0f} MiB"
 
-    with receiver() as port:
+    with Counter() as receiver:
         for size, number in ((0, 2000), (20_000, 2000), (200_000, 400), (2_000_000, 60)):
-            with relay(port) as running:
-                rate = delivered(running, scaled(number), size)
+            with relay(receiver.port) as running:
+                rate = delivered(running, receiver, scaled(number), size)
                 row(f"growth: event to mail, picture of {size // 1000} KB", f"{rate:,.0f}/s", memory(running))
     for clients in (1, 4, 16, 64):
         with relay(1) as running:
