@@ -2000,6 +2000,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit code."""
     args = arguments(argv)
     smtp.start_logging(args.log_level)
+    smtp.keep_buffers()
     log.name = "receiver" if args.debug else "gateway" if args.to_relay is not None else "device"
     flags = {"DEVICE_HOST": args.host, "DEVICE_PORT": args.port, "--port": args.port, "DEVICE_STATE": args.state}
     flags |= {"--maildir": args.maildir, "--operator": args.operator}
