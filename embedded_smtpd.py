@@ -2006,6 +2006,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags |= {"--maildir": args.maildir, "--operator": args.operator}
     try:
         settings = Settings.load(flags, args.env_file)
+        settings.tell_misspelled()
         policy = policy_from(settings)
         if args.sign is not None:
             return run_sign(settings, args, policy)

@@ -1688,6 +1688,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = {"ALERT_HOST": args.host, "ALERT_PORT": args.port, "ALERT_SPOOL": args.spool}
     try:
         settings = Settings.load(flags, args.env_file)
+        settings.tell_misspelled()
         mail = smtp.SMTPConfig.from_settings(settings)
         config = RelayConfig.from_settings(settings, mail)
         if config.exposed() and not args.allow_open:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import difflib
 import email.header
 import email.utils
 import encodings.idna  # noqa: F401  a lazy import fails when file descriptors have run out
@@ -94,6 +95,19 @@ log = logging.getLogger("mail")
 # ───────────────────────────────────────────── Settings ─────────────────────────────────────────────
 # Flags win over the environment, the environment over .env. Nothing else in the toolkit reads os.environ.
 
+SETTINGS = tuple(  # of all the programs, for one .env may serve them all
+    """
+    ALERT_COOLDOWN ALERT_DAILY_MAX ALERT_EXPECT ALERT_HOST ALERT_IDLE_TIMEOUT ALERT_LANG ALERT_MAX_AGE
+    ALERT_MAX_CONNECTIONS ALERT_MAX_LINE ALERT_PORT ALERT_PRIORITY ALERT_QUIET ALERT_RECIPIENT ALERT_RETRY_FIRST
+    ALERT_RETRY_MAX ALERT_ROUTES ALERT_SENDERS ALERT_SPOOL ALERT_SPOOL_MAX ALERT_SUMMARY_AT ALERT_TLS_CERT
+    ALERT_TLS_CLIENT_CA ALERT_TLS_KEY ALERT_TOKEN
+    SMTP_AUTH SMTP_CAFILE SMTP_FROM SMTP_HOST SMTP_PASS SMTP_PASS_COMMAND SMTP_PASS_FILE SMTP_PORT SMTP_SECURITY
+    SMTP_TIMEOUT SMTP_USER SMTP_USE_TLS
+    DEVICE_ADDRESS DEVICE_ALLOW DEVICE_HOST DEVICE_MAX_MAIL DEVICE_OPERATORS DEVICE_PASS DEVICE_PORT DEVICE_READONLY
+    DEVICE_REPORT_TO DEVICE_SECRET DEVICE_STATE DEVICE_TIMEOUT DEVICE_TLS_CERT DEVICE_TLS_KEY DEVICE_USER
+    """.split()  # noqa: SIM905  a name a line would be a page
+)
+
 
 class ConfigError(Exception):
     """A setting is wrong. The text names the variable, what is wrong and what is right, and no secret."""
@@ -127,6 +141,14 @@ class Settings:
         """The value as it stands, "" where absent; for passwords and keys."""
         return self._values.get(name, "")
 
+    def tell_misspelled(self) -> None:
+        """Warn of each name that looks like a setting and is none: it would be ignored in silence."""
+        for name in sorted(self._values.keys() - set(SETTINGS)):
+            if name.upper().startswith(("ALERT_", "SMTP_", "SMPT_", "DEVICE_")):
+                near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.81)
+                hint = f"did you mean {near[0]}?" if near else "README.md lists them all"
+                log.warning("%s is no setting and has no effect; %s", name, hint)
+
 
 def read_env_file(path: str | None) -> dict[str, str]:
     """`KEY=value` lines; `#` comments, optional quotes and `export`. Without `path`: ./.env, if it is there."""
@@ -144,7 +166,7 @@ def read_env_file(path: str | None) -> dict[str, str]:
         if not line or line.startswith("#"):
             continue
         name, equals, value = line.partition("=")
-        if not equals or not name.strip():
+        if not equals or len(name.split()) != 1:
             raise ConfigError(f"{path or '.env'} line {number}: not KEY=value")
         values[name.strip()] = _unquote(value.strip())
     return values

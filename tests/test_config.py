@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Certificates
+from conftest import ROOT, Certificates
 
 import smtp_module as smtp
 from smtp_module import ConfigError, Settings, SMTPConfig
@@ -56,18 +59,54 @@ def test_lines_of_the_file(tmp_path: Path, line: str, value: str) -> None:
     assert smtp.read_env_file(str(path)) == {"K": value}
 
 
-@pytest.mark.parametrize("content", [b"just words\n", b"=value\n", b"K=\xff\n"])
+@pytest.mark.parametrize("content", [b"just words\n", b"=value\n", b"SMTP_PASS abc=d\n", b"K=\xff\n"])
 def test_a_file_that_is_none_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "settings"
     path.write_bytes(b"A=1\n" + content)
-    with pytest.raises(ConfigError, match="settings"):
+    with pytest.raises(ConfigError, match="settings") as caught:
         smtp.read_env_file(str(path))
+    assert "abc" not in str(caught.value)
 
 
 def test_a_wrong_value_names_its_variable() -> None:
     with pytest.raises(ConfigError, match=r"^SMTP_PORT: 'x\\n2' is wrong; give a whole number from 1 to 65535$"):
         Settings({"SMTP_PORT": "x\n2"}).read("SMTP_PORT", smtp.whole(1, 65535), 0)
     assert Settings({"SMTP_PORT": "  "}).read("SMTP_PORT", smtp.whole(1, 65535), 7) == 7
+
+
+PREFIXED = r"(?:ALERT|SMTP|DEVICE)_[A-Z_]+"
+
+
+def test_the_known_names_are_those_of_the_tables_and_all_that_is_read() -> None:
+    rows = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("| `")]
+    in_tables = {name for row in rows for name in re.findall(f"`({PREFIXED})`", row.rpartition("|")[0])}
+    programs = ("client.py", "server.py", "smtp_module.py", "embedded_smtpd.py")
+    trees = [ast.walk(ast.parse((ROOT / program).read_text("utf-8"))) for program in programs]
+    texts = [node.value for tree in trees for node in tree if isinstance(node, ast.Constant)]
+    read = {text for text in texts if isinstance(text, str) and re.fullmatch(PREFIXED, text)}
+    assert set(smtp.SETTINGS) == in_tables == read
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("ALERT_RECIPENT", "ALERT_RECIPIENT"), ("ALERT_RECIPIENTS", "ALERT_RECIPIENT"), ("SMTP_PASSWORD", "SMTP_PASS"),
+        ("SMTP_USERNAME", "SMTP_USER"), ("SMTP_SERVER", ""), ("DEVICE_OPERATOR", "DEVICE_OPERATORS"), ("ALERT_X", ""),
+        ("SMPT_HOST", "SMTP_HOST"), ("smtp_host", "SMTP_HOST"), ("DEVICE_POTR", "DEVICE_PORT"),
+    ],
+)  # fmt: skip
+def test_a_misspelled_setting_is_told_of_with_the_right_name_and_never_its_value(
+    name: str, meant: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Settings({name: "hidden", "PATH": "hidden", "SERVICE_HOST": "hidden", "--port": "1"}).tell_misspelled()
+    (sentence,) = caplog.messages
+    assert sentence.startswith(f"{name} is no setting and has no effect")
+    assert sentence.endswith(f"; did you mean {meant}?" if meant else "; README.md lists them all")
+
+
+def test_a_setting_of_any_of_the_programs_is_no_mistake(caplog: pytest.LogCaptureFixture) -> None:
+    Settings(dict.fromkeys(smtp.SETTINGS, "x")).tell_misspelled()
+    assert not caplog.messages
 
 
 # converters
@@ -265,8 +304,6 @@ def test_a_server_context_that_cannot_be_made_names_the_variables(certificates: 
 
 
 def test_a_log_record_is_one_line_whatever_it_holds(caplog: pytest.LogCaptureFixture) -> None:
-    import logging
-
     record = logging.LogRecord("x", logging.INFO, "", 1, "a\nb\x1b[31m\u202ec %s", ("\ud800" * 9999,), None)
     line = smtp.OneLine("%(message)s").format(record)
     assert line.isprintable() and len(line) < 30_000 and line.startswith("a\\nb\\x1b[31m\\u202ec")

@@ -310,6 +310,16 @@ def test_a_wrong_setting_stops_the_start_with_78_and_names_it(start: Any, enviro
     assert "hunter2" not in "".join(process.log)
 
 
+@pytest.mark.parametrize("program", ["server.py", "embedded_smtpd.py"])
+def test_a_misspelled_setting_is_told_of_at_the_start(start: Any, tmp_path: Path, program: str) -> None:
+    (tmp_path / ".env").write_text("SMTP_PASSWORD=hunter2\n")
+    process = start(program, "--port", "0", ALERT_RECIPENT="hunter2")
+    assert process.port() and process.end() == 0
+    warnings = [line for line in process.log if "did you mean" in line]
+    assert len(warnings) == 2 and "ALERT_RECIPIENT" in warnings[0] and "SMTP_PASS?" in warnings[1]
+    assert "hunter2" not in "".join(process.log)
+
+
 def test_no_password_or_token_reaches_the_log(start: Any, mailbox: Mailbox) -> None:
     process = relay(start, mailbox, "--log-level", "debug", ALERT_TOKEN="s3cret-token")
     send(
