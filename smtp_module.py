@@ -267,6 +267,8 @@ def printable(text: object, limit: int = 300) -> str:
     shown = str(text)
     if len(shown) > limit:
         shown = shown[:limit] + "…"
+    if shown.isprintable():
+        return shown
     return UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), shown)
 
 
@@ -275,6 +277,14 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), limit=4000)
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return f"{_clock(int(record.created))},{record.msecs:03.0f}"
+
+
+@functools.lru_cache(maxsize=4)  # a busy relay logs thousands of lines a second
+def _clock(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 def start_logging(level: str = "info") -> None:
@@ -773,7 +783,8 @@ class Dialogue(smtplib.SMTP):
         self.deadline = time.monotonic() + ATTEMPT_S  # for all of them, and for what is sent
         self.dirty = False  # a transaction was left open: RSET comes first
         self._config, self._report = config, report
-        self._received = bytearray()
+        self._lines: deque[bytes] = deque()  # received, whole
+        self._rest = b""  # and the beginning of the next one
         self._masked = False
 
     def begin(self) -> None:
@@ -794,7 +805,8 @@ class Dialogue(smtplib.SMTP):
             code, words = self.docmd("STARTTLS")
             if code != 220:
                 raise smtplib.SMTPResponseException(code, words)
-            self._received.clear()  # nothing said in the clear counts after the handshake (CVE-2011-0411)
+            self._lines.clear()  # nothing said in the clear counts after the handshake (CVE-2011-0411)
+            self._rest = b""
             self._start_tls()
             self._hello()
         self._report("ehlo", " ".join(sorted(name.upper() for name in self.esmtp_features)) or "HELO")
@@ -867,7 +879,9 @@ class Dialogue(smtplib.SMTP):
         until = min(time.monotonic() + self.patience_s, self.deadline)
         lines: list[bytes] = []
         for _ in range(REPLY_MAX_LINES):
-            line = self._line(until)
+            while not self._lines:
+                self._receive(until)
+            line = self._lines.popleft()
             lines.append(line[4:].strip())
             if self._config.trace:
                 self._config.trace(f"S: {line.decode('utf-8', 'replace').rstrip()}")
@@ -880,22 +894,19 @@ class Dialogue(smtplib.SMTP):
                 return code, words
         raise smtplib.SMTPResponseException(-1, "a reply without end")
 
-    def _line(self, until: float) -> bytes:
-        while (end := self._received.find(b"\n")) < 0:
-            if len(self._received) > REPLY_MAX_BYTES:
-                raise smtplib.SMTPResponseException(-1, "a reply without end")
-            if self.sock is None:
-                raise smtplib.SMTPServerDisconnected("not connected")
-            if (left := until - time.monotonic()) <= 0:
-                raise TimeoutError
-            self.sock.settimeout(left)
-            chunk = self.sock.recv(8192)
-            if not chunk:
-                raise smtplib.SMTPServerDisconnected("closed")
-            self._received += chunk
-        line = bytes(self._received[: end + 1])
-        del self._received[: end + 1]
-        return line
+    def _receive(self, until: float) -> None:
+        if self.sock is None:
+            raise smtplib.SMTPServerDisconnected("not connected")
+        if (left := until - time.monotonic()) <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+        chunk = self.sock.recv(8192)
+        if not chunk:
+            raise smtplib.SMTPServerDisconnected("closed")
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        self._lines.extend(lines)
+        if len(self._rest) > REPLY_MAX_BYTES:
+            raise smtplib.SMTPResponseException(-1, "a reply without end")
 
 
 class OutOfStep(OSError):
@@ -933,8 +944,8 @@ class Lookahead:
     def see(self, number: int) -> Parcel | None:
         """The next parcel (1), or the one after it (2)."""
         try:
-            if not self._trouble:  # else the envelopes would no longer be in step with their owner's
-                self._made.extend(itertools.islice(self._source, max(0, number - len(self._made))))
+            if len(self._made) < number and not self._trouble:  # else they were no longer in step with their owner's
+                self._made.extend(itertools.islice(self._source, number - len(self._made)))
         except Exception as error:  # another mail is under way, whose outcome must be heard first
             self._trouble = error
         return self._made[number - 1] if len(self._made) >= number else None

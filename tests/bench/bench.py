@@ -41,7 +41,7 @@ def scaled(number: int) -> int:
 def row(work: str, figure: str, *against: str) -> None:
     """One line of the table."""
     ROWS.append((work, figure, "; ".join(against)))
-    print(f"{work:<58} {figure:<24} {ROWS[-1][2]}", flush=True)
+    print(f"{work:<68} {figure:<24} {ROWS[-1][2]}", flush=True)
 
 
 def beside(ours: float, name: str, measure: Callable[[], float]) -> str:
@@ -134,6 +134,17 @@ def delivered(running: Relay, receiver: Counter, number: int, size: int = 0) -> 
     return number / (time.perf_counter() - began)
 
 
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """What is started inside shares one processor: how processes fall on several makes a factor of its own."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 # ───────────────────────────────────────────── The rows ─────────────────────────────────────────────
 
 
@@ -184,6 +195,8 @@ def mailing() -> None:
             beside(large, "smtplib, kept connection",
                    lambda: yardsticks.smtplib_delivers(receiver.port, scaled(300), shown)),
         )  # fmt: skip
+    with one_core(), Counter() as receiver, relay(receiver.port) as running:
+        row("event to mail, small, all on one core", f"{delivered(running, receiver, scaled(20_000)):,.0f}/s")
 
 
 class Stamps:
@@ -236,6 +249,12 @@ def latency() -> None:
 
 def receiving() -> None:
     """The lock-step receivers, one connection, interleaved with other people's."""
+    receive("")
+    with one_core():
+        receive(", all on one core")
+
+
+def receive(where: str) -> None:
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
         against: list[str] = []
@@ -253,11 +272,11 @@ def receiving() -> None:
             try:
                 rounds = [[yardsticks.source(at, number, size) for at in (port, *ports.values())] for _ in range(3)]
             except Skipped as reason:
-                row(work, "skipped", str(reason))
+                row(work + where, "skipped", str(reason))
                 continue
             ours, *theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
             beaten = (f"{name}: {rate:,.0f}/s ({ours / rate:.2f}x)" for name, rate in zip(ports, theirs, strict=True))
-            row(work, f"{ours:,.0f}/s", *beaten, *against)
+            row(work + where, f"{ours:,.0f}/s", *beaten, *against)
 
 
 @contextlib.contextmanager
