@@ -1923,6 +1923,8 @@ def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> in
         data = Path(args.file).read_bytes() if args.file else None
     except OSError as error:
         raise ConfigError(f"--file: {args.file}: {error.strerror}") from None
+    if policy.operator(operator.lower()) is None:
+        log.warning("--operator: %s is not among DEVICE_OPERATORS; a device set like this discards the mail", operator)
     expiry = int(time.time() + args.ttl)
     print(f"CMD {words} ~{policy.sign(words, operator, expiry, secrets.token_bytes(6), data)}")
     return smtp.EX_OK
@@ -1936,6 +1938,14 @@ def folder(text: str) -> Path:
     except OSError as error:
         raise ValueError(f"'{printable(text)}' is no folder that can be used: {error.strerror}") from None
     return path
+
+
+def lifetime(text: str) -> float:
+    """How long a signature is valid, in seconds. Raises ValueError."""
+    seconds = smtp.duration(text)
+    if not 1 <= seconds <= 3650 * DAY_SECONDS:
+        raise ValueError(f"'{printable(text)}' is wrong; give 1s to 3650d")
+    return seconds
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -1989,11 +1999,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--operator", metavar="ADDRESS", help="with --sign: the From address of the mail")
     add("--file", help="with --sign: the attachment of the mail")
     valid = "with --sign: how long it is valid (1h)"
-    add("--ttl", metavar="SECONDS", type=smtp.duration, default=3600.0, help=valid)
+    add("--ttl", metavar="SECONDS", help=valid)
     add("--stdio", action="store_true", help="speak SMTP on standard input and output")
     add("--trace", action="store_true", help="show the dialogue, passwords masked")
     smtp.add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for mode_flag, others in (("debug", ("maildir", "quiet")), ("sign", ("operator", "file", "ttl"))):
+        for other in others:
+            if getattr(args, mode_flag) in (None, False) and getattr(args, other) not in (None, False):
+                parser.error(f"--{other} goes with --{mode_flag}")
+    try:
+        args.ttl = lifetime(args.ttl or "1h")
+    except ValueError as error:
+        parser.error(f"--ttl: {error}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -561,6 +561,43 @@ def test_sign_says_what_is_missing(
     assert says in captured.err and not captured.out
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--quiet",), "--quiet goes with --debug"),
+        (("--maildir", "box"), "--maildir goes with --debug"),
+        (("--to-relay", "localhost:5000", "--quiet"), "--quiet goes with --debug"),
+        (("--operator", "a@b.c"), "--operator goes with --sign"),
+        (("--debug", "--file", "f"), "--file goes with --sign"),
+        (("--ttl", "5m"), "--ttl goes with --sign"),
+        (("--sign", "ARM", "--ttl", "0"), "--ttl: '0' is wrong; give 1s to 3650d"),
+        (("--sign", "ARM", "--ttl", "soon"), "--ttl: 'soon' is not a duration; write 90 (seconds), 5m"),
+        (("--sign", "ARM", "--ttl", "999999d"), "--ttl: '999999d' is wrong; give 1s to 3650d"),
+    ],
+)
+def test_flag_that_would_do_nothing_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], says: str
+) -> None:
+    monkeypatch.setattr(emb, "run", lambda *values, **named: 0)
+    with pytest.raises(SystemExit) as caught:
+        emb.main(flags)
+    assert caught.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "operator, warned", [("a@b.c", False), ("A@B.C", False), ("Ann <a@b.c>", False), ("x@b.c", True)]
+)
+def test_sign_for_a_stranger_to_the_device_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], operator: str, warned: bool
+) -> None:
+    monkeypatch.setenv("DEVICE_SECRET", "s")
+    monkeypatch.setenv("DEVICE_OPERATORS", "d@e.f,a@b.c")
+    assert emb.main(["--sign", "ARM", "--operator", operator]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("CMD ARM ~")
+    assert ("--operator: x@b.c is not among DEVICE_OPERATORS" in captured.err) == warned
+
+
 def test_network_that_is_not_allowed_gets_554(start: Callable[..., Program]) -> None:
     program = debug(start, DEVICE_ALLOW="10.0.0.0/8")
     with program.connect() as sock, sock.makefile("rb") as answers:
