@@ -1977,7 +1977,9 @@ def rules_from(settings: Settings, stdio: bool) -> Rules:
         if value <= 0:
             raise ConfigError(f"{name}: {value:g} is wrong; it must be more than 0")
     cert, key = settings.read("DEVICE_TLS_CERT", str, ""), settings.read("DEVICE_TLS_KEY", str, "")
-    tls = smtp.server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert or key else None
+    if key and not cert:
+        raise ConfigError("DEVICE_TLS_CERT: missing, though DEVICE_TLS_KEY is set")
+    tls = smtp.server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert else None
     return Rules(
         smtp.hostname(), limit, timeout=timeout, user=user.encode(), password=password.encode(),
         tls=None if stdio else tls,

@@ -731,13 +731,19 @@ def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CE
     """A server's context, TLS 1.2 and later; with `client_ca`, clients must show a certificate. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    used = " and ".join(filter(None, (cert, key)))
     try:
+        for path in filter(None, (cert, key, client_ca)):
+            Path(path).open("rb").close()  # the errors of ssl name no file
         context.load_cert_chain(cert, key or None, password="")  # an encrypted key is an error, not a prompt
         if client_ca:
+            used = client_ca
             context.load_verify_locations(client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"{names}: cannot be used: {error}") from None
+    except ssl.SSLError as error:
+        raise ConfigError(f"{names}: {used}: cannot be used as PEM: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{names}: {error.filename}: {error.strerror}") from None
     return context
 
 

@@ -291,13 +291,21 @@ def test_certificates_are_verified_and_tls_is_1_2_or_later(certificates: Certifi
         assert context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
-def test_a_server_context_that_cannot_be_made_names_the_variables(certificates: Certificates, tmp_path: Path) -> None:
-    smtp.server_tls(*certificates.pair("good"), certificates.ca)
-    (tmp_path / "text").write_text("no certificate")
-    for arguments in (("/nowhere", ""), (certificates.pair("good")[0], certificates.pair("wrong")[1]),
-                      (*certificates.pair("good"), str(tmp_path / "text"))):  # fmt: skip
-        with pytest.raises(ConfigError, match=r"^X_CERT"):
+def test_a_server_context_that_cannot_be_made_names_the_variables_and_the_file(
+    certificates: Certificates, tmp_path: Path
+) -> None:
+    cert, key = certificates.pair("good")
+    smtp.server_tls(cert, key, certificates.ca)
+    (text := tmp_path / "text").write_text("no certificate")
+    nowhere, folder = str(tmp_path / "nowhere"), str(tmp_path)
+    for arguments, wrong in (
+        ((nowhere, ""), nowhere), ((cert, nowhere), nowhere), ((cert, key, nowhere), nowhere),
+        ((cert, folder), folder), ((str(text), key), str(text)), ((cert, key, str(text)), str(text)),
+        ((cert, certificates.pair("wrong")[1]), certificates.pair("wrong")[1]),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"^X_CERT") as caught:
             smtp.server_tls(*arguments, names="X_CERT")
+        assert wrong in str(caught.value), arguments
 
 
 # logging
