@@ -1185,6 +1185,7 @@ CREATE INDEX IF NOT EXISTS mails_due ON mails(next) WHERE state = 1;
 CREATE INDEX IF NOT EXISTS mails_settled ON mails(settled) WHERE settled IS NOT NULL;
 CREATE TABLE IF NOT EXISTS notes(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+SHOWN = "SELECT picture_sum, picture_at, picture_size FROM items WHERE settled IS NULL AND picture_size"
 UNTOLD = """SELECT count(*), max(seq), (SELECT group_concat(error, '; ') FROM
   (SELECT DISTINCT error FROM items WHERE state = 3 AND told = 0 LIMIT 3)) FROM items WHERE state = 3 AND told = 0"""
 
@@ -1312,24 +1313,30 @@ class _Ticket:
 
 
 class SideFile:
-    """A file beside the database, held open; one that was removed is made anew."""
+    """A file beside the database, held open; one that was removed or moved is made anew."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()  # never held during a commit
         self._file = self._opened()
+        self._identity = file_identity(path)
 
     def _opened(self) -> int:
         return os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
 
     def renew(self) -> None:
-        """Make the file anew if it was removed."""
-        if not os.fstat(self._file).st_nlink:
+        """Make the file anew if it was removed, moved or replaced. Raises OSError; then it is tried again next time."""
+        if file_identity(self._path) != self._identity:
             with self._lock:
                 anew = self._opened()
-                self._rescue(anew)
+                try:
+                    self._rescue(anew)
+                except BaseException:
+                    os.close(anew)
+                    os.unlink(self._path)  # half of it keeps the room that the log needs
+                    raise
                 os.close(self._file)
-                self._file = anew
+                self._file, self._identity = anew, file_identity(self._path)
 
     def _rescue(self, anew: int) -> None:
         """Copy what is worth it."""
@@ -1414,6 +1421,9 @@ class Pictures(SideFile):
             if place.at > self._end:
                 self._gaps.append((self._end, place.at))
             self._end = max(self._end, place.at + place.size)
+        if (size := os.fstat(self._file).st_size) > self._end:  # what a killed owner had no time to cut off
+            self._gaps.append((self._end, size))
+            self._end = size
 
     def write(self, pictures: Sequence[bytes | None]) -> list[Place]:
         """Put them where there is room; they are on disk when this returns. Raises OSError; then nothing was kept."""
@@ -1443,9 +1453,9 @@ class Pictures(SideFile):
 
     def read(self, place: Place) -> bytes | None:
         """The picture; None if it is not the one that was written there. Raises OSError."""
-        with self._lock:
-            os.lseek(self._file, place.at, os.SEEK_SET)
-            picture = os.read(self._file, place.size)
+        with self._lock, open(self._file, "rb", closefd=False) as file:  # os.read may stop early
+            file.seek(place.at)
+            picture = file.read(place.size)
         return picture if hashlib.sha256(picture).digest() == place.sum else None
 
     def free(self, places: Iterable[Place]) -> None:
@@ -1511,8 +1521,7 @@ class Outbox:
             raise SpoolError(f"{self.path}: {error.strerror}") from None
         try:
             self._db = self._open_sound()
-            shown = "SELECT picture_sum, picture_at, picture_size FROM items WHERE settled IS NULL AND picture_size"
-            self._pictures = Pictures(f"{self.path}.pictures", itertools.starmap(Place, self._db.execute(shown)))
+            self._pictures = Pictures(f"{self.path}.pictures", itertools.starmap(Place, self._db.execute(SHOWN)))
             self._ticks = Ticks(f"{self.path}.sent")
             self._read_ticks()
         except (sqlite3.Error, OSError) as error:
@@ -1569,6 +1578,7 @@ class Outbox:
             if pragma(db, "synchronous") != 2:
                 raise sqlite3.OperationalError("synchronous=FULL was not taken")
             db.executescript(self._schema)
+            db.execute(f"SELECT count(*) FROM ({SHOWN})")  # reads what waits, in a large spool too
             with contextlib.suppress(sqlite3.OperationalError):  # a full disk
                 db.execute("PRAGMA wal_checkpoint")  # what a killed owner has settled is on disk from here on
             self._recount(db)
@@ -1653,8 +1663,8 @@ class Outbox:
                 self._db.close()
                 self._db = self._open_sound()
                 self._ticks.clear()  # it may count from 1 again
-        full = bool(re.search("is full|No space left", str(error)))
-        if full:
+        full = bool(re.search("is full|No space left|too large|quota exceeded", str(error)))
+        if full or "disk I/O" in str(error):  # so says SQLite of a log that may not grow
             self._reclaim()
         raise (DiskFull if full else SpoolError)(f"{self.path}: {error}") from error
 
@@ -1671,11 +1681,17 @@ class Outbox:
             if ticket.receipts is None and ticket.error is None:
                 self._commit([self._gathered.popleft() for _ in range(len(self._gathered))])
         if ticket.receipts is None:
-            self._pictures.free(ticket.places)
+            if any(place.size for place in ticket.places):
+                with self._lock:
+                    self._over += ticket.places  # its rows may stand in the log, and come back with it
+                    self._reclaim()
             try:
                 raise ticket.error or SpoolError("interrupted")
             finally:
                 ticket.error = None  # else the two keep each other alive, and all that stands on the stack
+        shown = zip(ticket.places, ticket.receipts, strict=True)
+        if unused := [place for place, receipt in shown if place.size and not receipt.new]:
+            self._pictures.free(unused)
         return ticket.receipts
 
     def _laid_down(self, pictures: Sequence[bytes | None]) -> Sequence[Place]:
@@ -1757,7 +1773,6 @@ class Outbox:
             if known is None:
                 break
             if known == sums or name != item.id:
-                self._over.append(place)
                 return Receipt(name, new=False)
             name = f"{item.id[:115]}-{hashlib.sha256(sums[0] + (sums[1] or b'')).hexdigest()[:12]}"
         db.execute(
@@ -2016,7 +2031,7 @@ def pragma(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
 
-def file_identity(path: Path) -> tuple[int, int] | None:
+def file_identity(path: str | Path) -> tuple[int, int] | None:
     """Device and inode, by which a file that was removed or replaced is noticed; None: there is none."""
     try:
         found = os.stat(path)

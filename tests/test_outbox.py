@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -354,6 +355,17 @@ def test_a_damaged_spool_is_moved_aside_said_and_what_can_be_read_is_saved(
         assert 150 < len(saved) < 200
 
 
+def test_a_large_spool_is_not_read_through_but_what_waits_is(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtp, "CHECKED_MAX_BYTES", 0)
+    damaged_spool(spool)
+    data = bytearray(spool.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4096] = os.urandom(4096)
+    spool.write_bytes(data)
+    with contextlib.closing(Outbox(spool)) as outbox:
+        assert 150 < len(ids(outbox)) < 200
+        assert outbox.put([item("new")])[0].new
+
+
 def test_an_emptied_spool_is_said_loudly(spool: Path, caplog: pytest.LogCaptureFixture) -> None:
     damaged_spool(spool)
     spool.write_bytes(b"")
@@ -530,6 +542,111 @@ def test_a_lost_file_of_pictures_is_damage(spool: Path) -> None:
     Path(f"{spool}.pictures").unlink()
     with contextlib.closing(Outbox(spool)) as outbox, pytest.raises(smtp.Damaged):
         shown(outbox)
+
+
+def test_duplicates_keep_no_room(outbox: Outbox) -> None:
+    for _ in range(5):
+        outbox.put([item("a", picture=b"picture")])
+    assert Path(f"{outbox.path}.pictures").read_bytes() == b"picture"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_file_of_pictures_that_cannot_grow_is_reclaimed_though_nothing_else_arrives(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def limited(file: int, data: bytes, at: int) -> int:
+        if at + len(data) > 100:
+            raise OSError(number, os.strerror(number))
+        return os.pwrite(file, data, at)
+
+    monkeypatch.setattr(smtp, "pwrite", limited)
+    outbox.put([item("a", picture=b"a" * 100)])
+    send(outbox, "a")
+    with pytest.raises(smtp.DiskFull):
+        outbox.put([item("b", picture=b"b" * 100)])
+    assert outbox.put([item("b", picture=b"b" * 100)])[0].new
+
+
+def test_what_a_killed_owner_left_behind_its_pictures_is_free(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item("a", picture=b"a" * 100)])
+    with Path(f"{spool}.pictures").open("ab") as file:
+        file.write(bytes(1000))
+    with contextlib.closing(Outbox(spool)) as outbox:
+        assert outbox._pictures.size() == (100, 1000)
+        outbox._reclaim()
+        assert os.path.getsize(f"{spool}.pictures") == 100
+
+
+def test_a_row_that_may_come_back_keeps_its_place(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit whose sync failed stands in the log, and counts after the end of the process."""
+    outbox.put([item("a")])
+
+    class NoSync:
+        """The database, with a disk that fails at each COMMIT and checkpoint."""
+
+        def __init__(self, db: sqlite3.Connection) -> None:
+            self._db = db
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._db, name)
+
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if "COMMIT" in sql or "checkpoint" in sql:
+                raise sqlite3.OperationalError("disk I/O error")
+            return self._db.execute(sql, *values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(outbox, "_db", NoSync(outbox._db))
+        for name in "bc":
+            with pytest.raises(SpoolError):
+                outbox.put([item(name, picture=name.encode() * 100)])
+    file = Path(f"{outbox.path}.pictures")
+    assert file.read_bytes() == b"b" * 100 + b"c" * 100
+    outbox.put([item("d", picture=b"d" * 100)])
+    assert outbox._pictures.size() == (100, 200)
+    assert kept(outbox) == {"a": None, "d": b"d" * 100}
+
+
+def test_a_file_of_pictures_that_cannot_be_made_anew_costs_no_descriptor_and_no_room(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox.put([item("a", picture=b"picture")])
+    file = Path(f"{outbox.path}.pictures")
+    file.unlink()
+
+    def full(source: object, copy: Any) -> None:
+        copy.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfileobj", full)
+        before = os.open(file.parent, os.O_RDONLY)
+        for _ in range(3):
+            with pytest.raises(smtp.DiskFull):
+                outbox.put([item("b")])
+        after = os.open(file.parent, os.O_RDONLY)
+        for number in (before, after):
+            os.close(number)
+        assert after == before + 1 and not file.exists()
+    outbox.put([item("b")])
+    assert file.read_bytes() == b"picture"
+
+
+@pytest.mark.parametrize("how", ["folder", "file", "replaced"])
+def test_a_file_of_pictures_that_was_moved_away_is_written_anew(spool: Path, how: str) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([item("a", picture=b"picture")])
+        file = Path(f"{spool}.pictures")
+        if how == "folder":
+            spool.parent.rename(spool.parent.parent / "elsewhere")
+        else:
+            file.rename(spool.parent / "elsewhere")
+        if how == "replaced":
+            file.write_bytes(b"another")
+        outbox.put([item("b", picture=b"more")])
+    with contextlib.closing(Outbox(spool)) as outbox:
+        assert shown(outbox) == {"a": b"picture", "b": b"more"}
 
 
 def test_every_picture_is_its_own_whatever_comes_goes_and_starts_anew(spool: Path) -> None:
