@@ -2607,6 +2607,8 @@ class Courier:
                 what, name = json.loads(path.read_text("utf-8"))
                 number = self._outbox.retry(name) if what == "retry" else self._outbox.drop(name)
                 log.info("%s %s: %d alerts", what, name, number)
+                with contextlib.suppress(OSError):  # one file, so that nothing grows where nobody waits any more
+                    Path(f"{self._outbox.path}.answer").write_text(f"{path.suffix} {number}", "ascii")
             except (ValueError, TypeError, OSError) as error:
                 log.error("%s: not a request: %s", path, error)
             path.unlink(missing_ok=True)
@@ -2814,15 +2816,19 @@ def command_change(args: argparse.Namespace) -> int:
 
 
 def _request(path: Path, what: str, name: str) -> int:
-    """Leave a request beside the spool and wait until its owner has carried it out."""
-    request = Path(f"{path}.request-{time.time_ns()}")
+    """Leave a request beside the spool and wait until its owner has carried it out and says how many alerts it was."""
+    request, answer = Path(f"{path}.request-{time.time_ns()}"), Path(f"{path}.answer")
     draft = Path(f"{request}.tmp")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        json.dump([what, name], file)
+    draft.write_text(json.dumps([what, name]), "ascii")
+    draft.chmod(0o644)  # root may ask, and another user own the spool
     os.replace(draft, request)
     for _ in range(100):
         if not request.exists():
-            print(f"{what}: done by the running program")
+            asked, _, number = answer.read_text("ascii").partition(" ") if answer.exists() else ("", "", "")
+            if asked != request.suffix:
+                fail(EX_TEMPFAIL, "the running program has not said that it is done; see its log, and `queue`")
+            answer.unlink()
+            print(f"{what}: {number}")
             return EX_OK
         time.sleep(0.05)
     fail(EX_TEMPFAIL, "the running program has not answered yet; the request stays")

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,12 +281,39 @@ def test_retry_and_drop_are_done_by_the_running_owner(run: Run, bench: Bench) ->
     thread = threading.Thread(target=keeper)
     thread.start()
     try:
-        assert run("drop", "a", "--spool", str(bench.spool))[:2] == (0, "drop: done by the running program\n")
-        assert run("retry", "all", "--spool", str(bench.spool))[:2] == (0, "retry: done by the running program\n")
+        before = set(bench.spool.parent.iterdir())
+        assert run("drop", "a", "--spool", str(bench.spool))[:2] == (0, "drop: 1\n")
+        assert run("retry", "all", "--spool", str(bench.spool))[:2] == (0, "retry: 1\n")
+        assert set(bench.spool.parent.iterdir()) == before
     finally:
         stop.set()
         thread.join()
     assert bench.outbox.counts() == {"queued": 1, "sent": 0, "failed": 0}
+
+
+def test_commands_that_were_killed_before_the_answer_leave_nothing_that_grows(bench: Bench) -> None:
+    for number in range(3):
+        Path(f"{bench.spool}.request-{number}").write_text('["retry", "all"]')
+        bench.courier.tick()
+        assert [path.read_text() for path in bench.spool.parent.glob("*.answer*")] == [f".request-{number} 0"]
+    assert not list(bench.spool.parent.glob("*.request-*"))
+
+
+def test_what_the_running_owner_does_not_answer_is_no_success(
+    run: Run, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.put("a")
+
+    def cannot_read(_: float) -> None:
+        for path in bench.spool.parent.glob("*.request-*[0-9]"):
+            assert path.stat().st_mode & 0o777 == 0o644
+            path.write_text("damaged")
+        bench.courier.tick()
+
+    monkeypatch.setattr(time, "sleep", cannot_read)
+    code, out, err = run("drop", "a", "--spool", str(bench.spool))
+    assert (code, out) == (75, "") and "its log" in err
+    assert bench.outbox.counts()["queued"] == 1
 
 
 # sendmail
