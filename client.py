@@ -247,6 +247,8 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             except ValueError as error:
                 raise Stop(EX_CONFIG, f"{variable}: {error}") from None
     options = Options(**{name: row[1] for name, row in FLAGS.items()} | given)
+    if not (options.event and options.camera):
+        raise Stop(EX_USAGE, "--event and --camera must not be empty; say what happened, and where")
     if options.key and not options.cert:
         raise Stop(EX_USAGE, "--key needs --cert")
     if not options.timeout:
