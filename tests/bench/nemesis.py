@@ -99,7 +99,8 @@ def run(product: Path, seed: int, kills: int, acked: int) -> str:
             stage.check()
         except harness.Red as red:
             raise harness.Red(f"{red}; {figures}") from None
-        harness.must(len(stage.books.acked) + len(stage.books.given_up) == acked, "not all was acknowledged")
+        answered = stage.books.acked.keys() | stage.books.given_up  # one of a batch that broke off may be in both
+        harness.must(len(answered) == acked, f"{len(answered)} of {acked} were acknowledged or given up")
         return f"0 lost, {figures}"
 
 
