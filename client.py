@@ -126,6 +126,13 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
+def host_name(text: str) -> str:
+    """A name or an address, as it is."""
+    if text.count(":") == 1:
+        raise ValueError(f"{text!r} holds a port, which is given apart from the host")
+    return text
+
+
 def key_value(text: str) -> dict[str, str | float]:
     """`KEY=VALUE`. What JSON would write the same way (21.5, 7, true) is that number or boolean, all else is text."""
     key, equals, value = text.partition("=")
@@ -144,7 +151,7 @@ def clean(text: str) -> str:
 
 # Flag: the word for its value ("": a switch), default, converter, what --help says. An option has its flag's name.
 FLAGS: dict[str, tuple[str, Any, Callable[[str], Any], str]] = {
-    "host": ("H", "127.0.0.1", str, "the relay (ALERT_HOST); 0.0.0.0 and :: mean this machine"),
+    "host": ("H", "127.0.0.1", host_name, "the relay (ALERT_HOST); 0.0.0.0 and :: mean this machine"),
     "port": ("P", 5000, whole(1, 65535), "its port (ALERT_PORT)"),
     "event": ("E", "MOTION_DETECTED", clean, "what happened: any name of A-Z a-z 0-9 _ . -"),
     "camera": ("C", "cam1", clean, "where: a name in any script"),

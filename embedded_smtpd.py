@@ -1831,9 +1831,10 @@ def on_stop_signals(act: Callable[..., object] | signal.Handlers) -> None:
 def listen_as_set(settings: Settings, debug: bool) -> list[socket.socket]:
     """Listen where the settings say. Raises ConfigError."""
     variable, default = ("--port", 1025) if debug else ("DEVICE_PORT", 2525)
-    host, number = settings.read("DEVICE_HOST", str, "localhost"), settings.read(variable, smtp.port, default)
+    host = settings.read("DEVICE_HOST", smtp.host_name, "localhost")
+    number = settings.read(variable, smtp.port, default)
     try:
-        return listen(host.strip("[]"), number)
+        return listen(host, number)
     except (OSError, UnicodeError) as error:  # UnicodeError: no name looks like that
         where = f"cannot listen on '{printable(host)}' port {number}"
         raise ConfigError(f"DEVICE_HOST, {variable}: {where}: {getattr(error, 'strerror', error)}") from None

@@ -199,7 +199,7 @@ def setting(variable: str, convert: Callable[[str], Any], default: Any) -> Any:
 class RelayConfig:
     """The ALERT_* variables, and who the mails are from."""
 
-    host: str = setting("ALERT_HOST", str, "127.0.0.1")
+    host: str = setting("ALERT_HOST", smtp.host_name, "127.0.0.1")
     port: int = setting("ALERT_PORT", smtp.port, 5000)
     recipients: tuple[str, ...] = setting("ALERT_RECIPIENT", smtp.addresses, ("alerts@localhost",))
     spool: str = setting("ALERT_SPOOL", str, "spool/alerts.db")

@@ -209,6 +209,14 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 port = whole(0, 65535)
 
 
+def host_name(text: str) -> str:
+    """A name or an address, without the brackets that an IPv6 address may have."""
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if not re.fullmatch(r"[\w.:%-]{1,255}", host) or host.count(":") == 1:
+        raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address, without a port")
+    return host
+
+
 def one_of(*words: str) -> Callable[[str], str]:
     """A converter for one of some words, in any case."""
 
@@ -231,7 +239,8 @@ def address(text: str) -> str:
         domain = domain if domain.isascii() else domain.encode("idna").decode("ascii")
     plain = f"{local}@{domain}"
     if not _ADDRESS.fullmatch(plain) or UNPRINTABLE.search(text):
-        raise ValueError(f"'{printable(text)}' is not a mail address; write name@example.com")
+        more = ", several with commas between" if text.count("@") > 1 else ""
+        raise ValueError(f"'{printable(text)}' is not a mail address; write name@example.com{more}")
     return plain
 
 
@@ -616,7 +625,7 @@ class SMTPConfig:
     @classmethod
     def from_settings(cls, settings: Settings) -> SMTPConfig:
         """Read the SMTP_* variables. Raises ConfigError."""
-        host = settings.read("SMTP_HOST", _host, "")
+        host = settings.read("SMTP_HOST", host_name, "")
         user = settings.secret("SMTP_USER").strip()
         if user and not host:
             raise ConfigError("SMTP_HOST: missing, though SMTP_USER is set; name your mail server")
@@ -661,13 +670,6 @@ class SMTPConfig:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # 3.13 sets it; home-made signers lack extensions that it wants
         return None if self.security == "none" else context
-
-
-def _host(text: str) -> str:
-    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if not re.fullmatch(r"[\w.:%-]{1,255}", host):
-        raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address")
-    return host
 
 
 def _sender(text: str) -> str:

@@ -171,6 +171,8 @@ def test_lists_of_addresses() -> None:
     assert smtp.addresses("a@x.y, b@x.y,,a@x.y") == ("a@x.y", "b@x.y")
     with pytest.raises(ValueError, match="no address"):
         smtp.addresses(" , ")
+    with pytest.raises(ValueError, match="with commas between"):
+        smtp.addresses("a@x.y; b@x.y")
 
 
 # the mail server
@@ -219,7 +221,7 @@ LOGIN = {"SMTP_HOST": "mail.example.com", "SMTP_USER": "ann@example.com", "SMTP_
     ("values", "names"),
     [
         ({"SMTP_USER": "ann"}, "SMTP_HOST"), ({"SMTP_HOST": "a b"}, "SMTP_HOST"),
-        ({"SMTP_HOST": "a\r\nb"}, "SMTP_HOST"),
+        ({"SMTP_HOST": "a\r\nb"}, "SMTP_HOST"), ({"SMTP_HOST": "smtp.gmail.com:465"}, "SMTP_HOST"),
         ({"SMTP_HOST": "x", "SMTP_PORT": "0"}, "SMTP_PORT"), ({"SMTP_HOST": "x", "SMTP_PORT": "smtp"}, "SMTP_PORT"),
         ({"SMTP_HOST": "x", "SMTP_SECURITY": "tls"}, "SMTP_SECURITY"), ({"SMTP_HOST": "x",
         "SMTP_USE_TLS": "maybe"}, "SMTP_USE_TLS"),

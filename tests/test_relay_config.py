@@ -38,6 +38,7 @@ GOOD: list[tuple[str, str, str, Any]] = [
     # variable, value, field, what it becomes; an empty value is the default
     ("HOST", "", "host", "127.0.0.1"),
     ("HOST", "::1", "host", "::1"),
+    ("HOST", "[fe80::1%eth0]", "host", "fe80::1%eth0"),
     ("HOST", "relay.lan", "host", "relay.lan"),
     ("PORT", "", "port", 5000),
     ("PORT", "0", "port", 0),
@@ -106,6 +107,8 @@ def test_good_value_of_the_table(variable: str, text: str, field: str, value: An
 
 BAD: list[tuple[str, str, str]] = [
     # variable, value, a part of the sentence that says what is wrong
+    ("HOST", "127.0.0.1:5000", "without a port"),
+    ("HOST", "my relay", "'my relay'"),
     ("PORT", "http", "'http'"),
     ("PORT", "65536", "'65536'"),
     ("PORT", "-1", "'-1'"),
@@ -171,7 +174,7 @@ def test_bad_value_is_named_with_the_part_that_is_wrong(variable: str, text: str
     assert "\n" not in sentence and smtp.printable(sentence, 1000) == sentence
 
 
-@pytest.mark.parametrize("variable", sorted(VARIABLES - {"ALERT_HOST", "ALERT_SPOOL"}))
+@pytest.mark.parametrize("variable", sorted(VARIABLES - {"ALERT_SPOOL"}))
 def test_bad_value_stops_the_program_with_78(
     variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
