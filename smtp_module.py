@@ -29,6 +29,7 @@ import email.header
 import email.utils
 import encodings.idna  # noqa: F401  a lazy import fails when file descriptors have run out
 import enum
+import errno
 import functools
 import glob
 import hashlib
@@ -1417,6 +1418,8 @@ class Pictures(SideFile):
     def __init__(self, path: str, used: Iterable[Place]) -> None:
         super().__init__(path)
         sync_folder(path)
+        self._syncing = threading.Lock()
+        self._written = self._synced = self._failed = 0  # numbers of the last write, the last on disk, the last lost
         self._end = 0
         self._gaps: list[tuple[int, int]] = []  # start and end of what is free before the end
         for place in sorted(used, key=lambda place: place.at):
@@ -1438,11 +1441,28 @@ class Pictures(SideFile):
                 for picture, digest in zip(pictures, sums, strict=True):
                     places.append(Place(digest, self._reserved(len(picture)), len(picture)) if picture else Place())
                     self._write(self._file, places[-1].at, picture or b"")
-            sync(self._file)
+                self._written += 1
+                number = self._written
+            self._sync(number)
         except BaseException:
             self.free(places)
             raise
         return places
+
+    def _sync(self, number: int) -> None:
+        """One sync does for all that was written before it began. So does its failure: the next one would succeed, and
+        what the first has lost would stay lost (wiki.postgresql.org/wiki/Fsync_Errors)."""
+        with self._syncing:
+            if self._failed < number and self._synced < number:
+                upto = self._written
+                try:
+                    sync(self._file)
+                except OSError:
+                    self._failed = upto
+                    raise
+                self._synced = upto
+            if self._failed >= number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _reserved(self, size: int) -> int:
         """Where so many bytes have room: in the first gap that is large enough, or at the end."""

@@ -649,6 +649,41 @@ def test_a_file_of_pictures_that_was_moved_away_is_written_anew(spool: Path, how
         assert shown(outbox) == {"a": b"picture", "b": b"more"}
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_sync_does_for_all_pictures_that_were_written_and_so_does_its_failure(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    synced: list[int] = []
+    said: list[object] = []
+    real, pictures = smtp.sync, outbox._pictures
+
+    def sync(file: int) -> None:
+        synced.append(pictures._written)
+        while len(synced) == 2 and pictures._written < 5:  # all others are written, while the second one syncs
+            time.sleep(0.001)
+        if fails and len(synced) == 3:
+            raise OSError(5, "Input/output error")
+        real(file)
+
+    def put(name: str) -> None:
+        try:
+            said.append(outbox.put([item(name, picture=name.encode())])[0].new)
+        except SpoolError:
+            said.append("refused")
+
+    monkeypatch.setattr(smtp, "sync", sync)
+    put("first")
+    threads = [threading.Thread(target=put, args=(name,)) for name in "bcde"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(synced) == 3
+    assert sorted(map(str, said)) == ["True"] * 2 + ["refused"] * 3 if fails else ["True"] * 5
+    put("later")
+    assert said[-1] is True
+
+
 def test_every_picture_is_its_own_whatever_comes_goes_and_starts_anew(spool: Path) -> None:
     rng = random.Random(5)
     there: dict[str, bytes | None] = {}
