@@ -258,8 +258,8 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         raise Stop(EX_USAGE, "--event and --camera must not be empty; say what happened, and where")
     if options.key and not options.cert:
         raise Stop(EX_USAGE, "--key needs --cert")
-    if not options.timeout:
-        raise Stop(EX_USAGE, "--timeout 0 leaves no time; give more")
+    if 0 in (options.timeout, given.get("heartbeat")):
+        raise Stop(EX_USAGE, "--timeout and --heartbeat must be more than 0")
     if options.loop is None and options.heartbeat and "event" in given:
         raise Stop(EX_USAGE, "--heartbeat alone sends no event; add --loop SECONDS, or leave --event out")
     if options.loop is None and not options.heartbeat:  # one event is a loop of one

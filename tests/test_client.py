@@ -391,6 +391,7 @@ def test_one_event_loads_nothing_that_is_slow_to_load() -> None:
         (["--loop", "nan"], "--loop"),
         (["--loop", "21d"], "up to 20d"),
         (["--timeout", "0"], "--timeout"),
+        (["--heartbeat", "0"], "--heartbeat"),
         (["--meta", "novalue"], "KEY=VALUE"),
         (["--meta", "=v"], "KEY=VALUE"),
         (["--key", "k.pem"], "--cert"),
