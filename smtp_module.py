@@ -2749,7 +2749,9 @@ def fail(code: int, sentence: str) -> NoReturn:
 
 
 def _configured(args: argparse.Namespace) -> SMTPConfig:
-    config = SMTPConfig.from_settings(Settings.load(env_file=args.env_file))
+    settings = Settings.load(env_file=args.env_file)
+    settings.tell_misspelled()
+    config = SMTPConfig.from_settings(settings)
     if args.trace:
         return replace(config, trace=lambda line: print(printable(line, 2000), file=sys.stderr, flush=True))
     return config

@@ -211,6 +211,13 @@ def test_check_says_what_failed_and_what_to_do(run: Run, scripted: Callable[...,
     assert re.search(r"^FAIL  login +535 5\.7\.139", out, re.M) and "SMTP_AUTH=xoauth2" in out
 
 
+def test_check_tells_of_a_misspelled_setting(
+    run: Run, scripted: Callable[..., Scripted], caplog: pytest.LogCaptureFixture
+) -> None:
+    run("check", **at(scripted(), SMTP_PASSWORD="secret"))
+    assert "SMTP_PASSWORD is no setting and has no effect; did you mean SMTP_PASS?" in caplog.text
+
+
 def test_check_in_debug_mode_says_so(run: Run, scripted: Callable[..., Scripted]) -> None:
     code, out, _ = run("check", SMTP_PORT=scripted(answers={"greeting": b"554 no\r\n"}).port)
     assert code == 69 and "debug receiver" in out and "FAIL  greeting" in out
