@@ -460,7 +460,7 @@ TWO_SUBJECTS = b"550 5.5.2 more than one Subject\r\n"
 CANNOT_PARSE = b"550 5.6.0 the mail cannot be read\r\n"
 READ_ONLY = b"550 5.7.1 your network may only read\r\n"
 NOT_SIGNED = b"550 5.7.1 this command needs a signature\r\n"
-BAD_SIGNATURE = b"550 5.7.1 the signature is wrong, used or out of date\r\n"
+BAD_SIGNATURE = b"550 5.7.1 the signature is wrong, used or out of date, or the attachment is another\r\n"
 TOO_BIG = b"552 5.3.4 the mail is too big\r\n"
 EIGHT_BIT_ADDRESS = b"553 5.6.7 an address is plain ASCII here\r\n"
 TOO_EARLY = b"554 5.5.0 input before its turn, goodbye\r\n"
@@ -1000,6 +1000,14 @@ class Part(NamedTuple):
             return self.raw
         raise Refused(CANNOT_PARSE)
 
+    def files(self) -> Iterator[bytes]:
+        """What the file was before it was sent: these bytes, or a text of Unix, which got CRLF on its way (RFC 2046
+        section 4.1.1). Raises Refused."""
+        data = self.data()
+        yield data
+        if b"\r\n" in data:
+            yield data.replace(b"\r\n", b"\n")
+
     def text(self) -> str:
         charset = "utf-8" if self.charset in SLOW_CHARSETS else self.charset
         try:
@@ -1061,12 +1069,17 @@ def clean_name(name: str) -> str:
     return re.sub(r"[^\w. -]", "_", last).strip(". -")[:100]
 
 
-def the_attachment(content: bytes) -> bytes | None:
-    """The data of the one attachment; None when there is none, or several. Raises Refused."""
+def attachments(content: bytes) -> list[Part]:
+    """The parts that were attached; where none says so, whatever is no text. Raises Refused."""
     found = parts(content)
     chosen = [part for part in found if part.is_attachment]
-    chosen = chosen or [part for part in found if part.filename or not part.kind.startswith("text/")]
-    return chosen[0].data() if len(chosen) == 1 else None
+    return chosen or [part for part in found if part.filename or not part.kind.startswith("text/")]
+
+
+def the_attachment(content: bytes) -> bytes | None:
+    """The data of the one attachment; None when there is none, or several. Raises Refused."""
+    found = attachments(content)
+    return found[0].data() if len(found) == 1 else None
 
 
 # ────────────────────────────────────────────── Policy ──────────────────────────────────────────────
@@ -1122,8 +1135,7 @@ class Policy:
         except ValueError:
             return None
         expiry, nonce = int.from_bytes(token[:4], "big"), token[4:10]
-        # Mail programs add pictures and cards of their own: where the command makes no use of an attachment, a
-        # signature over nothing counts, too.
+        # A mail program may have added a card: to a command that makes no use of it, a signature over nothing counts.
         signed = {attachment} if command.verb == "UPDATE" else {attachment, None}
         rights = [self.sign(command.words, sender, expiry, nonce, data) for data in signed]
         genuine = any(hmac.compare_digest(right.encode(), command.token.encode()) for right in rights)
@@ -1201,16 +1213,11 @@ class Request:
     peer: str
     access: Access
     operator: str  # "" where nobody is named
+    attached: bytes | None = None  # what an UPDATE stores
 
     @property
     def who(self) -> str:
         return self.letter.sender or self.mail.sender
-
-    @functools.cached_property
-    def attached(self) -> bytes | None:
-        """The data of the one attachment, where it matters. Raises Refused."""
-        matters = self.command.verb == "UPDATE" or self.command.token
-        return the_attachment(self.letter.content) if matters else None
 
 
 @dataclass
@@ -1275,7 +1282,7 @@ class Device:
         known = "SELECT 1 FROM commands WHERE mail = ? AND at > ?"
         if db.execute(known, (key, request.now - MEMORY_SECONDS)).fetchone():
             return None
-        self.check(db, request)
+        request = replace(request, attached=self.check(db, request))
         rule = COMMANDS[request.command.verb]
         try:
             answer = rule.act(self, db, request, rule.read(request.command.argument))
@@ -1300,20 +1307,36 @@ class Device:
         db.execute(PRUNE, {"refused": refused, "before": before, "keep": keep})
         return seq
 
-    def check(self, db: sqlite3.Connection, request: Request) -> None:
-        """Use a signature up. Raises Refused when the policy does not allow the command."""
-        command = request.command
-        expiry = self.policy.verify(command, request.letter.sender, request.now, request.attached)
-        if expiry:
-            db.execute("DELETE FROM used WHERE expiry < ?", (request.now,))
-            if db.execute("INSERT OR IGNORE INTO used VALUES (?, ?)", (command.token, expiry)).rowcount:
-                return
-        if COMMANDS[command.verb].needs is Access.READ:
-            return
-        if self.policy.secret:
-            raise Refused(BAD_SIGNATURE if command.token else NOT_SIGNED)
-        if request.access < Access.CONTROL:
-            raise Refused(READ_ONLY)
+    def check(self, db: sqlite3.Connection, request: Request) -> bytes | None:
+        """The attachment that is meant: the one that the signature covers, else the only one. Uses the signature up.
+
+        Raises Refused when the policy does not allow the command.
+        """
+        command, content = request.command, request.letter.content
+        if command.token:
+            expiry, signed = self.covered(command, request.letter.sender, request.now, attachments(content))
+            if expiry:
+                db.execute("DELETE FROM used WHERE expiry < ?", (request.now,))
+                if db.execute("INSERT OR IGNORE INTO used VALUES (?, ?)", (command.token, expiry)).rowcount:
+                    return signed
+        if COMMANDS[command.verb].needs is Access.CONTROL:
+            if self.policy.secret:
+                raise Refused(BAD_SIGNATURE if command.token else NOT_SIGNED)
+            if request.access < Access.CONTROL:
+                raise Refused(READ_ONLY)
+        return the_attachment(content) if command.verb == "UPDATE" else None
+
+    def covered(
+        self, command: Command, sender: str, now: float, attached: Sequence[Part]
+    ) -> tuple[int | None, bytes | None]:
+        """The expiry of a signature, None when it is not genuine, and the data that it covers. Raises Refused.
+
+        The data tells which attachment was signed: mail programs add keys and cards, and change the line ends of texts.
+        """
+        for data in (data for part in attached for data in part.files()) if attached else (None,):
+            if expiry := self.policy.verify(command, sender, now, data):
+                return expiry, data
+        return None, None
 
     # The commands: each changes the database inside the transaction, or raises ValueError that says what is right
 

@@ -438,6 +438,38 @@ def test_command_with_an_attachment_is_obeyed_when_signed_over_it(folder: Path) 
     bench.outbox.close()
 
 
+CARD = ("application/octet-stream", "base64", "QkVHSU46VkNBUkQ=", "card.vcf")
+
+
+@pytest.mark.parametrize(
+    "file, sections",
+    [
+        (b"one\ntwo\n", [("text/plain", "7bit", "one\ntwo\n", "s.txt")]),
+        (b"one\r\ntwo\r\n", [("text/plain", "7bit", "one\ntwo\n", "s.txt")]),
+        ("é\n".encode(), [("text/plain; charset=utf-8", "quoted-printable", "=C3=A9\n", "s.txt")]),
+        (b"dat", [CARD, ("application/octet-stream", "base64", "ZGF0", "x.bin")]),
+        (b"dat", [("application/octet-stream", "base64", "ZGF0", "x.bin"), CARD]),
+    ],
+)
+def test_signature_says_which_file_was_sent_whatever_the_mail_program_made_of_it(
+    folder: Path, file: bytes, sections: list[tuple[str, str, str, str]]
+) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE), secret=SECRET))
+    token = bench.device.policy.sign("UPDATE fw", OPS, int(NOW) + 60, b"123456", file)
+    lines = [f"From: {OPS}", f"Subject: CMD UPDATE fw ~{token}", 'Content-Type: multipart/mixed; boundary="b"', ""]
+    for kind, encoding, text, name in sections:
+        lines += ["--b", f"Content-Type: {kind}", f"Content-Transfer-Encoding: {encoding}"]
+        lines += [f'Content-Disposition: attachment; filename="{name}"', "", text]
+    content = "\n".join([*lines, "--b--", ""]).replace("\n", "\r\n").encode()
+    assert bench.deliver(content).startswith("250")
+    digest = hashlib.sha256(file).hexdigest()
+    assert text_of(bench.replies()[0]) == f"fw: {len(file)} bytes, SHA-256 {digest}"
+    bench.send("CMD READ fw")
+    assert files_of(bench.replies()[0]) == {"fw": file}
+    assert bench.deliver(content.replace(b"From:", b"X-Again: 1\r\nFrom:")).startswith("550 5.7.1")
+    bench.outbox.close()
+
+
 # Replies
 
 
