@@ -52,7 +52,7 @@ CONTROLS = {
         ("smtp_module.py", r"synchronous=FULL", "synchronous=NORMAL"),
         ("smtp_module.py", r"'FULL' if durable", "'NORMAL' if durable"),
     ],
-    "pictures not synced": [("smtp_module.py", r"^            sync\(self\._file\)$", "            pass")],
+    "pictures not synced": [("smtp_module.py", r"^( +)sync\(self\._file\)$", r"\1pass")],
 }
 DURABLE = ("", "-wal", "-journal", ".pictures")
 ROUND = 400  # crash points recorded with one relay: the trace stays small
