@@ -1193,6 +1193,9 @@ UNTOLD = """SELECT count(*), max(seq), (SELECT group_concat(error, '; ') FROM
   (SELECT DISTINCT error FROM items WHERE state = 3 AND told = 0 LIMIT 3)) FROM items WHERE state = 3 AND told = 0"""
 
 
+NO_ROOM = re.compile("is full|No space left|too large|quota exceeded")  # as SQLite and the system say it
+
+
 class SpoolError(Exception):
     """The disk failed or the file is damaged; nothing was accepted."""
 
@@ -1465,13 +1468,24 @@ class Pictures(SideFile):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _reserved(self, size: int) -> int:
-        """Where so many bytes have room: in the first gap that is large enough, or at the end."""
+        """Where so many bytes have room: in the first gap that is large enough, or at the end. Raises OSError."""
         for number, (start, end) in enumerate(self._gaps):
             if end - start >= size:
                 self._gaps[number] = (start + size, end)
                 return start
+        self._check_disk(size)
         self._end += size
         return self._end - size
+
+    def _check_disk(self, size: int) -> None:
+        """Raises OSError unless there is room for so many bytes more, and to spare: rows may use more of the disk.
+
+        A picture that waits at the end of the file keeps all that is free before it from the rows.
+        """
+        with contextlib.suppress(FileNotFoundError):  # the folder was removed, which is noticed elsewhere
+            disk = shutil.disk_usage(os.path.dirname(self._path) or ".")
+            if disk.free - size < 2 * reserve(disk):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self, place: Place) -> bytes | None:
         """The picture; None if it is not the one that was written there. Raises OSError."""
@@ -1495,13 +1509,13 @@ class Pictures(SideFile):
                     os.ftruncate(self._file, self._end)
             self._gaps = gaps
 
-    def size(self) -> tuple[int, int]:
-        """Bytes in use, and bytes free among them."""
+    def used(self) -> int:
+        """Bytes in use."""
         with self._lock:
-            free = sum(end - start for start, end in self._gaps)
-            return self._end - free, free
+            return self._end - sum(end - start for start, end in self._gaps)
 
     def _rescue(self, anew: int) -> None:
+        self._check_disk(self._end)
         with open(self._file, "rb", closefd=False) as source, open(anew, "wb", closefd=False) as copy:
             source.seek(0)
             shutil.copyfileobj(source, copy)
@@ -1597,6 +1611,8 @@ class Outbox:
             db.execute("PRAGMA secure_delete=OFF")  # Debian's default writes zeros over all that was sent
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
+            log_pages = reserve(shutil.disk_usage(self.path.parent)) // 4 // pragma(db, "page_size")
+            db.execute(f"PRAGMA wal_autocheckpoint={min(1000, max(1, log_pages))}")  # it grows on a full disk, too
             if pragma(db, "synchronous") != 2:
                 raise sqlite3.OperationalError("synchronous=FULL was not taken")
             db.executescript(self._schema)
@@ -1644,7 +1660,8 @@ class Outbox:
                 if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
                     self._rescue()
                 if durable:
-                    self._pictures.renew()
+                    with contextlib.suppress(OSError):  # what waits may go out; `add` takes no more
+                        self._pictures.renew()
                     self._ticks.renew()
                 if durable != self._durable:
                     self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
@@ -1685,7 +1702,7 @@ class Outbox:
                 self._db.close()
                 self._db = self._open_sound()
                 self._ticks.clear()  # it may count from 1 again
-        full = bool(re.search("is full|No space left|too large|quota exceeded", str(error)))
+        full = bool(NO_ROOM.search(str(error)))
         if full or "disk I/O" in str(error):  # so says SQLite of a log that may not grow
             self._reclaim()
         raise (DiskFull if full else SpoolError)(f"{self.path}: {error}") from error
@@ -1716,7 +1733,7 @@ class Outbox:
             self._pictures.free(unused)
         return ticket.receipts
 
-    def _laid_down(self, pictures: Sequence[bytes | None]) -> Sequence[Place]:
+    def _laid_down(self, pictures: Sequence[bytes | None], again: bool = True) -> Sequence[Place]:
         """The pictures on disk, each by the thread that brings it."""
         if size := sum(len(picture or b"") for picture in pictures):
             self._check_room(0, size)
@@ -1724,6 +1741,9 @@ class Outbox:
             return self._pictures.write(pictures)
         except OSError as error:
             with self._lock:
+                if again and NO_ROOM.search(str(error)):
+                    self._reclaim()
+                    return self._laid_down(pictures, again=False)
                 self._fail(error)
 
     def _commit(self, tickets: Sequence[_Ticket]) -> None:
@@ -1762,21 +1782,19 @@ class Outbox:
     def _spare(self, rows: int, pictures: int) -> tuple[float, float]:
         """Bytes left after so many more: of what the spool may take, and of the disk.
 
-        Rows are written twice, into the log and then into the database, which may have unused room, like the file of
-        pictures.
+        Rows are written twice, into the log and then into the database, which may have unused room. Pictures see to
+        the disk themselves.
         """
         pages, free, page = (
             self.rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
         )
-        shown, gaps = self._pictures.size()
-        used = (pages - free) * page + shown
+        used = (pages - free) * page + self._pictures.used()
         spare = math.inf if self._size_max is None else self._size_max - used - rows - pictures
         try:
             disk, waits = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
         except FileNotFoundError:  # nothing was written yet, or the folder was removed, which is noticed elsewhere
             return spare, 0
-        reserve = min(DISK_RESERVE_BYTES, disk.total // 20)
-        return spare, disk.free - reserve - rows - max(0, waits + rows - free * page) - max(0, pictures - gaps)
+        return spare, disk.free - reserve(disk) - rows - max(0, waits + rows - free * page)
 
     def _reclaim(self) -> None:
         """Free what the log holds for nothing, and the places of pictures whose end is on disk when it is empty."""
@@ -1788,6 +1806,7 @@ class Outbox:
 
     def add(self, db: sqlite3.Connection, item: NewItem, place: Place = Place()) -> Receipt:  # noqa: B008
         """Add an item inside a transaction; `place` is where its picture lies."""
+        self._pictures.renew()
         sums = hashlib.sha256(item.payload).digest(), place.sum
         name = item.id
         while not item.fresh:
@@ -2014,6 +2033,8 @@ class Outbox:
             gone = db.execute(old.format("items") + " RETURNING state", (now - MEMORY_S,)).fetchall()
             for (state,) in gone:
                 self._counts[state] -= 1
+        if self._over:  # nothing came since that would have freed their places
+            self._reclaim()
         return len(gone)
 
     def counts(self) -> dict[str, int]:
@@ -2051,6 +2072,11 @@ def lock_file(path: Path) -> int:
 def pragma(db: sqlite3.Connection, name: str) -> int:
     """The value of a numeric pragma."""
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def reserve(disk: Any) -> int:
+    """Bytes of it that are kept free for bookkeeping; `disk` is what shutil.disk_usage says."""
+    return min(DISK_RESERVE_BYTES, int(disk.total) // 20)
 
 
 def file_identity(path: str | Path) -> tuple[int, int] | None:

@@ -339,13 +339,27 @@ def spool_full(run: Run) -> str:
 def files_cannot_grow(run: Run) -> str:
     with run.stage() as stage:
         wrapper = [needs("prlimit"), "--fsize=400000"]
-        return fill(stage, lambda: stage.relay.kill() or finish(stage), *wrapper)
+        return fill(stage, lambda: accepts_again(stage) and finish(stage), *wrapper)
 
 
 @row("disk full", "a tmpfs of 12 MiB")
 def disk_full(run: Run) -> str:
     with run.stage(picture_max=600_000) as stage, small_disk(stage, "size=12m"):
         return fill(stage, lambda: accepts_again(stage) and finish(stage))
+
+
+@row("disk full, and mails put off", "a tmpfs of 12 MiB, rcpt:450 for most: what is written down of them needs room, too")
+def disk_full_put_off(run: Run) -> str:
+    with run.stage(picture_max=600_000, ALERT_SENDERS="4") as stage, small_disk(stage, "size=12m"):
+        stage.sink.pause()
+        stage.relay.start()
+        stage.driver.allow(300)
+        until("the clients have given up", stage.driver.settled)  # else each refusal makes room
+        stage.sink.script("rcpt:450 later%80")
+        stage.sink.resume()
+        until("many are put off", lambda: sum(stage.sink.fired.values()) > 300)
+        stage.sink.script()
+        return accepts_again(stage) and finish(stage)
 
 
 @row("no inode is left", "a tmpfs with nr_inodes: one for each file that it has, then one less at a start")
