@@ -1325,14 +1325,13 @@ class SideFile:
         self._path = path
         self._lock = threading.Lock()  # never held during a commit
         self._file = self._opened()
-        self._identity = file_identity(path)
 
     def _opened(self) -> int:
         return os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
 
     def renew(self) -> None:
         """Make the file anew if it was removed, moved or replaced. Raises OSError; then it is tried again next time."""
-        if file_identity(self._path) != self._identity:
+        if file_identity(self._path) != file_identity(self._file):
             with self._lock:
                 anew = self._opened()
                 try:
@@ -1342,7 +1341,7 @@ class SideFile:
                     os.unlink(self._path)  # half of it keeps the room that the log needs
                     raise
                 os.close(self._file)
-                self._file, self._identity = anew, file_identity(self._path)
+                self._file = anew
 
     def _rescue(self, anew: int) -> None:
         """Copy what is worth it."""
@@ -1602,7 +1601,9 @@ class Outbox:
         return aside
 
     def _open(self) -> sqlite3.Connection:
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        identity = file_identity(file)  # before SQLite opens it: what takes its place from here on is noticed
+        os.close(file)
         db = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
         try:
             small = self.path.stat().st_size < CHECKED_MAX_BYTES
@@ -1623,7 +1624,7 @@ class Outbox:
         except BaseException:
             db.close()
             raise
-        self._durable, self._identity = True, file_identity(self.path)
+        self._durable, self._identity = True, identity
         return db
 
     def _rescue(self) -> None:
@@ -2079,7 +2080,7 @@ def reserve(disk: Any) -> int:
     return min(DISK_RESERVE_BYTES, int(disk.total) // 20)
 
 
-def file_identity(path: str | Path) -> tuple[int, int] | None:
+def file_identity(path: str | Path | int) -> tuple[int, int] | None:
     """Device and inode, by which a file that was removed or replaced is noticed; None: there is none."""
     try:
         found = os.stat(path)

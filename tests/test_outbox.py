@@ -544,6 +544,28 @@ def test_a_lost_file_of_pictures_is_damage(spool: Path) -> None:
         shown(outbox)
 
 
+@pytest.mark.parametrize("what", ["", ".pictures"])
+def test_a_file_that_vanishes_while_it_is_written_anew_is_noticed(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    outbox.put([item("a", picture=b"picture")])
+    path = Path(f"{outbox.path}{what}")
+    path.unlink()
+    owner, name = (smtp.Pictures, "_rescue") if what else (Outbox, "_recount")
+    real = getattr(owner, name)
+
+    def gone_again(*args: Any) -> None:
+        real(*args)
+        path.unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, gone_again)
+        outbox.put([item("b")])
+    outbox.put([item("c")])
+    assert {row["id"] for row in smtp.read_queue(outbox.path)} == {"a", "b", "c"}
+    assert Path(f"{outbox.path}.pictures").read_bytes() == b"picture"
+
+
 def test_duplicates_keep_no_room(outbox: Outbox) -> None:
     for _ in range(5):
         outbox.put([item("a", picture=b"picture")])
