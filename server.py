@@ -1214,6 +1214,7 @@ WORDS = {
     ),
     "units": ("d h min s", "روز ساعت دقیقه ثانیه", "天 小时 分钟 秒"),
 }
+RTL_LABEL = re.compile(r"^[\u0590-\u08ff][^:\n]*: (?=[-+0-9])", re.MULTILINE)  # would turn the date after it round
 URGENT = {"DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED"}
 RED, BLUE, GREEN, GREY = "#b3261e", "#1f4e79", "#2e6b3f", "#4f5b66"
 
@@ -1401,7 +1402,8 @@ def draw_text(letter: Letter) -> str:
     """The plain text of a mail."""
     rows = [(": " if len(row) == 2 else "  ").join(row).replace("\n", "\n  ") for row in letter.rows]
     notes = [note for note, _ in letter.notes]
-    return _clean("\n\n".join(["\n".join(letter.head), "\n".join(rows), *notes])) + "\n"
+    text = _clean("\n\n".join(["\n".join(letter.head), "\n".join(rows), *notes])) + "\n"
+    return RTL_LABEL.sub("\\g<0>\u200e", text)
 
 
 def draw_page(letter: Letter, lang: str) -> str:

@@ -465,6 +465,14 @@ def test_every_word_is_there_in_every_language_with_the_same_places() -> None:
         assert len(set(words)) == len(words)
 
 
+def test_date_after_a_persian_label_keeps_its_order_in_plain_text_and_names_stay_as_they_are() -> None:
+    told = item(camera="گاراژ", meta={"یادداشت": "-5", "zone": "4"})
+    mark, persian = "\u200e", text(render([told], replace(PLAIN, lang="fa")))
+    assert f"زمان: {mark}2026-" in persian and f"یادداشت: {mark}-5\n" in persian
+    assert persian.count(mark) == 3 and "دوربین: گاراژ\n" in persian
+    assert text(render([told])).count(mark) == 1
+
+
 @pytest.mark.parametrize("lang", ["fa", "zh"])
 def test_no_english_word_is_left(lang: str) -> None:
     config = replace(PLAIN, lang=lang)
