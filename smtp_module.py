@@ -80,6 +80,7 @@ TICK_S = 0.5  # requests of the command line and retries are noticed within this
 HOUSEKEEPING_S = 60.0
 BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; after this others may take what is left
 BATCH_MAILS = 32  # mails frozen by one commit
+BUSY_S = 5  # what another program does with the database is waited for
 ROOM_S = 0.25  # the room on the disk is looked at no more often, while there is plenty
 PAGE_ROWS = 200  # read at once
 TICK_SLOTS, TICK_BYTES = 4096, 19  # more than 64 senders can have sent and not settled
@@ -1604,7 +1605,7 @@ class Outbox:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         identity = file_identity(file)  # before SQLite opens it: what takes its place from here on is noticed
         os.close(file)
-        db = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             small = self.path.stat().st_size < CHECKED_MAX_BYTES
             if small and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
@@ -1798,9 +1799,16 @@ class Outbox:
         return spare, disk.free - reserve(disk) - rows - max(0, waits + rows - free * page)
 
     def _reclaim(self) -> None:
-        """Free what the log holds for nothing, and the places of pictures whose end is on disk when it is empty."""
+        """Free what the log holds for nothing, and the places of pictures whose end is on disk when it is empty.
+
+        Who reads the database meanwhile is not waited for: everybody would wait for him.
+        """
         with self._lock, contextlib.suppress(sqlite3.Error):
-            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._db.execute("PRAGMA busy_timeout=0")
+            try:
+                busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout={BUSY_S * 1000}")
             if not busy:
                 self._pictures.free(self._over)
                 self._over = []

@@ -747,6 +747,21 @@ def test_what_waits_goes_out_though_its_pictures_cannot_be_written_anew(
     assert os.path.getsize(f"{outbox.path}.pictures") == 100_000
 
 
+def test_who_reads_the_spool_delays_nobody(outbox: Outbox) -> None:
+    outbox.put([item("a", picture=b"a" * 100)])
+    with contextlib.closing(sqlite3.connect(outbox.path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM items").fetchall()
+        send(outbox, "a")
+        began = time.monotonic()
+        outbox.prune(time.time())
+        assert time.monotonic() - began < smtp.BUSY_S / 2
+        assert os.path.getsize(f"{outbox.path}.pictures") == 100  # the end of its row is not surely on disk
+    assert smtp.pragma(outbox._db, "busy_timeout") == smtp.BUSY_S * 1000
+    outbox.prune(time.time())
+    assert os.path.getsize(f"{outbox.path}.pictures") == 0
+
+
 def test_the_log_leaves_room_for_the_database_on_a_small_disk(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log that has taken the last of the disk cannot be written into the database, which has to grow for it."""
     leave_free(monkeypatch, 12 << 20, 4 << 20)
