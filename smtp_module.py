@@ -1433,6 +1433,10 @@ class Pictures(SideFile):
             self._gaps.append((self._end, size))
             self._end = size
 
+    def _opened(self) -> int:
+        """Locked: who removes the spool's lock to start a second relay shall not have two that know of free places."""
+        return lock_file(Path(self._path)) if fcntl else super()._opened()
+
     def write(self, pictures: Sequence[bytes | None]) -> list[Place]:
         """Put them where there is room; they are on disk when this returns. Raises OSError; then nothing was kept."""
         if not any(pictures):
@@ -1556,12 +1560,17 @@ class Outbox:
         except OSError as error:
             raise SpoolError(f"{self.path}: {error.strerror}") from None
         try:
-            self._db = self._open_sound()
-            self._pictures = Pictures(f"{self.path}.pictures", itertools.starmap(Place, self._db.execute(SHOWN)))
-            self._ticks = Ticks(f"{self.path}.sent")
-            self._read_ticks()
+            with contextlib.ExitStack() as undo:
+                undo.callback(os.close, self._owned)
+                self._db = self._open_sound()
+                undo.callback(self._db.close)
+                self._pictures = Pictures(f"{self.path}.pictures", itertools.starmap(Place, self._db.execute(SHOWN)))
+                undo.callback(self._pictures.close)
+                self._ticks = Ticks(f"{self.path}.sent")
+                undo.callback(self._ticks.close)
+                self._read_ticks()
+                undo.pop_all()
         except (sqlite3.Error, OSError) as error:
-            os.close(self._owned)
             raise SpoolError(f"{self.path}: {error}") from None
 
     def close(self) -> None:

@@ -303,6 +303,26 @@ def test_a_second_owner_is_refused_and_the_lock_ends_with_the_process(spool: Pat
     Outbox(spool).close()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="what is open cannot be removed there")
+def test_a_second_owner_is_refused_though_the_lock_was_removed(outbox: Outbox) -> None:
+    outbox.put([item("a", picture=b"picture")])
+    Path(f"{outbox.path}.lock").unlink()
+    with pytest.raises(SpoolBusy):
+        Outbox(outbox.path)
+    assert outbox.put([item("b", picture=b"another")])[0].new
+    assert shown(outbox) == {"a": b"picture", "b": b"another"}
+
+
+def test_a_start_that_fails_leaves_nothing_open(spool: Path) -> None:
+    Outbox(spool).close()
+    Path(f"{spool}.sent").unlink()
+    Path(f"{spool}.sent").mkdir()
+    with pytest.raises(SpoolError):
+        Outbox(spool)
+    Path(f"{spool}.sent").rmdir()
+    Outbox(spool).close()
+
+
 def test_closing_twice_is_harmless_and_frees_the_spool(spool: Path) -> None:
     outbox = Outbox(spool)
     outbox.close()
