@@ -1570,12 +1570,12 @@ class Maildir:
         self.numbers = itertools.count(1)
 
     def add(self, mail: Mail) -> None:
-        """Store the mail under its envelope; it is in `new` whole or not at all."""
+        """Store the mail under its envelope, lines ended by LF as in every Maildir; in `new` whole or not at all."""
         now = time.time()
         name = f"{int(now)}.M{int(now % 1 * 1e6):06}P{os.getpid()}Q{next(self.numbers)}.{smtp.hostname()}"
         envelope = [f"Return-Path: <{mail.sender}>", *(f"Delivered-To: {who}" for who in mail.recipients), ""]
         with open(f"{self.path}/tmp/{name}", "xb", opener=functools.partial(os.open, mode=0o600)) as file:
-            file.write("\r\n".join(envelope).encode() + mail.content())
+            file.write("\n".join(envelope).encode() + mail.content().replace(b"\r\n", b"\n"))
         os.rename(f"{self.path}/tmp/{name}", f"{self.path}/new/{name}")
         if self.keep:
             self.names.append(name)

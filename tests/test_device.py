@@ -339,6 +339,12 @@ def test_maildir_keeps_the_newest(bench: Bench, folder: Path) -> None:
     assert [re.search(r"hello \d", path.read_text()).group() for path in kept] == ["hello 2", "hello 3", "hello 4"]  # type: ignore[union-attr]
 
 
+def test_maildir_has_the_line_ends_that_mail_programs_expect(bench: Bench, folder: Path) -> None:
+    bench.deliver(b"Subject: a\r\n\r\none\r\n..two\r\n")
+    (kept,) = (folder / "mail" / "new").iterdir()
+    assert kept.read_bytes().endswith(b"\nSubject: a\n\none\n.two\n") and b"\r" not in kept.read_bytes()
+
+
 # Policy: who x network x signature x command
 
 CONTROL = [verb for verb, rule in emb.COMMANDS.items() if rule.needs is Access.CONTROL]
