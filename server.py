@@ -1408,7 +1408,7 @@ def draw_text(letter: Letter) -> str:
 
 def draw_page(letter: Letter, lang: str) -> str:
     """The HTML of a mail. Every value goes through `_escape`."""
-    direction, colour = "rtl" if lang == "fa" else "ltr", letter.colour
+    (direction, side), colour = ("rtl", "right") if lang == "fa" else ("ltr", "left"), letter.colour
     what, where, when = map(_escape, letter.head)
     rows = "".join([_table_row(row, letter.link) for row in letter.rows])
     notes = "".join(
@@ -1420,7 +1420,7 @@ def draw_page(letter: Letter, lang: str) -> str:
 <meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light"></head>
 <body style="margin:0;padding:0;background:#eef1f4">
 <table role="presentation" dir="{direction}" align="center" width="640" cellpadding="0" cellspacing="0"
- style="width:100%;max-width:640px;margin:0 auto;background:#ffffff;color:#1c2733;
+ style="width:100%;max-width:640px;margin:0 auto;background:#ffffff;color:#1c2733;text-align:{side};
 font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif">
 <tr><td bgcolor="{colour}" style="padding:14px 16px;background:{colour};color:#ffffff">
 <div style="font-size:22px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
