@@ -2878,7 +2878,10 @@ def command_change(args: argparse.Namespace) -> int:
         with contextlib.closing(Outbox(path)) as outbox:
             number = outbox.retry(args.id) if args.command == "retry" else outbox.drop(args.id)
     except SpoolBusy:
-        return _request(path, args.command, args.id)
+        try:
+            return _request(path, args.command, args.id)
+        except OSError as error:
+            fail(EX_TEMPFAIL, f"the request cannot be left beside {path}: {error.strerror}")
     print(f"{args.command}: {number}")
     return EX_OK
 

@@ -323,6 +323,16 @@ def test_what_the_running_owner_does_not_answer_is_no_success(
     assert bench.outbox.counts()["queued"] == 1
 
 
+def test_a_request_that_cannot_be_left_is_said(run: Run, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    bench.put("a")
+    monkeypatch.setattr(os, "replace", full)
+    code, out, err = run("drop", "a", "--spool", str(bench.spool))
+    assert (code, out) == (75, "") and "No space left on device" in err
+
+
 # sendmail
 
 CRONS_MAIL = b"""From: root (Cron Daemon)
