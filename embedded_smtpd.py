@@ -1249,7 +1249,8 @@ class Device:
         operator = self.policy.operator(letter.sender)
         command = read_command(letter.subject)
         if command is None or operator is None:
-            log.info("discarded a mail of <%s> from %s: %s", letter.sender or mail.sender, peer, letter.subject)
+            who = f"<{letter.sender}>" if letter.sender else f"<{mail.sender}> without exactly one From address"
+            log.info("discarded a mail of %s from %s: %s", who, peer, letter.subject)
         else:
             self.obey(Request(self.clock(), command, mail, letter, peer, self.policy.access(peer), operator))
         if self.maildir:

@@ -331,6 +331,16 @@ def test_state_of_an_older_version_is_taken_over(folder: Path) -> None:
     bench.outbox.close()
 
 
+def test_mail_without_a_from_line_is_discarded_and_the_log_says_why(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE), operators=(OPS,)))
+    with caplog.at_level("INFO"):
+        assert bench.deliver(b"Subject: CMD ARM\r\n\r\n").startswith("250") and bench.value("armed") == "off"
+    assert f"discarded a mail of <{OPS}> without exactly one From address" in caplog.text
+    bench.outbox.close()
+
+
 def test_maildir_keeps_the_newest(bench: Bench, folder: Path) -> None:
     for number in range(5):
         bench.send(f"hello {number}")
