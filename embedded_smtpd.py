@@ -1069,6 +1069,12 @@ def clean_name(name: str) -> str:
     return re.sub(r"[^\w. -]", "_", last).strip(". -")[:100]
 
 
+ENCLOSURES = {  # what mail programs add to an attachment
+    "text/vcard", "text/x-vcard", "application/pgp-keys", "application/pgp-signature",
+    "application/pkcs7-signature", "application/x-pkcs7-signature",
+}  # fmt: skip
+
+
 def attachments(content: bytes) -> list[Part]:
     """The parts that were attached; where none says so, whatever is no text. Raises Refused."""
     found = parts(content)
@@ -1079,6 +1085,7 @@ def attachments(content: bytes) -> list[Part]:
 def the_attachment(content: bytes) -> bytes | None:
     """The data of the one attachment; None when there is none, or several. Raises Refused."""
     found = attachments(content)
+    found = [part for part in found if part.kind not in ENCLOSURES] or found
     return found[0].data() if len(found) == 1 else None
 
 

@@ -173,6 +173,13 @@ def test_none_or_several_attachments_are_none(sections: tuple[bytes, ...]) -> No
     assert the_attachment(mixed(*sections)) is None
 
 
+@pytest.mark.parametrize("kind", sorted(device.ENCLOSURES))
+def test_cards_keys_and_signatures_of_a_mail_program_are_not_the_attachment_unless_they_are_alone(kind: str) -> None:
+    added = f"Content-Type: {kind}; name=x\r\nContent-Disposition: attachment\r\n\r\nadded".encode()
+    assert the_attachment(mixed(TEXT, attached(b"aGVsbG8=", b"base64"), added)) == b"hello"
+    assert the_attachment(mixed(TEXT, added)) == b"added"
+
+
 @pytest.mark.parametrize(
     "content",
     [
