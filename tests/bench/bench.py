@@ -251,12 +251,17 @@ def latency() -> None:
 
 def receiving() -> None:
     """The lock-step receivers, one connection, interleaved with other people's."""
-    receive("")
-    with one_core():
-        receive(", all on one core")
+    with yardsticks.debug_receiver() as debug, the_device() as device:
+        receive("lock-step receiver, 1 KB mails", debug, scaled(6000), 1024)
+        receive("lock-step receiver, 270 KB mails", debug, scaled(1000), 270_000)
+        receive("the device itself, every mail stored, 1 KB mails", device, scaled(1500), 1024)
+    with one_core(), yardsticks.debug_receiver() as debug:
+        receive("lock-step receiver, 1 KB mails, all on one core", debug, scaled(6000), 1024)
+        receive("lock-step receiver, 270 KB mails, all on one core", debug, scaled(1000), 270_000)
 
 
-def receive(where: str) -> None:
+def receive(work: str, port: int, number: int, size: int) -> None:
+    """One row: ours at this port, between the others."""
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
         against: list[str] = []
@@ -265,20 +270,13 @@ def receive(where: str) -> None:
                 ports[name] = stack.enter_context(server())
             except Skipped as reason:
                 against.append(f"{name}: skipped, {reason}")
-        debug, device = stack.enter_context(yardsticks.debug_receiver()), stack.enter_context(the_device())
-        for work, port, number, size in (
-            ("lock-step receiver, 1 KB mails", debug, scaled(6000), 1024),
-            ("lock-step receiver, 270 KB mails", debug, scaled(1000), 270_000),
-            ("the device itself, every mail stored, 1 KB mails", device, scaled(1500), 1024),
-        ):
-            try:
-                rounds = [[yardsticks.source(at, number, size) for at in (port, *ports.values())] for _ in range(3)]
-            except Skipped as reason:
-                row(work + where, "skipped", str(reason))
-                continue
-            ours, *theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
-            beaten = (f"{name}: {rate:,.0f}/s ({ours / rate:.2f}x)" for name, rate in zip(ports, theirs, strict=True))
-            row(work + where, f"{ours:,.0f}/s", *beaten, *against)
+        try:
+            rounds = [[yardsticks.source(at, number, size) for at in (port, *ports.values())] for _ in range(3)]
+        except Skipped as reason:
+            return row(work, "skipped", str(reason))
+        ours, *theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
+        beaten = (f"{name}: {rate:,.0f}/s ({ours / rate:.2f}x)" for name, rate in zip(ports, theirs, strict=True))
+        row(work, f"{ours:,.0f}/s", *beaten, *against)
 
 
 @contextlib.contextmanager
