@@ -67,6 +67,7 @@ LINES_AT_ONCE = 1000
 UNFINISHED_MAX_BYTES = 256 << 20  # shared by all connections: half-sent lines must not fill the memory
 UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a line outside the shared budget
 THREAD_STACK_BYTES = 512 << 10
+SWITCH_S, SWITCH_EACH_S = 0.005, 0.0001  # how long a thread that waits for the interpreter sleeps, for each connection
 SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up after ALERT_IDLE_TIMEOUT
 UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
 TROUBLE_OVER_S = 60.0  # a trouble that was not seen for so long is over; the next one is logged again
@@ -815,6 +816,8 @@ class Relay:
         """Nothing that is wrong with one connection ends it: the relay would be alive and deaf."""
         listener.settimeout(0.5)
         while not self.stopping:
+            # Thousands of threads, woken at once, would do nothing but look whether it is their turn.
+            sys.setswitchinterval(max(SWITCH_S, len(self._connections) * SWITCH_EACH_S))
             try:
                 self._let_go(time.monotonic())
                 self._admit(listener.accept()[0])

@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -279,6 +280,15 @@ def test_a_connection_is_forgotten_when_it_ends_whatever_was_refused(run: Any, l
         until(lambda: not running.relay._connections, 2)
     finally:
         gc.enable()
+
+
+def test_threads_that_wait_for_the_interpreter_look_less_often_the_more_they_are(run: Any) -> None:
+    running = run()
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(running.connect())
+        until(lambda: sys.getswitchinterval() > 0.009)
+    until(lambda: sys.getswitchinterval() < 0.006)
 
 
 def test_stopping_waits_no_longer_than_its_connections_live(run: Any) -> None:
