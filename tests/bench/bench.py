@@ -308,15 +308,17 @@ def idling() -> None:
 
 def waiting() -> None:
     """Ingest while very many alerts wait, because the mail server is away."""
-    number = scaled(60_000)
+
+    def rate() -> float:
+        return statistics.median(stream(running.port, 4000) for _ in range(3))
+
     with relay(1, ALERT_RETRY_FIRST="1", ALERT_RETRY_MAX="1") as running:
-        empty = statistics.median(stream(running.port, 4000) for _ in range(3))
-        memory = running.footprint()["VmRSS"]
-        stream(running.port, number)
-        full = statistics.median(stream(running.port, 4000) for _ in range(3))
-        grown = running.footprint()["VmRSS"] - memory
-    against = f"empty: {empty:,.0f}/s ({full / empty:.2f}x), memory {grown / 1024:+.0f} MiB"
-    row(f"ingest with {number:,} alerts waiting", f"{full:,.0f}/s", against)
+        empty, memory = rate(), running.footprint()["VmRSS"]
+        for number in map(scaled, (20_000, 60_000, 120_000)):
+            stream(running.port, max(1, number - running.counts()["queued"]))
+            full, grown = rate(), running.footprint()["VmRSS"] - memory
+            against = f"empty: {empty:,.0f}/s ({full / empty:.2f}x), memory {grown / 1024:+.0f} MiB"
+            row(f"ingest with {number:,} alerts waiting", f"{full:,.0f}/s", against)
 
 
 def starting() -> None:
