@@ -82,7 +82,7 @@ BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; afte
 BATCH_MAILS = 32  # mails frozen by one commit
 BUSY_S = 5  # what another program does with the database is waited for
 ROOM_S = 0.25  # the room on the disk is looked at no more often, while there is plenty
-PAGE_ROWS = 200  # read at once
+PAGE_ROWS = 40  # read at once: a batch and a little more, for what is not used is read again
 TICK_SLOTS, TICK_BYTES = 4096, 19  # more than 64 senders can have sent and not settled
 DAY_S = 86400.0
 MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
@@ -1849,7 +1849,7 @@ class Outbox:
         while True:
             page = self.rows(f"{sql} ORDER BY seq LIMIT {PAGE_ROWS}", after)
             for seq, name, lane, arrived, taken in page:
-                yield Waiting(seq, name, lane, arrived, frozenset(json.loads(taken or "[]")))
+                yield Waiting(seq, name, lane, arrived, frozenset(json.loads(taken) if taken else ()))
                 after = seq
             if len(page) < PAGE_ROWS:
                 return
