@@ -64,7 +64,7 @@ from smtp_module import UNPRINTABLE, Attachment, ConfigError, Outbox, Settings, 
 log = logging.getLogger("device")
 
 BACKLOG = 5  # connections that wait in the kernel: the paper's number
-RECV_BYTES = 65536  # malloc maps larger buffers anew on every call
+RECV_BYTES = 65536  # at once
 TICK_SECONDS = 1.0  # how often a wait looks at its deadlines
 SESSION_SECONDS = 600.0  # a session ends then, whatever happens
 CROWDED_SECONDS = 10.0  # longest silence while others wait, and for a TLS handshake

@@ -88,7 +88,7 @@ DAY_S = 86400.0
 MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
 DISK_RESERVE_BYTES = 16 << 20  # nothing new is accepted when less is free: deliveries must be written down, too
-PIECE = 76 * 1000  # Base64 is cut in pieces below malloc's 128 KiB mmap threshold: mapping costs more than the work
+PIECE = 76 * 1000  # Base64 is cut in pieces of so many bytes, a thousand lines: a larger buffer may have to be mapped
 
 T = TypeVar("T")
 log = logging.getLogger("mail")
@@ -1192,8 +1192,6 @@ CREATE TABLE IF NOT EXISTS notes(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 SHOWN = "SELECT picture_sum, picture_at, picture_size FROM items WHERE settled IS NULL AND picture_size"
 UNTOLD = """SELECT count(*), max(seq), (SELECT group_concat(error, '; ') FROM
   (SELECT DISTINCT error FROM items WHERE state = 3 AND told = 0 LIMIT 3)) FROM items WHERE state = 3 AND told = 0"""
-
-
 NO_ROOM = re.compile("is full|No space left|too large|quota exceeded")  # as SQLite and the system say it
 
 
@@ -1671,7 +1669,7 @@ class Outbox:
                 if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
                     self._rescue()
                 if durable:
-                    with contextlib.suppress(OSError):  # what waits may go out; `add` takes no more
+                    with contextlib.suppress(OSError):  # what waits may go out; `put` takes no more
                         self._pictures.renew()
                     self._ticks.renew()
                 if durable != self._durable:
@@ -1761,6 +1759,7 @@ class Outbox:
         try:
             self._check_room(sum(len(item.payload) for ticket in tickets for item in ticket.items), 0)
             with self.transaction() as db:
+                self._pictures.renew()
                 done = [list(map(self.add, itertools.repeat(db), one.items, one.places)) for one in tickets]
         except Exception as error:
             alone = len(tickets) == 1 or (isinstance(error, SpoolError) and not isinstance(error, SpoolFull))
@@ -1824,7 +1823,6 @@ class Outbox:
 
     def add(self, db: sqlite3.Connection, item: NewItem, place: Place = Place()) -> Receipt:  # noqa: B008
         """Add an item inside a transaction; `place` is where its picture lies."""
-        self._pictures.renew()
         sums = hashlib.sha256(item.payload).digest(), place.sum
         name = item.id
         while not item.fresh:
@@ -1891,7 +1889,7 @@ class Outbox:
                     continue
                 number = db.execute(
                     "INSERT INTO mails(kind, items, recipients, failed, why, begun, next) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (draft.kind, json_list(items), json_list(draft.recipients), failed, why or "", now, now),
+                    (draft.kind, json.dumps(items), json_list(draft.recipients), failed, why or "", now, now),
                 ).lastrowid
                 if failed:
                     db.execute("UPDATE items SET told = ? WHERE state = 3 AND told = 0", (number,))
@@ -2068,9 +2066,9 @@ class Outbox:
 
 
 @functools.lru_cache(maxsize=256)
-def json_list(values: tuple[str | int, ...]) -> str:
-    """A list as JSON; those of recipients are mostly the same."""
-    return json.dumps(values)
+def json_list(recipients: tuple[str, ...]) -> str:
+    """Recipients as JSON; they are mostly the same ones."""
+    return json.dumps(recipients)
 
 
 def lock_file(path: Path) -> int:
