@@ -62,9 +62,11 @@ import smtp_module as smtp
 from smtp_module import UNPRINTABLE, Attachment, ConfigError, Outbox, Settings, addresses, compose, iso, printable
 
 log = logging.getLogger("device")
+give_way = getattr(os, "sched_yield", lambda: None)  # Windows has none
 
 BACKLOG = 5  # connections that wait in the kernel: the paper's number
 RECV_BYTES = 65536  # at once
+LOOKS = 50  # for about 50 us: a peer on this machine answers within that, and to be woken takes as long again
 TICK_SECONDS = 1.0  # how often a wait looks at its deadlines
 SESSION_SECONDS = 600.0  # a session ends then, whatever happens
 CROWDED_SECONDS = 10.0  # longest silence while others wait, and for a TLS handshake
@@ -225,6 +227,10 @@ class Link:
         """The next bytes, b"" at the end."""
         while True:
             self.check(self.server.timeout)
+            for _ in range(LOOKS):
+                if self.ready():
+                    break
+                give_way()
             try:
                 data = self.sock.recv(RECV_BYTES)
             except (BlockingIOError, TimeoutError):
@@ -233,9 +239,13 @@ class Link:
                 self.since = self.clock()
             return data
 
+    def ready(self) -> bool:
+        """Whether something has come."""
+        return self.looks and bool(select.select([self.sock], [], [], 0)[0])
+
     def early(self) -> bytes:
         """What the peer has sent before its turn, mostly b""."""
-        if self.looks and select.select([self.sock], [], [], 0)[0]:
+        if self.ready():
             with contextlib.suppress(BlockingIOError, TimeoutError):
                 return self.sock.recv(RECV_BYTES)
         return b""
