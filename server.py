@@ -793,14 +793,26 @@ class Relay:
     # listeners and threads
 
     def listen(self) -> None:
-        """Listen on every address of the host. Raises OSError."""
-        host, self.port = self.config.host.strip("[]"), self.config.port
-        found = socket.getaddrinfo(host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        """Listen on every address of the host; `::` is both families.
+
+        An address family that this machine only has by name is passed over. Raises OSError when nothing is left.
+        """
+        host, self.port = self.config.host, self.config.port
+        both, missing = host == "::" and socket.has_dualstack_ipv6(), OSError("it has no address")
+        found = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, _, _, _, where in dict.fromkeys(found):
             address = (where[0], self.port, *where[2:])
-            listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
-            self._listeners.append(listener)
-            self.port = listener.getsockname()[1]  # one that was chosen counts for the other addresses, too
+            try:
+                listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+            else:
+                self._listeners.append(listener)
+                self.port = listener.getsockname()[1]  # one that was chosen counts for the other addresses, too
+        if not self._listeners:
+            raise missing
 
     def start(self) -> None:
         """Accept connections; logs where."""

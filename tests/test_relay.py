@@ -362,6 +362,22 @@ def test_it_listens_on_ipv6(run: Any) -> None:
     assert running.ask(EVENT)[0]["status"] == "queued"
 
 
+def test_an_address_that_the_machine_has_only_by_name_is_passed_over(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ::1 for localhost, where IPv6 is switched off; 192.0.2.1 is nobody's, RFC 5737."""
+    names = {"localhost": ("192.0.2.1", "127.0.0.1"), "elsewhere": ("192.0.2.1",)}
+
+    def look_up(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, port)) for number in names[host]]
+
+    with monkeypatch.context() as resolver:
+        resolver.setattr(socket, "getaddrinfo", look_up)
+        running = run(host="localhost")
+        with pytest.raises(OSError, match="assign"):
+            server.Relay(replace(running.config, host="elsewhere"), running.outbox, Any, Any).listen()
+    running.config = replace(running.config, host="127.0.0.1")
+    assert running.ask(EVENT)[0]["status"] == "queued"
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("openssl"):
