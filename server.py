@@ -1720,8 +1720,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         smtp.fail(smtp.EX_CONFIG, str(error))
     except smtp.SpoolError as error:
         smtp.fail(smtp.EX_TEMPFAIL, f"ALERT_SPOOL: {error}")
-    except OSError as error:
-        smtp.fail(smtp.EX_CONFIG, f"ALERT_HOST, ALERT_PORT: cannot listen there: {error.strerror}")
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name looks like that
+        why = getattr(error, "strerror", error)
+        smtp.fail(smtp.EX_CONFIG, f"ALERT_HOST, ALERT_PORT: cannot listen there: {why}")
 
 
 if __name__ == "__main__":
