@@ -127,10 +127,11 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def host_name(text: str) -> str:
-    """A name or an address, as it is."""
+    """A name or an address without brackets; "", 0.0.0.0 and :: mean this machine."""
     if text.count(":") == 1:
         raise ValueError(f"{text!r} holds a port, which is given apart from the host")
-    return text
+    host = text.strip().removeprefix("[").removesuffix("]")
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def key_value(text: str) -> dict[str, str | float]:
@@ -264,8 +265,6 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         raise Stop(EX_USAGE, "--heartbeat alone sends no event; add --loop SECONDS, or leave --event out")
     if options.loop is None and not options.heartbeat:  # one event is a loop of one
         options.loop, options.count = (0.0, options.count) if options.count else (INFINITE, 1)
-    host = options.host.strip().removeprefix("[").removesuffix("]")
-    options.host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return options
 
 
@@ -275,7 +274,7 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
 class Line:
     """An event or a heartbeat on its way to the relay; `kept` names the file that keeps it, if one does."""
 
-    def __init__(self, content: dict[str, Any], token: str, kept: str = "") -> None:
+    def __init__(self, content: dict[str, Any], token: str, kept: str) -> None:
         self.content, self.kept = content, kept
         self.wire = json.dumps({**content, "token": token} if token else content).encode() + b"\n"
 
@@ -605,11 +604,11 @@ class Sender:
         while self.backlog and self.has_room():
             name = self.backlog.popleft()
             if content := self.outbox.load(name):
-                self.enqueue(Line(content, self.options.token, name))
+                self.enqueue(content, kept=name)
         if now >= self.beats.due:
             self.beats.take(now)
             if not any("heartbeat" in line.content for line in self.window):
-                self.enqueue(Line({"heartbeat": self.options.camera}, self.options.token))
+                self.enqueue({"heartbeat": self.options.camera})
         while now >= self.events.due and self.may_make():
             self.events.take(now)
             self.make()
@@ -626,15 +625,15 @@ class Sender:
         self.made += 1
         image = self.options.image
         picture = read_picture(image) if image not in ("", "-") else self.stdin_picture
-        line = Line(make_event(self.options, picture, self.made, time.time()), self.options.token)
-        if self.backlog or self.failures or not self.has_room():
-            line.kept = self.outbox.keep(line.content)
-        if line.kept:
-            self.backlog.append(line.kept)
+        event = make_event(self.options, picture, self.made, time.time())
+        must_wait = self.backlog or self.failures or not self.has_room()
+        if must_wait and (kept := self.outbox.keep(event)):
+            self.backlog.append(kept)
         else:
-            self.enqueue(line)
+            self.enqueue(event)
 
-    def enqueue(self, line: Line) -> None:
+    def enqueue(self, content: dict[str, Any], kept: str = "") -> None:
+        line = Line(content, self.options.token, kept)
         self.window.append(line)
         self.window_bytes += len(line.wire)
 
