@@ -232,11 +232,12 @@ def read_env_file(path: str) -> dict[str, str]:
             lines = file.read().splitlines()
     except (OSError, ValueError) as error:
         raise Stop(EX_CONFIG, f"settings file {path}: {explain(error)}") from None
-    for number, line in enumerate(lines, 1):
-        key, equals, value = (part.strip() for part in line.strip().removeprefix("export ").partition("="))
-        if not key or key.startswith("#"):
+    for number, raw in enumerate(lines, 1):
+        line = re.sub(r"^export\s+", "", raw.strip())
+        if not line or line.startswith("#"):
             continue
-        if not equals:
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or len(key.split()) != 1:
             raise Stop(EX_CONFIG, f"settings file {path}, line {number}: not KEY=value")
         quoted = re.match(r"""(["'])(.*?)\1""", value)
         values[key] = quoted[2] if quoted else re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()

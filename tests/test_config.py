@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Certificates
 
+import client
 import smtp_module as smtp
 from smtp_module import ConfigError, Settings, SMTPConfig
 
@@ -56,16 +57,17 @@ def test_without_a_file_there_is_none_but_a_named_one_must_be_there(
 def test_lines_of_the_file(tmp_path: Path, line: str, value: str) -> None:
     path = tmp_path / "settings"
     path.write_bytes(f"{line}\n# a comment\n\n".encode())
-    assert smtp.read_env_file(str(path)) == {"K": value}
+    assert smtp.read_env_file(str(path)) == client.read_env_file(str(path)) == {"K": value}
 
 
 @pytest.mark.parametrize("content", [b"just words\n", b"=value\n", b"SMTP_PASS abc=d\n", b"K=\xff\n"])
 def test_a_file_that_is_none_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "settings"
     path.write_bytes(b"A=1\n" + content)
-    with pytest.raises(ConfigError, match="settings") as caught:
-        smtp.read_env_file(str(path))
-    assert "abc" not in str(caught.value)
+    for read in (smtp.read_env_file, client.read_env_file):
+        with pytest.raises((ConfigError, client.Stop), match="settings") as caught:
+            read(str(path))
+        assert "abc" not in str(caught.value)
 
 
 def test_a_wrong_value_names_its_variable() -> None:
