@@ -900,7 +900,8 @@ class Relay:
             peers = [connection.sock for connection in self._connections]
         for sock in peers:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RD)  # wakes the thread; what has arrived is still read
+                # Wakes the thread; what has arrived is still read. SSLSocket's own would end the encryption, too.
+                socket.socket.shutdown(sock, socket.SHUT_RD)
         while self._connections and time.monotonic() < until:
             time.sleep(0.01)
 

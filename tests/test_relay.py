@@ -412,6 +412,15 @@ def test_events_come_in_over_tls(run: Any, certificate: Path) -> None:
     assert "warning" in said[3]
 
 
+def test_a_relay_that_stops_answers_over_tls_what_it_has_read(run: Any, certificate: Path) -> None:
+    running = run(tls=smtp.server_tls(str(certificate), ""))
+    with tls_client(certificate).wrap_socket(running.connect(), server_hostname="localhost") as sock:
+        sock.sendall(EVENT + b'{"event": "E", "camera": "c", "x": "aaa')
+        assert b"queued" in sock.recv(4096)
+        running.relay.stop(2)
+        assert [entry["error"] for entry in answers(sock)] == ["shutting_down"]
+
+
 def test_a_silent_or_talkative_handshake_costs_only_itself(run: Any, certificate: Path) -> None:
     running = run(tls=smtp.server_tls(str(certificate), ""))
     with running.connect(), running.connect() as plain:
