@@ -9,7 +9,6 @@ import os
 import pty
 import random
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Certificates
 
 import client
 
@@ -1147,45 +1147,6 @@ def test_a_full_disk_leaves_no_half_written_event(
 
 
 # ──────────────────────────────────────────────── TLS ─────────────────────────────────────────────────
-
-
-class Certificates:
-    """A CA as openssl makes it, and what it has signed: `good` for this machine, `wrong` for another, `expired`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ca = str(folder / "ca.pem")
-        self.new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        files = ["-keyout", "ca.key", "-out", "ca.pem"]
-        self.openssl("req", "-x509", *self.new_key, *files, "-days", "2", "-subj", "/CN=Test CA")
-        self.sign("good", "DNS:localhost,IP:127.0.0.1", days=2)
-        self.sign("wrong", "DNS:other.example", days=2)
-        self.sign("expired", "DNS:localhost,IP:127.0.0.1", days=-1)
-
-    def openssl(self, *words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=self.folder, check=True, capture_output=True, timeout=60)
-
-    def sign(self, name: str, alternatives: str, *, days: int) -> None:
-        request, extensions = f"{name}.csr", f"{name}.ext"
-        self.openssl("req", *self.new_key, "-keyout", f"{name}.key", "-out", request, "-subj", f"/CN={name}")
-        (self.folder / extensions).write_text(f"subjectAltName={alternatives}\n")
-        by = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days), "-extfile", extensions]
-        self.openssl("x509", "-req", "-in", request, *by, "-out", f"{name}.pem")
-
-    def pair(self, name: str) -> tuple[str, str]:
-        return str(self.folder / f"{name}.pem"), str(self.folder / f"{name}.key")
-
-    def context(self, name: str) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*self.pair(name))
-        return context
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is missing")
-    return Certificates(tmp_path_factory.mktemp("client-certificates"))
 
 
 def test_tls_verifies_against_the_given_authority(
