@@ -518,79 +518,77 @@ class Lines:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._finished = 0  # bytes on the shared budget of lines that are whole, but not answered yet
+        self._held = 0  # bytes of ours on the shared budget
+        self._whole = 0  # of them, of lines that are whole, but not answered yet
         self._too_large = Refusal("too_large", f"the line is longer than {limit} bytes")
         self._forget()
 
     def _forget(self) -> None:
         self._pieces: list[bytes] = []
         self._length = 0  # of the unfinished line, as sent
-        self._charged = 0  # of it, on the shared budget
-        self.began = 0.0  # when it began, monotonic; 0: there is none
+        self._began = math.inf  # monotonic; infinite while there is none
 
     def feed(self, chunk: bytes) -> list[bytes | Refusal]:
         """The lines that end in this chunk, without blank ones; a Refusal that closes comes last."""
         if b"\n" not in chunk:  # many times as quick as split
             return self._keep(chunk)
-        first, *rest = chunk.split(b"\n")
-        lines = [line.removesuffix(b"\r") for line in (self._finish(first), *rest[:-1])]
-        whole = [self._too_large if len(line) > self._limit else line for line in lines if not line.isspace()]
-        return [line for line in whole if line] + self._keep(rest[-1])
+        first, *others, rest = chunk.split(b"\n")
+        lines = [line.removesuffix(b"\r") for line in (self._finish(first), *others)]
+        found = [self._too_large if len(line) > self._limit else line for line in lines if line.strip()]
+        return found + self._keep(rest)
 
     def end(self, stopping: bool = False) -> list[bytes | Refusal]:
         """The last line, which may lack its LF when the peer ended it; when we end it, it was not read whole."""
-        if stopping and self._length:
+        if not self._length:
+            return []
+        if stopping:
             return [Refusal("shutting_down", "the relay is stopping; send this again later", closes=True)]
-        return self.feed(b"\n") if self._length else []
+        return self.feed(b"\n")
 
     def _keep(self, piece: bytes) -> list[bytes | Refusal]:
         if not piece:
             return []
-        self.began = self.began or time.monotonic()
+        self._began = min(self._began, time.monotonic())
         self._length += len(piece)
         if self._length > 4 * self._limit:
             sentence = f"the line goes on beyond four times {self._limit} bytes"
             return [Refusal("too_large", sentence, closes=True)]
         if self._length > self._limit + 1:  # it may be one longer: a CR before the LF does not count
             self._pieces = []
-            self._charge(-self._charged)
+            self._hold(self._whole)
             return []
         self._pieces.append(piece)
         if self._length > UNFINISHED_FREE_BYTES:
-            self._charge(len(piece))
+            self._hold(self._held + len(piece))
             if Lines.held_by_all > UNFINISHED_MAX_BYTES:
                 return [Refusal("busy", "too many half-sent lines; try again", closes=True)]
         return []
 
     def _finish(self, last: bytes) -> bytes:
         line = b"".join((*self._pieces, last)) if self._length <= self._limit + 1 else bytes(self._limit + 2)
-        self._finished += self._charged
+        self._whole = self._held
         self._forget()
         return line
 
-    def _charge(self, number: int) -> None:
-        self._charged += number
-        self._hold(number)
-
-    @staticmethod
-    def _hold(number: int) -> None:
-        if number:
+    def _hold(self, number: int) -> None:
+        """So many bytes of the shared budget are ours now."""
+        if number != self._held:
             with Lines._budget:
-                Lines.held_by_all += number
+                Lines.held_by_all += number - self._held
+            self._held = number
 
     def answered(self) -> None:
         """The whole lines are done with."""
-        self._hold(-self._finished)
-        self._finished = 0
+        self._hold(self._held - self._whole)
+        self._whole = 0
 
     def late(self, patience: float) -> bool:
         """Has the unfinished line come for longer than `patience` seconds, and more slowly than a line may?"""
-        return bool(self.began) and time.monotonic() - self.began > patience + self._length / SLOWEST_BYTES_S
+        return time.monotonic() - self._began > patience + self._length / SLOWEST_BYTES_S
 
     def drop(self) -> None:
         """Forget it all."""
-        self.answered()
-        self._hold(-self._charged)
+        self._hold(0)
         self._forget()
 
 
@@ -614,8 +612,12 @@ class Connection:
             wait_at_most(self.sock, config.idle_timeout_s, SEND_TIMEOUT_S)
             while self._turn():
                 pass
-        except (OSError, ValueError) as error:  # reset, timed out, no TLS: this peer only
+        except OSError as error:  # reset, timed out, no TLS: this peer only
             log.debug("a connection ended: %s", error)
+        except MemoryError:
+            self._relay.short_of_memory()
+        except Exception:
+            log.exception("a connection's thread failed")
         finally:
             self._lines.drop()
             close_gently(self.sock)
@@ -658,7 +660,7 @@ class Connection:
             yield b""
 
     def _say(self, answers: bytes) -> None:
-        if answers and not self._deaf:
+        if not self._deaf:
             try:
                 self.sock.sendall(answers)
             except OSError:
@@ -690,7 +692,7 @@ def read_now(sock: socket.socket) -> bytes | None:
 
 def close_gently(sock: socket.socket) -> None:
     """Close so that the last answer arrives: unread input would turn the end into a reset that destroys it."""
-    with contextlib.suppress(OSError, ValueError, MemoryError):
+    with contextlib.suppress(OSError, MemoryError):
         sock.shutdown(socket.SHUT_WR)
         sock.settimeout(0.5)
         for _ in range(16):
@@ -744,7 +746,7 @@ class Relay:
             # a new one: what was raised remembers its frames, and would keep the connection alive
             return Refusal(refusal.code, refusal.detail, closes=refusal.closes)
         except MemoryError:  # about us, not about the line: it must come again
-            self._short_of_memory()
+            self.short_of_memory()
             return Refusal("busy", "the relay is short of memory; try again later", closes=True)
         except Exception:
             log.exception("a line could not be read")
@@ -776,7 +778,7 @@ class Relay:
         if now - before > TROUBLE_OVER_S:
             log.error("%s", words)
 
-    def _short_of_memory(self) -> None:
+    def short_of_memory(self) -> None:
         """The machine's memory or its threads have run out, which is the same: a thread needs a stack."""
         self._complain("memory", "out of memory or threads: connections are turned away, and have to come again")
 
@@ -844,7 +846,7 @@ class Relay:
                     self._complain("accept", f"no connection can be accepted: {error.strerror}")
                 time.sleep(0.1)  # the connection stays in the queue: trying again at once would be a busy loop
             except (RuntimeError, MemoryError):
-                self._short_of_memory()
+                self.short_of_memory()
                 time.sleep(0.1)
 
     def _admit(self, sock: socket.socket) -> None:
@@ -856,10 +858,10 @@ class Relay:
                 if room:
                     self._connections.add(connection)
             if room:  # Thread.start would wait for a sign of life, for ever where memory is too short for one
-                _thread.start_new_thread(self._serve, (connection,))
+                _thread.start_new_thread(connection.serve, ())
                 return
         except (RuntimeError, MemoryError):
-            self._short_of_memory()
+            self.short_of_memory()
         self._turn_away(sock)
 
     def _turn_away(self, sock: socket.socket) -> None:
@@ -879,14 +881,6 @@ class Relay:
         with contextlib.suppress(IndexError):  # another accepting thread may be quicker
             while self._lingering[0][0] < now:
                 self._lingering.popleft()[1].close()
-
-    def _serve(self, connection: Connection) -> None:
-        try:
-            connection.serve()
-        except MemoryError:
-            self._short_of_memory()
-        except Exception:
-            log.exception("a connection's thread failed")
 
     def stop(self, timeout: float) -> None:
         """Stop accepting, answer what has been read, end the connections."""
