@@ -2794,14 +2794,20 @@ def _configured(args: argparse.Namespace) -> SMTPConfig:
     settings = Settings.load(env_file=args.env_file)
     settings.tell_misspelled()
     config = SMTPConfig.from_settings(settings)
-    if args.trace:
-        return replace(config, trace=lambda line: print(printable(line, 2000), file=sys.stderr, flush=True))
-    return config
+    return replace(config, trace=_trace) if args.trace else config
+
+
+def _trace(line: str) -> None:
+    with contextlib.suppress(OSError):  # a reader that has gone (`2>&1 | head`) stops no mail
+        print(printable(line, 2000), file=sys.stderr, flush=True)
 
 
 def _read_bytes(path: str) -> bytes:
+    """A file's content, or that of standard input, which is empty where it is closed."""
     try:
-        return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        if path == "-":
+            return sys.stdin.buffer.read() if sys.stdin else b""
+        return Path(path).read_bytes()
     except OSError as error:
         fail(EX_DATAERR, f"{path}: cannot be read: {error.strerror}")
 
@@ -2853,7 +2859,7 @@ def command_queue(args: argparse.Namespace) -> int:
     """`queue`: what waits, is held or failed."""
     rows = read_queue(_spool(args))
     if args.json:
-        print(json.dumps([{key: row[key] for key in row if key != "lane"} for row in rows], ensure_ascii=False))
+        print(json.dumps([{key: row[key] for key in row if key != "lane"} for row in rows]))
         return EX_OK
     for row in rows:
         to = ", ".join(row["recipients"]) or "by the routes"
@@ -2921,7 +2927,7 @@ def command_sendmail(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     settings = Settings.load(env_file=args.env_file)
     config = SMTPConfig.from_settings(settings)
-    raw = sys.stdin.buffer.read()
+    raw = _read_bytes("-")
     if not args.i and "i" not in args.o:
         raw = re.split(rb"(?m)^\.\r?$", raw, maxsplit=1)[0]
     default: tuple[str, ...] = ("alerts@localhost",) if config.debug else ()
@@ -3019,12 +3025,19 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name in any script, on a terminal in any encoding
     named_sendmail = Path(sys.argv[0]).name == "sendmail"
     try:
         if named_sendmail or argv[:1] == ["sendmail"]:
             return command_sendmail(argv if named_sendmail else argv[1:])
         args = _parser().parse_args(argv)
-        return int(args.run(args))
+        code = int(args.run(args))
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # the reader has gone (`queue | head -1`); what it did not take is flushed at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EX_OK
     except ConfigError as error:
         fail(EX_CONFIG, str(error))
     except SendError as error:

@@ -190,6 +190,19 @@ def test_trace_shows_the_dialogue_without_the_secret(run: Run, scripted: Callabl
     assert "AGFubgBzZWNyZXQ=" not in err and "secret" not in err
 
 
+def test_a_reader_of_the_trace_that_has_gone_stops_no_mail(
+    run: Run, scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    server = scripted()
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert run("send", "--to", "a@x.org", "--subject", "s", "--trace", **at(server))[0] == 0
+    assert len(server.mails) == 1
+
+
 # check
 
 
@@ -259,6 +272,31 @@ def test_the_queue_shows_what_waits_is_held_and_failed(run: Run, bench: Bench) -
 def test_an_empty_queue(run: Run, bench: Bench) -> None:
     assert run("queue", "--spool", str(bench.spool), "--json")[:2] == (0, "[]\n")
     assert run("queue", "--spool", str(bench.spool))[:2] == (0, "nothing waits\n")
+
+
+def queue_as_a_process(bench: Bench, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "smtp_module.py"), "queue", "--spool", str(bench.spool), *flags]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("number", [1, 500], ids=["less than a buffer", "more"])
+def test_a_reader_that_has_gone_ends_the_list_without_a_word(bench: Bench, number: int) -> None:
+    bench.put(*(f"a{n}" for n in range(number)))
+    process = queue_as_a_process(bench)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b""
+    assert process.wait(30) == 0
+
+
+def test_letters_that_the_terminal_lacks_are_shown_as_codes_and_json_stays_json(bench: Bench) -> None:
+    bench.outbox.put([smtp.NewItem("é😀", "حیاط", b"x")])
+    out, err = queue_as_a_process(bench, PYTHONIOENCODING="ascii").communicate(timeout=30)
+    assert (rb"\xe9\U0001f600  \u062d\u06cc\u0627\u0637  since" in out, err) == (True, b"")
+    out, err = queue_as_a_process(bench, "--json", PYTHONIOENCODING="ascii").communicate(timeout=30)
+    assert (json.loads(out)[0]["id"], err) == ("é😀", b"")
 
 
 def test_retry_and_drop_without_a_running_owner(run: Run, bench: Bench) -> None:
@@ -454,6 +492,17 @@ def test_called_by_the_name_sendmail(scripted: Callable[..., Scripted], tmp_path
     done = subprocess.run(command, input=CRONS_MAIL, env=environment, capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stderr) == (0, b"")
     assert server.mails[0].recipients == ["ann@example.com"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the standard input")
+@pytest.mark.parametrize("call", [["sendmail", "a@x.org"], ["send", "--to", "a@x.org", "--subject", "s", "--body", "-"]])
+def test_a_closed_standard_input_is_an_empty_one(scripted: Callable[..., Scripted], call: list[str]) -> None:
+    server = scripted()
+    environment = {**os.environ, **{name: str(value) for name, value in at(server).items()}}
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, str(ROOT / "smtp_module.py"), *call]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=30)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert message(server).get_content().strip() == ""
 
 
 def test_the_programs_can_be_called_directly() -> None:
