@@ -66,7 +66,7 @@ except ImportError:  # Windows
 
 __version__ = "1.0.0"
 
-EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 2, 65, 69, 75, 77, 78
+EX_OK, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 65, 69, 75, 77, 78
 
 DEBUG_HOST, DEBUG_PORT = "localhost", 1025  # where mail goes while nothing is configured
 SUBMISSION_PORT, SUBMISSIONS_PORT = 587, 465  # RFC 6409, RFC 8314
@@ -493,9 +493,12 @@ class Outcome:
     ours: bool = False
     too_big: bool = False
 
+    @property
+    def said(self) -> str:
+        return f"{self.code or ''} {self.detail}".strip()
+
     def __str__(self) -> str:
-        said = f"{self.code or ''} {self.detail}".strip()
-        return ": ".join(part for part in (self.step, said) if part)
+        return ": ".join(filter(None, (self.step, self.said)))
 
 
 class Unavailable(Exception):
@@ -541,7 +544,7 @@ def judge_error(step: str, error: Exception) -> Outcome:
         step, detail = "tls", str(getattr(error, "reason", None) or error)
     elif isinstance(error, TimeoutError):
         detail = "timed out"
-    elif isinstance(error, smtplib.SMTPServerDisconnected | ConnectionError | EOFError):
+    elif isinstance(error, smtplib.SMTPServerDisconnected | ConnectionError):
         detail = "refused" if isinstance(error, ConnectionRefusedError) else "the server closed the connection"
     elif isinstance(error, socket.gaierror):
         step, detail = "resolve", f"name not found ({error.strerror})"
@@ -598,9 +601,8 @@ ADVICE = (
 
 def advice(outcome: Outcome, host: str) -> str:
     """One sentence on what to do, or ""."""
-    said = f"{outcome.code or ''} {outcome.detail}".strip()
     for step, where, what, sentence in ADVICE:
-        if re.fullmatch(step or ".*", outcome.step) and re.search(where, host, re.I) and re.search(what, said, re.I):
+        if re.search(step, outcome.step) and re.search(where, host, re.I) and re.search(what, outcome.said, re.I):
             return sentence
     return ""
 
@@ -2845,7 +2847,7 @@ def command_check(args: argparse.Namespace) -> int:
         print("all is well" + ("" if recipient else "; --to ADDRESS asks about a recipient too"))
     else:
         step = {"mail": "sender", "rcpt": "recipient"}.get(outcome.step, outcome.step)
-        print(f"FAIL  {step:<10} {outcome.code or ''} {outcome.detail}".rstrip())
+        print(f"FAIL  {step:<10} {outcome.said}")
         if sentence := advice(outcome, config.host):
             print(f"      {sentence}")
     return exit_code([outcome])
