@@ -632,7 +632,8 @@ class Session:
     def _take_early(self, data: bytes = b"") -> None:
         """Input before its turn ends the session; but some cameras send QUIT with the final dot."""
         self._buffer += data
-        if not (self.rules.lenient and self._buffer.upper() == b"QUIT\r\n"):
+        patient = self.rules.lenient and self.state not in {CREDENTIALS, HANDSHAKE}
+        if not (patient and self._buffer.upper() == b"QUIT\r\n"):
             self.abort(TOO_EARLY)
 
     def _settle(self, reply: bytes, state: State) -> None:

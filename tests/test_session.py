@@ -455,10 +455,12 @@ def test_starttls_forgets_everything_that_was_said_before() -> None:
     assert peer.say("STARTTLS").startswith("503")
 
 
-def test_commands_hidden_behind_starttls_end_the_session() -> None:
-    peer = Peer(TLS)
+@pytest.mark.parametrize("rules", [TLS, dataclasses.replace(OLD, tls=CONTEXT)], ids=["strict", "lenient"])
+@pytest.mark.parametrize("tail", [b"MAIL FROM:<evil@x>\r\n", b"QUIT\r\n"])
+def test_commands_hidden_behind_starttls_end_the_session(rules: Rules, tail: bytes) -> None:
+    peer = Peer(rules)
     peer.say(HELLO)
-    assert peer.send(b"STARTTLS\r\nMAIL FROM:<evil@x>\r\n").startswith("554")
+    assert peer.send(b"STARTTLS\r\n" + tail).startswith("554")
     assert peer.closed and not peer.started_tls
 
 
