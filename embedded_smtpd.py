@@ -1023,7 +1023,7 @@ class Part(NamedTuple):
         charset = "utf-8" if self.charset in SLOW_CHARSETS else self.charset
         try:
             return self.data().decode(charset, "replace")
-        except (LookupError, UnicodeError):  # there is no such charset, or it has no replacements
+        except (LookupError, ValueError):  # there is no such charset, or it has no replacements
             return self.data().decode("utf-8", "replace")
 
 

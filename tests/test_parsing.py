@@ -201,10 +201,10 @@ def test_attachment_that_is_not_exact_is_refused(content: bytes) -> None:
         the_attachment(content)
 
 
-@pytest.mark.parametrize("charset", [b"x-none", b"undefined", b"idna", b"punycode", b"hex", b"utf-8*"])
+@pytest.mark.parametrize("charset", [b"=x-none", b"=undefined", b"=idna", b"=punycode", b"=hex", b"=utf-8*", b"*=us-ascii''%00"])
 def test_text_of_an_odd_charset_is_read_as_utf_8_and_quickly(charset: bytes) -> None:
     began = time.perf_counter()
-    (part,) = parts(b"Content-Type: text/plain; charset=" + charset + b"\r\n\r\n" + "café ".encode() * 50_000)
+    (part,) = parts(b"Content-Type: text/plain; charset" + charset + b"\r\n\r\n" + "café ".encode() * 50_000)
     assert part.text() == "café " * 50_000
     assert time.perf_counter() - began < 1
 
