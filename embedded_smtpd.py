@@ -1664,7 +1664,7 @@ FIELDS = {
     "device": ("alarm device name", "dvr name", "ipc name"),
 }
 EVENTS = [  # the first that fits
-    (r"tamper|mask|blind|cover|obstruct|occlu|scene change|defocus", "TAMPER_DETECTED"),
+    (r"tamper|mask|blind|\bcover|obstruct|occlu|scene change|defocus", "TAMPER_DETECTED"),
     (r"reconnect|video (signal )?(recover|restor)", "CAMERA_RECONNECTED"),
     (r"video\s*(signal\s*)?los[st]|no video|signal lost|disconnect|offline|lost connection", "CAMERA_DISCONNECTED"),
     (r"\bdoor\b", "DOOR_OPENED"),
@@ -1673,7 +1673,6 @@ EVENTS = [  # the first that fits
     (r"", "MOTION_DETECTED"),
 ]
 ENDED = re.compile(r"\b(stop|stopped|end|ended)[.!]?$", re.IGNORECASE)
-TEXT_LINE = re.compile(r"^[ \t]*([^:\n]{1,60}?)[ \t]*:[ \t]*(\S[^\n]{0,400})", re.MULTILINE)
 PICTURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{12}[\x0c\x28\x40\x6c\x7c]\0\0\0", re.DOTALL
 )
@@ -1682,7 +1681,7 @@ PICTURES = re.compile(
 def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | None:
     """The event for the relay that a mail tells of; None when it says that an alarm ended. Pure."""
     text, picture = text_and_picture(letter.content)
-    said = {name.strip().lower(): value.strip() for name, value in TEXT_LINE.findall(text)}
+    said = text_fields(text)
     facts = {fact: next((said[name] for name in names if said.get(name)), "") for fact, names in FIELDS.items()}
     title = facts["event"] or letter.subject
     if ENDED.search(title):
@@ -1708,6 +1707,13 @@ def camera_name(recipient: str, facts: Mapping[str, str]) -> str:
     return detail or facts["name"] or device or local
 
 
+def text_fields(text: str) -> dict[str, str]:
+    """What the lines `name: value` of a text say, by the name in lower case."""
+    split = (line.partition(":") for line in text.splitlines())
+    fields = ((name.strip().lower(), value.strip()[:400]) for name, _, value in split)
+    return {name: value for name, value in fields if 0 < len(name) <= 60 and value}
+
+
 def text_and_picture(content: bytes) -> tuple[str, Part | None]:
     """The first text of a mail and its first picture, whatever its label says. What cannot be read is passed over."""
     text, html_text, picture = "", "", None
@@ -1716,14 +1722,14 @@ def text_and_picture(content: bytes) -> tuple[str, Part | None]:
     except Refused:
         return content.partition(b"\r\n\r\n")[2].decode("utf-8", "replace"), None
     for part in found:
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, ValueError):  # ValueError: html.unescape, of a number of 5,000 digits
             if PICTURES.match(part.data()):
                 picture = picture or part
             elif part.kind == "text/plain":
                 text = text or part.text()
             elif part.kind == "text/html":
-                html_text = html_text or html.unescape(re.sub(r"<[^>]*>", "\n", part.text()))
-    return "\n".join((text or html_text).splitlines()), picture
+                html_text = html_text or html.unescape(re.sub(r"<[^<>]*>", "\n", part.text()))
+    return text or html_text, picture
 
 
 def printed(text: str, limit: int) -> str:
