@@ -77,6 +77,7 @@ NESTING_MAX = 16
 VALUES_MAX = 100_000  # in one line of JSON, so that it does not become a huge tree
 DIGEST_MAX = 10_000  # alerts in one digest
 DIGEST_ROWS, DIGEST_PICTURES = 50, 4
+LANGS = ("en", "fa", "zh")
 PRIORITY = ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")  # what breaks quiet hours unless ALERT_PRIORITY is set
 CAMERAS_MAX = 10_000  # cameras whose silence is watched
 
@@ -218,7 +219,7 @@ class RelayConfig:
     routes: tuple[Route, ...] = setting("ALERT_ROUTES", listed(";", Route.of), ())
     expect: tuple[tuple[str, float], ...] = setting("ALERT_EXPECT", listed(",", expectation), ())
     summary_at: int | None = setting("ALERT_SUMMARY_AT", clock, None)
-    lang: str = setting("ALERT_LANG", smtp.one_of("en", "fa", "zh"), "en")
+    lang: str = setting("ALERT_LANG", smtp.one_of(*LANGS), "en")
     spool_max: int = setting("ALERT_SPOOL_MAX", positive(smtp.size), 2 << 30)
     token: str = field(default="", repr=False)
     tls: ssl.SSLContext | None = None
@@ -228,10 +229,8 @@ class RelayConfig:
     @classmethod
     def from_settings(cls, settings: Settings, mail: smtp.SMTPConfig) -> RelayConfig:
         """Read them. Raises ConfigError."""
-        values: dict[str, Any] = {}
-        for entry in fields(cls):
-            if entry.metadata:
-                values[entry.name] = settings.read(**entry.metadata, default=entry.default)
+        read = [entry for entry in fields(cls) if entry.metadata]
+        values = {entry.name: settings.read(**entry.metadata, default=entry.default) for entry in read}
         if not settings.read("ALERT_RECIPIENT", str, "") and not mail.debug:
             raise ConfigError("ALERT_RECIPIENT: missing; give the address that gets the alerts")
         if mail.debug and not settings.read("ALERT_SENDERS", str, ""):
@@ -350,8 +349,7 @@ def read_json(line: bytes) -> tuple[dict[str, Any], object]:
 
 
 def _cut_picture(line: bytes) -> tuple[bytes, bytes | None]:
-    key = re.search(rb'"image_b64"\s*:\s*"', line)
-    if key:
+    if key := re.search(rb'"image_b64"\s*:\s*"', line):
         end = line.find(b'"', key.end())
         picture = line[key.end() : end]
         if len(picture) > CUT_FROM_BYTES and end > 0 and _has_alphabet(picture):
@@ -457,12 +455,11 @@ def check_picture(picture: object) -> tuple[bytes, str]:
     if not isinstance(picture, str | bytes):
         raise ValueError(NO_STRING)
     text = picture.encode("ascii", "replace") if isinstance(picture, str) else picture
-    body = text.rstrip(b"=")
-    padding, tail = len(text) - len(body), body[len(body) & ~3 :]
-    padded = tail + b"=" * padding
+    last = text[-4:]
+    padding = last.count(b"=")
     if len(text) % 4 or padding > 2 or (isinstance(picture, str) and not _has_alphabet(text)):
         raise ValueError(NOT_BASE64)
-    if base64.b64encode(base64.b64decode(padded)) != padded:  # bits that are cut off must be 0, RFC 4648 3.5
+    if base64.b64encode(base64.b64decode(last)) != last:  # bits that are cut off must be 0, RFC 4648 3.5
         raise ValueError(NOT_BASE64)
     if len(text) // 4 * 3 - padding > PICTURE_MAX_BYTES:
         raise ValueError(TOO_LARGE)
@@ -1180,7 +1177,6 @@ class Diary:
 # Pure: frozen mails in, composed mails out. What, where, when and the picture come first; the rest is below.
 # Nothing from an event is ever markup; <bdi> keeps a name from reordering its line. Tables and inline styles: Outlook.
 
-LANGS = ("en", "fa", "zh")
 EVENT_WORDS = {
     "MOTION_DETECTED": ("Motion detected", "حرکت دیده شد", "检测到移动"),
     "DOOR_OPENED": ("Door opened", "در باز شد", "门已打开"),
@@ -1363,9 +1359,9 @@ class Alerts:
         return self._events.get(name, name)
 
     def _span(self, seconds: float) -> str:
-        """A length of time for people."""
-        *units, smallest = zip(self._words["units"].split(), (86400, 3600, 60, 1), strict=True)
-        unit, size = next(((unit, size) for unit, size in units if seconds >= 2 * size), smallest)
+        """A length of time for people, in the largest unit of which there are two."""
+        units = zip(self._words["units"].split(), (86400, 3600, 60, 1), strict=True)
+        unit, size = next((unit, size) for unit, size in units if seconds >= 2 * size or size == 1)
         return f"{seconds / size:.0f} {unit}"
 
     def _digest(self, mail: Mail, shown: Sequence[Shown]) -> Letter:
@@ -1420,7 +1416,7 @@ def draw_text(letter: Letter) -> str:
 
 def draw_page(letter: Letter, lang: str) -> str:
     """The HTML of a mail. Every value goes through `_escape`."""
-    (direction, side), colour = ("rtl", "right") if lang == "fa" else ("ltr", "left"), letter.colour
+    direction, side = ("rtl", "right") if lang == "fa" else ("ltr", "left")
     what, where, when = map(_escape, letter.head)
     rows = "".join([_table_row(row, letter.link) for row in letter.rows])
     notes = "".join(
@@ -1434,7 +1430,7 @@ def draw_page(letter: Letter, lang: str) -> str:
 <table role="presentation" dir="{direction}" align="center" width="640" cellpadding="0" cellspacing="0"
  style="width:100%;max-width:640px;margin:0 auto;background:#ffffff;color:#1c2733;text-align:{side};
 font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif">
-<tr><td bgcolor="{colour}" style="padding:14px 16px;background:{colour};color:#ffffff">
+<tr><td bgcolor="{letter.colour}" style="padding:14px 16px;background:{letter.colour};color:#ffffff">
 <div style="font-size:22px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
 <div style="font-size:19px;line-height:1.4;word-break:break-word"><bdi>{where}</bdi></div>
 <div style="font-size:16px;line-height:1.5"><bdi>{when}</bdi></div></td></tr>
@@ -1494,9 +1490,10 @@ def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)[:2000]
 
 
-def _few(names: Iterable[str], most: int = 3) -> str:
+def _few(names: Iterable[str]) -> str:
+    """The first three different ones, and how many more there are."""
     different = list(dict.fromkeys(names))
-    return ", ".join(different[:most]) + (f", +{len(different) - most}" if len(different) > most else "")
+    return ", ".join(different[:3]) + (f", +{len(different) - 3}" if len(different) > 3 else "")
 
 
 def events_csv(shown: Sequence[Shown]) -> bytes:
