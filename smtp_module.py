@@ -2742,7 +2742,7 @@ def send_email(  # noqa: PLR0917  people call it with what they need, by place
     """
     config = config or SMTPConfig.from_settings(Settings.load())
     to = addresses(to_addrs if isinstance(to_addrs, str) else ",".join(to_addrs))
-    copies = tuple(map(address, cc))
+    copies = addresses(",".join(cc)) if cc else ()
     if attachment_bytes is not None:
         attachments = [*attachments, attached(attachment_filename or "attachment", attachment_bytes)]
     sender = from_addr or config.sender
@@ -2819,10 +2819,10 @@ def command_send(args: argparse.Namespace) -> int:
     send_email(
         args.subject,
         _read_bytes("-").decode("utf-8", "replace") if args.body == "-" else args.body,
-        ",".join(args.to),
+        args.to,
         args.sender,
         html=_read_bytes(args.html).decode("utf-8", "replace") if args.html else "",
-        cc=addresses(",".join(args.cc)) if args.cc else (),
+        cc=args.cc,
         attachments=[attached(Path(path).name, _read_bytes(path)) for path in args.attach],
         config=_configured(args),
     )
@@ -2885,7 +2885,7 @@ def command_change(args: argparse.Namespace) -> int:
             number = outbox.retry(args.id) if args.command == "retry" else outbox.drop(args.id)
     except SpoolBusy:
         try:
-            return _request(path, args.command, args.id)
+            number = _request(path, args.command, args.id)
         except OSError as error:
             fail(EX_TEMPFAIL, f"the request cannot be left beside {path}: {error.strerror}")
     print(f"{args.command}: {number}")
@@ -2893,22 +2893,22 @@ def command_change(args: argparse.Namespace) -> int:
 
 
 def _request(path: Path, what: str, name: str) -> int:
-    """Leave a request beside the spool and wait until its owner has carried it out and says how many alerts it was."""
+    """Leave a request beside the spool, and wait until its owner has carried it out; how many alerts it was."""
     request, answer = Path(f"{path}.request-{time.time_ns()}"), Path(f"{path}.answer")
     draft = Path(f"{request}.tmp")
     draft.write_text(json.dumps([what, name]), "ascii")
     draft.chmod(0o644)  # root may ask, and another user own the spool
     os.replace(draft, request)
-    for _ in range(100):
-        if not request.exists():
-            asked, _, number = answer.read_text("ascii").partition(" ") if answer.exists() else ("", "", "")
-            if asked != request.suffix:
-                fail(EX_TEMPFAIL, "the running program has not said that it is done; see its log, and `queue`")
-            answer.unlink()
-            print(f"{what}: {number}")
-            return EX_OK
+    until = time.monotonic() + 5.0
+    while request.exists():
+        if time.monotonic() > until:
+            fail(EX_TEMPFAIL, "the running program has not answered yet; the request stays")
         time.sleep(0.05)
-    fail(EX_TEMPFAIL, "the running program has not answered yet; the request stays")
+    asked, _, number = answer.read_text("ascii").partition(" ") if answer.exists() else ("", "", "")
+    if asked != request.suffix:
+        fail(EX_TEMPFAIL, "the running program has not said that it is done; see its log, and `queue`")
+    answer.unlink()
+    return int(number)
 
 
 def command_sendmail(argv: Sequence[str]) -> int:
