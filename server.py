@@ -229,8 +229,8 @@ class RelayConfig:
     @classmethod
     def from_settings(cls, settings: Settings, mail: smtp.SMTPConfig) -> RelayConfig:
         """Read them. Raises ConfigError."""
-        read = [entry for entry in fields(cls) if entry.metadata]
-        values = {entry.name: settings.read(**entry.metadata, default=entry.default) for entry in read}
+        named = [entry for entry in fields(cls) if entry.metadata]
+        values: dict[str, Any] = {entry.name: settings.read(**entry.metadata, default=entry.default) for entry in named}
         if not settings.read("ALERT_RECIPIENT", str, "") and not mail.debug:
             raise ConfigError("ALERT_RECIPIENT: missing; give the address that gets the alerts")
         if mail.debug and not settings.read("ALERT_SENDERS", str, ""):
