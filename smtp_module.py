@@ -2746,11 +2746,10 @@ def send_email(  # noqa: PLR0917  people call it with what they need, by place
     if attachment_bytes is not None:
         attachments = [*attachments, attached(attachment_filename or "attachment", attachment_bytes)]
     sender = from_addr or config.sender
-    envelope_sender = address(sender)
     data = compose_pieces(
         subject=subject, sender=sender, to=to, cc=copies, text=body, html=html, attachments=attachments, headers=headers
     )
-    send_now(Envelope(envelope_sender, tuple(dict.fromkeys((*to, *copies))), data), config)
+    send_now(Envelope(address(sender), tuple(dict.fromkeys((*to, *copies))), data), config)
 
 
 def attached(name: str, data: bytes) -> Attachment:
@@ -2911,8 +2910,7 @@ def _request(path: Path, what: str, name: str) -> int:
     return int(number)
 
 
-def command_sendmail(argv: Sequence[str]) -> int:
-    """`sendmail`: a whole mail on standard input, as cron, smartd and mdadm hand it over."""
+def _sendmail_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sendmail", description="Send the mail on standard input.", allow_abbrev=False
     )
@@ -2926,7 +2924,12 @@ def command_sendmail(argv: Sequence[str]) -> int:
         parser.add_argument(ignored, action="store_true", help="taken and ignored")
     parser.add_argument("--env-file", metavar="FILE")
     parser.add_argument("recipients", nargs="*", metavar="TO")
-    args = parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args(argv)
+
+
+def command_sendmail(argv: Sequence[str]) -> int:
+    """`sendmail`: a whole mail on standard input, as cron, smartd and mdadm hand it over."""
+    args = _sendmail_flags(argv)
     settings = Settings.load(env_file=args.env_file)
     config = SMTPConfig.from_settings(settings)
     raw = _read_bytes("-")
