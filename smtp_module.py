@@ -167,18 +167,12 @@ def read_env_file(path: str | None) -> dict[str, str]:
         line = re.sub(r"^export\s+", "", raw.strip())
         if not line or line.startswith("#"):
             continue
-        name, equals, value = line.partition("=")
+        name, equals, value = (part.strip() for part in line.partition("="))
         if not equals or len(name.split()) != 1:
             raise ConfigError(f"{path or '.env'} line {number}: not KEY=value")
-        values[name.strip()] = _unquote(value.strip())
+        quoted = re.match(r"""(["'])(.*?)\1""", value)
+        values[name] = quoted[2] if quoted else re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()
     return values
-
-
-def _unquote(value: str) -> str:
-    """A value without its quotes, or without the comment behind it."""
-    if value[:1] in ("'", '"') and (end := value.find(value[0], 1)) > 0:
-        return value[1:end]
-    return re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()
 
 
 def duration(text: str) -> float:
@@ -677,8 +671,8 @@ class SMTPConfig:
 
 
 def _sender(text: str) -> str:
-    address(text)
-    return one_line(text)
+    address(text)  # refuses what must not stand in a header, too
+    return text
 
 
 def _default_sender(user: str) -> str:
@@ -716,14 +710,14 @@ def _security(settings: Settings, host: str, number: int) -> str:
 
 
 def _password(settings: Settings, host: str) -> str:
-    password = settings.secret("SMTP_PASS")
+    password, fetched = settings.secret("SMTP_PASS"), b""
     path, command = settings.secret("SMTP_PASS_FILE").strip(), settings.secret("SMTP_PASS_COMMAND").strip()
     try:
         if not password and path:
-            password = Path(path).read_text("utf-8").partition("\n")[0].rstrip("\r")
+            fetched = Path(path).read_bytes()
         elif not password and command:
-            done = subprocess.run(command, shell=True, capture_output=True, timeout=30, check=True)
-            password = done.stdout.decode("utf-8").partition("\n")[0].rstrip("\r")
+            fetched = subprocess.run(command, shell=True, capture_output=True, timeout=30, check=True).stdout
+        password = password or fetched.decode("utf-8").partition("\n")[0].rstrip("\r")
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
         name = f"SMTP_PASS_FILE: {path}" if path else "SMTP_PASS_COMMAND"
         what = getattr(error, "strerror", None) or type(error).__name__  # the error itself may show what was read
