@@ -1228,14 +1228,14 @@ RED, BLUE, GREEN, GREY = "#b3261e", "#1f4e79", "#2e6b3f", "#4f5b66"
 
 
 class Shown(NamedTuple):
-    """An event as its reader sees it: `when` it was, and what a clock on the wall said then."""
+    """An event as its reader sees it: when it was in UTC, and what a clock on the wall said then."""
 
     id: str
     event: str
     camera: str
     content: Mapping[str, Any]
     picture: Callable[[], bytes | None]
-    when: dt.datetime
+    moment: str  # ISO 8601, UTC: it sorts as the time does
     day: str
     clock: str
     offset: str
@@ -1243,14 +1243,14 @@ class Shown(NamedTuple):
     @classmethod
     def of(cls, item: Item) -> Shown:
         content = _decode(item.payload.decode("utf-8"))
-        stamp = content.get("timestamp")
-        when = dt.datetime.fromisoformat(stamp) if stamp else dt.datetime.fromtimestamp(item.arrived, dt.UTC)
-        local = when.astimezone().isoformat(" ", "seconds")  # strftime takes four times as long
+        moment = content.get("timestamp") or dt.datetime.fromtimestamp(item.arrived, dt.UTC).isoformat()
+        here = dt.datetime.fromisoformat(moment).astimezone()
+        local = here.isoformat(" ", "seconds")  # strftime takes four times as long
         day, clock, offset = local[:10], local[11:19], local[19:].replace(":", "")
-        return cls(item.id, content["event"], content["camera"], content, item.picture, when, day, clock, offset)
+        return cls(item.id, content["event"], content["camera"], content, item.picture, moment, day, clock, offset)
 
     def utc(self) -> str:
-        return f"{self.when.isoformat()[:19]}Z"
+        return f"{self.moment[:19]}Z"
 
 
 @dataclass
@@ -1297,7 +1297,7 @@ class Alerts:
         elif len(items) == 1:
             letter = self._alert(mail, shown[0])
         else:
-            letter = self._digest(mail, sorted(shown, key=lambda one: one.when))
+            letter = self._digest(mail, sorted(shown, key=lambda one: one.moment))
         if mail.failed:
             letter.notes.append((f"{self._words['failed'].format(count=mail.failed)}\n{mail.why}", RED))
         data = smtp.compose_pieces(
@@ -1411,7 +1411,7 @@ def draw_text(letter: Letter) -> str:
     rows = [(": " if len(row) == 2 else "  ").join(row).replace("\n", "\n  ") for row in letter.rows]
     notes = [note for note, _ in letter.notes]
     text = _clean("\n\n".join(["\n".join(letter.head), "\n".join(rows), *notes])) + "\n"
-    return RTL_LABEL.sub("\\g<0>\u200e", text)
+    return text if text.isascii() else RTL_LABEL.sub("\\g<0>\u200e", text)
 
 
 def draw_page(letter: Letter, lang: str) -> str:
