@@ -71,7 +71,7 @@ SWITCH_S, SWITCH_EACH_S = 0.005, 0.0001  # how long a thread that waits for the 
 SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up after ALERT_IDLE_TIMEOUT
 UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
 TROUBLE_OVER_S = 60.0  # a trouble that was not seen for so long is over; the next one is logged again
-STOP_S = 4.0
+STOP_S = 2.0  # for the connections, and again for the mails that are under way
 META_MAX = 32
 NESTING_MAX = 16
 VALUES_MAX = 100_000  # in one line of JSON, so that it does not become a huge tree
@@ -705,7 +705,7 @@ Entry = Event | Heartbeat | Ping | Refusal
 class Relay:
     """The accepting side: listeners, connections, and the way from lines to answers."""
 
-    def __init__(self, config: RelayConfig, outbox: Outbox, watch: Watch, ring: Any) -> None:
+    def __init__(self, config: RelayConfig, outbox: Outbox, watch: Watch, ring: Callable[[], object]) -> None:
         self.config, self._outbox, self._watch, self._ring = config, outbox, watch, ring
         self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
         if config.tls:  # a stream that ends can still be answered; OpenSSL 3 would break it off with an alert
@@ -1074,12 +1074,14 @@ class Watch:
         self._unsaved: set[str] = set()
         self._ticked = self._saved = time.monotonic()
         if self._expect:
-            known = outbox.rows("SELECT camera, seen, silent FROM cameras")
-            named = [(name, time.time(), 0) for name, _ in self._expect if not re.search(r"[*?\[]", name)]
-            for name, seen, silent in (*named, *known):
+            for name, _ in self._expect:
+                if not re.search(r"[*?\[]", name):
+                    self._expected(name)
+            for name, seen, silent in outbox.rows("SELECT camera, seen, silent FROM cameras"):
                 if camera := self._expected(name):
                     camera.seen = seen
-                    camera.heard, camera.lost = (-math.inf, seen) if silent else (camera.heard, None)
+                    if silent:
+                        camera.heard, camera.lost = -math.inf, seen
 
     def _expected(self, name: str) -> Camera | None:
         """The camera, if ALERT_EXPECT tells of it: by its name, else by the first pattern that matches."""
@@ -1547,10 +1549,10 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)  # a second one must not end what the first has begun
     smtp.notify("STOPPING=1")
-    relay.stop(STOP_S / 2)
+    relay.stop(STOP_S)
     with contextlib.suppress(smtp.SpoolError):
         watch.tick(time.monotonic(), time.time(), last=True)
-    courier.stop(STOP_S / 2)
+    courier.stop(STOP_S)
     outbox.close()
     return smtp.EX_OK
 
