@@ -2005,13 +2005,18 @@ def host_and_port(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
+def raw(secret: str) -> bytes:
+    """A secret as it stands in the environment, in whatever encoding."""
+    return secret.encode("utf-8", "surrogateescape")
+
+
 def policy_from(settings: Settings) -> Policy:
     """The DEVICE_* variables of the policy. Raises ConfigError."""
     return Policy(
         allow=settings.read("DEVICE_ALLOW", networks, networks(PRIVATE)),
         readonly=settings.read("DEVICE_READONLY", networks, ()),
         operators=settings.read("DEVICE_OPERATORS", addresses, ()),
-        secret=settings.secret("DEVICE_SECRET").encode("utf-8", "surrogateescape"),
+        secret=raw(settings.secret("DEVICE_SECRET")),
     )
 
 
@@ -2030,7 +2035,7 @@ def rules_from(settings: Settings, stdio: bool) -> Rules:
         raise ConfigError("DEVICE_TLS_CERT: missing, though DEVICE_TLS_KEY is set")
     tls = smtp.server_tls(cert, key, names="DEVICE_TLS_CERT and DEVICE_TLS_KEY") if cert else None
     return Rules(
-        smtp.hostname(), limit, timeout=timeout, user=user.encode(), password=password.encode(),
+        smtp.hostname(), limit, timeout=timeout, user=raw(user), password=raw(password),
         tls=None if stdio else tls,
     )  # fmt: skip
 

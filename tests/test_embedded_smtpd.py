@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 
 import embedded_smtpd as emb
+from smtp_module import Settings
 
 PROGRAM = str(Path(__file__).parent.parent / "embedded_smtpd.py")
 PATIENCE = 20.0  # seconds: how long a condition may take on a busy machine
@@ -205,6 +206,11 @@ def test_wrong_setting_stops_the_start_and_names_the_variable(
     assert program.process.wait(PATIENCE) == 78
     assert program.logged(names)
     program.stop()
+
+
+def test_login_in_another_encoding_than_utf_8_is_taken_as_its_bytes() -> None:
+    rules = emb.rules_from(Settings({"DEVICE_USER": "caf\udce9", "DEVICE_PASS": "\udcff"}), stdio=True)
+    assert (rules.user, rules.password) == (b"caf\xe9", b"\xff")
 
 
 @pytest.mark.parametrize("level", ["debug", "error"])
