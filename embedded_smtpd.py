@@ -83,7 +83,6 @@ PARAMETER_LENGTH = 2048  # of one structured header
 PARTS = 100  # of one mail
 DEPTH = 10  # of parts within parts
 SHOWN_LINE = 10_000  # characters of a line that --debug shows
-TOKEN_LETTERS = 32  # of a signature: 20 bytes in Base32
 CLOCK_IS_SET = 1_704_067_200  # 2024-01-01: a clock before it was never set, and cannot judge a signature's time
 MEMORY_SECONDS = 7 * 86400.0  # how long a mail is known again
 DAY_SECONDS = 86400  # how long a button is valid
@@ -1011,14 +1010,6 @@ class Part(NamedTuple):
             return self.raw
         raise Refused(CANNOT_PARSE)
 
-    def files(self) -> Iterator[bytes]:
-        """What the file was before it was sent: these bytes, or a text of Unix, which got CRLF on its way (RFC 2046
-        section 4.1.1). Raises Refused."""
-        data = self.data()
-        yield data
-        if b"\r\n" in data:
-            yield data.replace(b"\r\n", b"\n")
-
     def text(self) -> str:
         charset = "utf-8" if self.charset in SLOW_CHARSETS else self.charset
         try:
@@ -1100,6 +1091,21 @@ def the_attachment(content: bytes) -> bytes | None:
     return found[0].data() if len(found) == 1 else None
 
 
+def signed_files(content: bytes) -> Iterator[bytes | None]:
+    """What a signature may be meant for: each attachment, of which mail programs add some; None where there are none.
+
+    A text of Unix got CRLF on its way (RFC 2046 section 4.1.1). Raises Refused.
+    """
+    attached = attachments(content)
+    if not attached:
+        yield None
+    for part in attached:
+        data = part.data()
+        yield data
+        if b"\r\n" in data:
+            yield data.replace(b"\r\n", b"\n")
+
+
 # ────────────────────────────────────────────── Policy ──────────────────────────────────────────────
 # Who may do what: the paper's three policies. A network gives an access, operators narrow the senders, a
 # signature stands above both.
@@ -1146,7 +1152,7 @@ class Policy:
 
     def verify(self, command: Command, sender: str, now: float, attachment: bytes | None) -> int | None:
         """The expiry of a command's signature when it is genuine and of this time, else None; used or not."""
-        if not self.secret or not sender or len(command.token) != TOKEN_LETTERS or now < CLOCK_IS_SET:
+        if not self.secret or not sender or now < CLOCK_IS_SET:
             return None
         try:
             token = base64.b32decode(command.token.upper())
@@ -1232,6 +1238,7 @@ class Request:
     access: Access
     operator: str  # "" where nobody is named
     attached: bytes | None = None  # what an UPDATE stores
+    reply_to: str = ""  # nobody
 
     @property
     def who(self) -> str:
@@ -1301,17 +1308,17 @@ class Device:
         known = "SELECT 1 FROM commands WHERE mail = ? AND at > ?"
         if db.execute(known, (key, request.now - MEMORY_SECONDS)).fetchone():
             return None
-        request = replace(request, attached=self.check(db, request))
+        request = replace(request, attached=self.check(db, request), reply_to=self.reply_address(db, request))
         rule = COMMANDS[request.command.verb]
         try:
             answer = rule.act(self, db, request, rule.read(request.command.argument))
         except ValueError as error:
             form = f"The form is: CMD {rule.usage}"
             answer = Answer(f"not done: {error}", f"{error}\n{form}\nNothing was changed.")
-        to = self.reply_address(db, request)
+        to = request.reply_to
         seq = self.journal(db, request, answer.result, mail=key, answered=to.lower() or None)
         if to:
-            self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, self.reply(db, request, answer, to)))
+            self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, self.reply(db, request, answer)))
         self.report_every = self.parameters(db, request.now)["report_every"]
         return answer
 
@@ -1333,29 +1340,18 @@ class Device:
         """
         command, content = request.command, request.letter.content
         if command.token:
-            expiry, signed = self.covered(command, request.letter.sender, request.now, attachments(content))
-            if expiry:
-                db.execute("DELETE FROM used WHERE expiry < ?", (request.now,))
-                if db.execute("INSERT OR IGNORE INTO used VALUES (?, ?)", (command.token, expiry)).rowcount:
-                    return signed
+            db.execute("DELETE FROM used WHERE expiry < ?", (request.now,))
+            for data in signed_files(content):
+                expiry = self.policy.verify(command, request.letter.sender, request.now, data)
+                first_use = "INSERT OR IGNORE INTO used VALUES (?, ?)"
+                if expiry and db.execute(first_use, (command.token, expiry)).rowcount:
+                    return data
         if COMMANDS[command.verb].needs is Access.CONTROL:
             if self.policy.secret:
                 raise Refused(BAD_SIGNATURE if command.token else NOT_SIGNED)
             if request.access < Access.CONTROL:
                 raise Refused(READ_ONLY)
         return the_attachment(content) if command.verb == "UPDATE" else None
-
-    def covered(
-        self, command: Command, sender: str, now: float, attached: Sequence[Part]
-    ) -> tuple[int | None, bytes | None]:
-        """The expiry of a signature, None when it is not genuine, and the data that it covers. Raises Refused.
-
-        The data tells which attachment was signed: mail programs add keys and cards, and change the line ends of texts.
-        """
-        for data in (data for part in attached for data in part.files()) if attached else (None,):
-            if expiry := self.policy.verify(command, sender, now, data):
-                return expiry, data
-        return None, None
 
     # The commands: each changes the database inside the transaction, or raises ValueError that says what is right
 
@@ -1393,7 +1389,7 @@ class Device:
         return Answer("told the commands", "\n".join([*lines, "", seen]))
 
     def do_status(self, db: sqlite3.Connection, request: Request, _: str) -> Answer:
-        return self.tell_status(db, request.now, self.reply_address(db, request), self.may_control(request))
+        return self.tell_status(db, request.now, request.reply_to, self.may_control(request))
 
     def do_get(self, db: sqlite3.Connection, request: Request, name: str) -> Answer:
         return Answer(f"{name} = {self.parameters(db, request.now)[name]}")
@@ -1459,7 +1455,7 @@ class Device:
             made.append((words.capitalize(), f"mailto:{address}?subject={subject}"))
         return made
 
-    def reply(self, db: sqlite3.Connection, request: Request, answer: Answer, to: str) -> bytes:
+    def reply(self, db: sqlite3.Connection, request: Request, answer: Answer) -> bytes:
         """The whole reply mail."""
         letter, ours = request.letter, request.letter.message_id
         subject = letter.subject.rpartition(" ~")[0] if request.command.token else letter.subject
@@ -1467,7 +1463,7 @@ class Device:
         if ours:
             before = MESSAGE_ID.findall(letter.headers.get("references", ""))[-10:]
             headers |= {"In-Reply-To": ours, "References": " ".join([*before, ours])}
-        return self.write(db, request.now, to, f"Re: {subject}", answer, headers=headers)
+        return self.write(db, request.now, request.reply_to, f"Re: {subject}", answer, headers=headers)
 
     def tell_status(self, db: sqlite3.Connection, now: float, to: str, control: bool) -> Answer:
         """The whole status for `to`; `control`: with buttons that change something."""
