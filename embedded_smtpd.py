@@ -82,17 +82,12 @@ SUBJECT_LENGTH = 4096
 PARAMETER_LENGTH = 2048  # of one structured header
 PARTS = 100  # of one mail
 DEPTH = 10  # of parts within parts
-SHOWN_LINE = 10_000  # characters of a line that --debug shows
 CLOCK_IS_SET = 1_704_067_200  # 2024-01-01: a clock before it was never set, and cannot judge a signature's time
 MEMORY_SECONDS = 7 * 86400.0  # how long a mail is known again
 DAY_SECONDS = 86400  # how long a button is valid
 LOG_LINES = 20
 REFUSED_LINES = 10  # of the journal: a flood of refused commands must not fill the disk nor hide the others
 REPLIES_PER_HOUR = 100  # to one address
-KEPT_MAILS = 1000
-RELAY_SECONDS = 30.0  # longest wait for the relay
-RELAY_RETRY_SECONDS = 30.0
-META_LINES = 32  # of one event
 STATE = Path("device-state")  # where everything durable lies
 
 
@@ -604,7 +599,7 @@ class Session:
     def _read_content(self, data: bytes) -> None:
         content, known = self._content, max(0, len(self._content) - 4)
         content += data
-        end = content.find(END_OF_MAIL, known)
+        end = content.find(b"\r\n.\r\n", known)
         if end < 0:
             if len(content) > self.rules.max_mail + 8:  # the first two and the last four may not count
                 self._lost += len(content) - 4
@@ -812,7 +807,6 @@ class Session:
         return LOGGED_IN
 
 
-END_OF_MAIL = b"\r\n.\r\n"
 MECHANISMS = {b"LOGIN": Session._login, b"PLAIN": Session._plain, b"CRAM-MD5": Session._cram}
 MAIL_PARAMETERS = {
     b"SIZE": re.compile(rb"[0-9]{1,20}"), b"BODY": re.compile(rb"7BIT|8BITMIME"), b"AUTH": re.compile(rb".+")
@@ -929,7 +923,7 @@ def read_letter(content: bytes, lenient: bool = False) -> Letter:
     subject = decode_words(headers.get("subject", ""), lenient)
     if UNPRINTABLE.search(subject.replace("\t", " ")) and not lenient:
         raise Refused(CANNOT_PARSE)
-    return Letter(headers, content, " ".join(UNPRINTABLE.sub(" ", subject).split()))
+    return Letter(headers, content, printed(subject))
 
 
 def read_headers(content: bytes, start: int, end: int) -> tuple[email.message.Message, int]:
@@ -962,6 +956,11 @@ def decode_words(value: str, lenient: bool = False) -> str:
         if lenient:
             return text
         raise Refused(CANNOT_PARSE) from error
+
+
+def printed(text: str, limit: int = SUBJECT_LENGTH) -> str:
+    """Text without control characters, its words with one space between, bounded."""
+    return " ".join(UNPRINTABLE.sub(" ", text).split())[:limit]
 
 
 class Command(NamedTuple):
@@ -1646,7 +1645,7 @@ def shown_mail(mail: Mail, number: int) -> str:
                 lines.append(f"[{part.kind} {part.filename} {len(part.data())} bytes]")
     except Refused:
         lines += ["[not to be parsed; as it came:]", *content.decode("utf-8", "replace").splitlines()]
-    return "\n".join(printable(line, SHOWN_LINE) for line in lines) + "\n"
+    return "\n".join(printable(line, 10_000) for line in lines) + "\n"
 
 
 # ─────────────────────────────────────────── Camera mails ───────────────────────────────────────────
@@ -1684,7 +1683,8 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
         return None
     date = letter.headers.get("date", "")
     meta = {"subject": letter.subject, "from": letter.sender or mail.sender, "date": date} | said
-    cleaned = ((printed(name, 64), printed(value, 300)) for name, value in list(meta.items())[:META_LINES])
+    # 32 fields of this length, and a camera's name of 128 characters, are what the relay takes
+    cleaned = ((printed(name, 64), printed(value, 300)) for name, value in list(meta.items())[:32])
     event = {
         "event": next(event for pattern, event in EVENTS if re.search(pattern, title, re.IGNORECASE)),
         "camera": printed(camera_name(mail.recipients[0], facts), 128) or "camera",
@@ -1726,11 +1726,6 @@ def text_and_picture(content: bytes) -> tuple[str, Part | None]:
             elif part.kind == "text/html":
                 html_text = html_text or html.unescape(re.sub(r"<[^<>]*>", "\n", part.text()))
     return text or html_text, picture
-
-
-def printed(text: str, limit: int) -> str:
-    """Text without control characters, bounded: fit for a field of an event."""
-    return " ".join(UNPRINTABLE.sub(" ", text).split())[:limit]
 
 
 @dataclass
@@ -1780,7 +1775,7 @@ class RelayTransport:
 
     def _connected(self) -> io.BufferedRWPair:
         if self.file is None:
-            with socket.create_connection((self.host, self.port), RELAY_SECONDS) as sock:
+            with socket.create_connection((self.host, self.port), timeout=30) as sock:
                 self.file = sock.makefile("rwb")
         return self.file
 
@@ -1919,7 +1914,7 @@ def run_device(settings: Settings, args: argparse.Namespace, policy: Policy, rul
     config = smtp.SMTPConfig.from_settings(settings)
     state = settings.read("DEVICE_STATE", folder, STATE)
     with contextlib.closing(Outbox(state / "device.db", schema=TABLES)) as outbox:
-        device = Device(outbox, policy, mailboxes, maildir=Maildir(state / "mail", KEPT_MAILS))
+        device = Device(outbox, policy, mailboxes, maildir=Maildir(state / "mail", keep=1000))
         device.sender = settings.read("SMTP_FROM", str, mailboxes[0])
         device.report_to = settings.read("DEVICE_REPORT_TO", addresses, policy.operators)
         advise = functools.partial(smtp.advice, host=config.host)
@@ -1938,8 +1933,7 @@ def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, r
     relay = functools.partial(RelayTransport, host, number, settings.secret("ALERT_TOKEN"))
     with contextlib.closing(Outbox(settings.read("DEVICE_STATE", folder, STATE) / "to-relay.db")) as outbox:
         app = CameraMails(outbox)
-        wait = functools.partial(smtp.Courier, retry_first=1, retry_max=RELAY_RETRY_SECONDS, max_age=math.inf)
-        courier = wait(outbox, app, relay)
+        courier = smtp.Courier(outbox, app, relay, retry_first=1, retry_max=30, max_age=math.inf)
         app.ring = courier.ring
         rules = replace(rules, lenient=True, any_login=not rules.user)
         return run(settings, args, policy, rules, app, courier=courier)
@@ -2050,8 +2044,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="with --debug: print counts in place of the mails")
     add("--operator", metavar="ADDRESS", help="with --sign: the From address of the mail")
     add("--file", help="with --sign: the attachment of the mail")
-    valid = "with --sign: how long it is valid (1h)"
-    add("--ttl", metavar="SECONDS", help=valid)
+    add("--ttl", metavar="SECONDS", help="with --sign: how long it is valid (1h)")
     add("--stdio", action="store_true", help="speak SMTP on standard input and output")
     add("--trace", action="store_true", help="show the dialogue, passwords masked")
     smtp.add_common_flags(parser)
