@@ -644,8 +644,8 @@ class SMTPConfig:
         return config
 
     def _check(self) -> None:
-        if self.timeout_s <= 0:
-            raise ConfigError("SMTP_TIMEOUT: must be more than 0; 30 (seconds) is usual")
+        if not 0 < self.timeout_s <= DAY_S:
+            raise ConfigError("SMTP_TIMEOUT: must be more than 0 and not more than 1d; 30 (seconds) is usual")
         if self.user and self.security == "none" and not is_loopback(self.host):
             raise ConfigError(
                 f"SMTP_SECURITY: none sends the password in the clear to {self.host}; use starttls or ssl"

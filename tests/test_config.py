@@ -231,6 +231,7 @@ LOGIN = {"SMTP_HOST": "mail.example.com", "SMTP_USER": "ann@example.com", "SMTP_
         "SMTP_FROM": "nobody"}, "SMTP_FROM"),
         ({"SMTP_HOST": "x", "SMTP_TIMEOUT": "0"}, "SMTP_TIMEOUT"), ({"SMTP_HOST": "x",
         "SMTP_TIMEOUT": "soon"}, "SMTP_TIMEOUT"),
+        ({"SMTP_HOST": "x", "SMTP_TIMEOUT": "999999d"}, "SMTP_TIMEOUT"),
         ({"SMTP_HOST": "x.org", "SMTP_CAFILE": "/nowhere.pem"}, "SMTP_CAFILE"), ({"SMTP_HOST": "x",
         "SMTP_USER": "ann"}, "SMTP_PASS"),
         ({**LOGIN, "SMTP_SECURITY": "none"}, "SMTP_SECURITY"), ({**LOGIN, "SMTP_USE_TLS": "no"}, "SMTP_SECURITY"),
