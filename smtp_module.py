@@ -79,11 +79,11 @@ PROBE_MAX_S = 60.0  # an unreachable server is tried at least once a minute: a r
 TICK_S = 0.5  # requests of the command line and retries are noticed within this
 HOUSEKEEPING_S = 60.0
 BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; after this others may take what is left
-BATCH_MAILS = 32  # mails frozen by one commit
+BATCH_MAILS = 64  # mails frozen by one commit
 BUSY_S = 5  # what another program does with the database is waited for
 ROOM_S = 0.25  # the room on the disk is looked at no more often, while there is plenty
 PAGE_ROWS = 40  # read at once: a batch and a little more, for what is not used is read again
-TICK_SLOTS, TICK_BYTES = 4096, 19  # more than 64 senders can have sent and not settled
+TICK_SLOTS, TICK_BYTES = 4096, 19  # as many as 64 senders can have sent and not settled
 DAY_S = 86400.0
 MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
@@ -1188,6 +1188,7 @@ CREATE TABLE IF NOT EXISTS notes(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 SHOWN = "SELECT picture_sum, picture_at, picture_size FROM items WHERE settled IS NULL AND picture_size"
 UNTOLD = """SELECT count(*), max(seq), (SELECT group_concat(error, '; ') FROM
   (SELECT DISTINCT error FROM items WHERE state = 3 AND told = 0 LIMIT 3)) FROM items WHERE state = 3 AND told = 0"""
+SEQS = "seq IN (SELECT value FROM json_each(?))"
 NO_ROOM = re.compile("is full|No space left|too large|quota exceeded")  # as SQLite and the system say it
 
 
@@ -1673,12 +1674,11 @@ class Outbox:
                     self._durable = durable
                 changes = self._db.total_changes
                 self._db.execute("BEGIN IMMEDIATE")
-                sent = self._ticks.waiting()
-                for mail, when in sent:
-                    self._settle(mail, when)
+                over = self._ticks.waiting()
+                self._settle(over)
                 yield self._db
                 self._db.execute("COMMIT")
-                self._ticks.settled(len(sent))
+                self._ticks.settled(len(over))
                 if durable and self._over and self._db.total_changes > changes:  # else nothing was synced
                     self._pictures.free(self._over)
                     self._over = []
@@ -1878,9 +1878,12 @@ class Outbox:
         mails: list[Mail] = []
         with self.transaction() as db:
             failed, _, why = db.execute(UNTOLD).fetchone()
+            wanted = json.dumps([seq for draft in drafts for seq in draft.items])
+            mark = f"UPDATE items SET state = 1 WHERE state = 0 AND {SEQS} RETURNING seq"
+            marked = {seq for (seq,) in db.execute(mark, (wanted,))}
             for draft in drafts:
-                mark = "UPDATE items SET state = 1 WHERE seq = ? AND state = 0"
-                items = tuple(seq for seq in draft.items if db.execute(mark, (seq,)).rowcount)
+                items = tuple(seq for seq in draft.items if seq in marked)
+                marked.difference_update(items)
                 if not items:
                     continue
                 number = db.execute(
@@ -1962,7 +1965,13 @@ class Outbox:
             self.flush()
             self._ticks.clear()
 
-    def _settle(self, mail: Mail, now: float) -> None:
+    def _settle(self, over: Sequence[tuple[Mail, float]]) -> None:
+        for mail, when in over:
+            self._settle_mail(mail, when)
+        if sent := [seq for mail, _ in over if mail.state == SENT for seq in mail.items]:
+            self._end(SENT, sent, "state = 2, settled = ?, error = NULL, payload = NULL", over[-1][1])
+
+    def _settle_mail(self, mail: Mail, now: float) -> None:
         over = None if mail.state == FROZEN else now
         row = (mail.state, mail.next, mail.tries, mail.waited, mail.bare, mail.error, over)
         lists = json_list(mail.recipients), json_list(mail.taken), json.dumps(mail.refused) if mail.refused else "{}"
@@ -1974,18 +1983,16 @@ class Outbox:
             undo = "UPDATE items SET told = 0 WHERE settled IS NULL AND state = 3 AND told = ?"
             self._db.execute(undo, (mail.number,))
             self._db.execute("UPDATE mails SET failed = 0, why = '' WHERE mail = ?", (mail.number,))
-        if mail.state == FROZEN:
-            return
-        change = "state = 2, settled = ?, error = NULL, payload = NULL"
-        values: tuple[object, ...] = (now,)
         if mail.state == FAILED:  # who has it is added to those who had it in an earlier life
             change = "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
             change += " json_each(coalesce(items.taken, '[]')) UNION ALL SELECT value FROM json_each(?)))"
-            values = (mail.error, json.dumps(mail.taken))
-        change += " WHERE state = 1 AND seq = ?"
-        number = sum(self._update(self._db, change, *values, seq) for seq in mail.items)
+            self._end(FAILED, mail.items, change, mail.error, json.dumps(mail.taken))
+
+    def _end(self, state: int, items: Sequence[int], change: str, *values: object) -> None:
+        """Change items of mails that are over."""
+        number = self._update(self._db, f"{change} WHERE state = 1 AND {SEQS}", *values, json.dumps(items))
         self._counts[WAITING] -= number
-        self._counts[mail.state] += number
+        self._counts[state] += number
 
     def _update(self, db: sqlite3.Connection, change: str, *values: object) -> int:
         """Change rows; the number of them. The places of pictures that nobody needs any more are free after this."""
@@ -2206,21 +2213,26 @@ class _Batch:
 
 def conclude(mail: Mail, outcomes: Mapping[str, Outcome], now: float, delay: float, max_age: float) -> Mail:
     """Pure: the mail after an attempt, with its next state. No outcomes: nobody is left who should get it."""
-    small = {name for name, outcome in outcomes.items() if outcome.too_big and not mail.bare}
-    later = {n: o for n, o in outcomes.items() if o.verdict is Verdict.TRY_LATER and n not in small}
-    refused = {n: str(o) for n, o in outcomes.items() if o.verdict is Verdict.REFUSED and n not in small}
-    taken = (*mail.taken, *(name for name, outcome in outcomes.items() if outcome.verdict is Verdict.SENT))
+    taken, refused, again = [*mail.taken], {**mail.refused}, set()
+    later: dict[str, str] = {}
+    for name, outcome in outcomes.items():
+        if outcome.verdict is Verdict.SENT:
+            taken.append(name)
+        elif outcome.too_big and not mail.bare:
+            again.add(name)
+        else:
+            kept = later if outcome.verdict is Verdict.TRY_LATER else refused
+            kept[name] = str(outcome)
     waited = mail.waited + delay * bool(later)
     if later and waited > max_age:
-        refused |= {n: f"given up after {mail.tries + 1} tries; last: {outcome}" for n, outcome in later.items()}
+        refused |= {name: f"given up after {mail.tries + 1} tries; last: {said}" for name, said in later.items()}
         later = {}
-    refused = {**mail.refused, **refused}
-    left = tuple(name for name in mail.recipients if name in small or name in later)
-    error = "; ".join([f"{n}: {said}" for n, said in refused.items()] + [f"{n}: {o}" for n, o in later.items()])
+    left = tuple(name for name in mail.recipients if name in later or name in again)
+    error = "; ".join(f"{name}: {said}" for name, said in (refused | later).items())
     return mail._replace(
-        recipients=left, taken=taken, refused=refused, tries=mail.tries + 1, waited=waited,
-        bare=mail.bare or bool(small), state=FROZEN if left else FAILED if refused else SENT,
-        next=now if small else now + delay, error=error or None,
+        recipients=left, taken=tuple(taken), refused=refused, tries=mail.tries + 1, waited=waited,
+        bare=mail.bare or bool(again), state=FROZEN if left else FAILED if refused else SENT,
+        next=now if again else now + delay, error=error or None,
     )  # fmt: skip
 
 
