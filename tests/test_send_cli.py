@@ -58,14 +58,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def at(server: Any, **more: object) -> dict[str, object]:
-    return {
-        "SMTP_HOST": "127.0.0.1",
-        "SMTP_PORT": server.port,
-        "SMTP_FROM": "relay@example.com",
-        "SMTP_TIMEOUT": 5,
-        **more,
-    }
+def at(server: Any, **more: str) -> dict[str, str]:
+    """The environment in which mail goes to this server."""
+    mail = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(server.port), "SMTP_TIMEOUT": "5"}
+    return {**mail, "SMTP_FROM": "relay@example.com", **more}
 
 
 def message(server: Any, number: int = -1) -> Any:
@@ -81,7 +77,7 @@ def test_send_email_with_the_configuration_of_the_environment(
 ) -> None:
     server = scripted()
     for name, value in at(server).items():
-        monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv(name, value)
     smtp.send_email("Hello", "text", ["ann@example.com", "bob@example.com"], None, "a.png", PNG)
     mail = message(server)
     assert (mail["Subject"], mail["From"]) == ("Hello", "relay@example.com")
@@ -138,16 +134,8 @@ def test_send(run: Run, scripted: Callable[..., Scripted], tmp_path: Path) -> No
 )  # fmt: skip
 def test_exit_codes(run: Run, scripted: Callable[..., Scripted], answers: dict[str, Any], code: int) -> None:
     server = scripted(answers=answers, extensions=("AUTH PLAIN",))
-    found, _, err = run(
-        "send",
-        "--to",
-        "a@x.org",
-        "--to",
-        "b@x.org",
-        "--subject",
-        "s",
-        **at(server, SMTP_USER="ann", SMTP_PASS="secret-word"),
-    )
+    login = {"SMTP_USER": "ann", "SMTP_PASS": "secret-word"}
+    found, _, err = run("send", "--to", "a@x.org", "--to", "b@x.org", "--subject", "s", **at(server, **login))
     assert found == code
     assert bool(err) == bool(code) and err.count("\n") <= 1 and "secret-word" not in err
 
@@ -259,11 +247,7 @@ def test_the_queue_shows_what_waits_is_held_and_failed(run: Run, bench: Bench) -
     assert code == 0 and set(rows) == {"failed-1", "held-1"}
     assert all(set(row) == {"id", "state", "since", "next", "tries", "error", "recipients"} for row in rows.values())
     assert (rows["failed-1"]["state"], rows["failed-1"]["tries"], rows["failed-1"]["next"]) == ("failed", 1, None)
-    assert (rows["held-1"]["state"], rows["held-1"]["tries"], rows["held-1"]["recipients"]) == (
-        "held",
-        0,
-        ["ann@x.org"],
-    )
+    assert [rows["held-1"][key] for key in ("state", "tries", "recipients")] == ["held", 0, ["ann@x.org"]]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows["held-1"]["since"])
     code, out, _ = run("queue", "--spool", str(bench.spool))
     assert code == 0 and out.endswith("0 waiting, 1 held, 1 failed\n") and "no more tries" in out
@@ -393,14 +377,10 @@ def test_a_mail_of_cron(run: Run, scripted: Callable[..., Scripted]) -> None:
     )  # fmt: skip
     assert (code, err) == (0, "")
     mail = message(server)
-    assert (server.mails[0].sender, server.mails[0].recipients) == (
-        "relay@example.com",
-        ["ann@example.com", "bob@example.com"],
-    )
-    assert (
-        mail["From"].addresses[0].addr_spec == "relay@example.com"
-        and mail["From"].addresses[0].display_name == "Cron Daemon"
-    )
+    assert server.mails[0].sender == "relay@example.com"
+    assert server.mails[0].recipients == ["ann@example.com", "bob@example.com"]
+    (writer,) = mail["From"].addresses
+    assert (writer.addr_spec, writer.display_name) == ("relay@example.com", "Cron Daemon")
     assert (mail["Subject"], mail["To"]) == ("Cron <root@nas> /usr/bin/backup", "root")
     assert mail["Date"] and mail["Message-ID"] and mail.get_content() == "backup failed: ü\r\n"
     assert " BODY=8BITMIME" in server.commands[1]
@@ -408,10 +388,8 @@ def test_a_mail_of_cron(run: Run, scripted: Callable[..., Scripted]) -> None:
 
 def test_recipients_in_one_argument_with_commas(run: Run, scripted: Callable[..., Scripted]) -> None:
     server = scripted()
-    assert (
-        run("sendmail", "ann@example.com,root", stdin=CRONS_MAIL, **at(server, ALERT_RECIPIENT="bob@example.com"))[0]
-        == 0
-    )
+    code, *_ = run("sendmail", "ann@example.com,root", stdin=CRONS_MAIL, **at(server, ALERT_RECIPIENT="bob@example.com"))
+    assert code == 0
     assert server.mails[0].recipients == ["ann@example.com", "bob@example.com"]
 
 
@@ -484,10 +462,7 @@ def test_called_by_the_name_sendmail(scripted: Callable[..., Scripted], tmp_path
     server = scripted()
     link = tmp_path / "sendmail"
     link.symlink_to(ROOT / "smtp_module.py")
-    environment = {
-        **os.environ,
-        **{name: str(value) for name, value in at(server, ALERT_RECIPIENT="ann@example.com").items()},
-    }
+    environment = {**os.environ, **at(server, ALERT_RECIPIENT="ann@example.com")}
     command = [sys.executable, str(link), "-t"]
     done = subprocess.run(command, input=CRONS_MAIL, env=environment, capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -498,7 +473,7 @@ def test_called_by_the_name_sendmail(scripted: Callable[..., Scripted], tmp_path
 @pytest.mark.parametrize("call", [["sendmail", "a@x.org"], ["send", "--to", "a@x.org", "--subject", "s", "--body", "-"]])
 def test_a_closed_standard_input_is_an_empty_one(scripted: Callable[..., Scripted], call: list[str]) -> None:
     server = scripted()
-    environment = {**os.environ, **{name: str(value) for name, value in at(server).items()}}
+    environment = {**os.environ, **at(server)}
     command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, str(ROOT / "smtp_module.py"), *call]
     done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stderr) == (0, b"")
