@@ -333,7 +333,7 @@ class Ticker:
     def take(self, now: float) -> None:
         """The tick that was due by `now` is done."""
         self.left -= 1
-        missed = max(0.0, (now - self.due) // self.interval) if self.interval else 0.0
+        missed = (now - self.due) // self.interval if self.interval else 0.0
         self.due = self.due + (1 + missed) * self.interval if self.left else INFINITE
 
     def stop(self) -> None:

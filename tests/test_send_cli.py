@@ -388,7 +388,9 @@ def test_a_mail_of_cron(run: Run, scripted: Callable[..., Scripted]) -> None:
 
 def test_recipients_in_one_argument_with_commas(run: Run, scripted: Callable[..., Scripted]) -> None:
     server = scripted()
-    code, *_ = run("sendmail", "ann@example.com,root", stdin=CRONS_MAIL, **at(server, ALERT_RECIPIENT="bob@example.com"))
+    code, *_ = run(
+        "sendmail", "ann@example.com,root", stdin=CRONS_MAIL, **at(server, ALERT_RECIPIENT="bob@example.com")
+    )
     assert code == 0
     assert server.mails[0].recipients == ["ann@example.com", "bob@example.com"]
 
@@ -470,7 +472,9 @@ def test_called_by_the_name_sendmail(scripted: Callable[..., Scripted], tmp_path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell closes the standard input")
-@pytest.mark.parametrize("call", [["sendmail", "a@x.org"], ["send", "--to", "a@x.org", "--subject", "s", "--body", "-"]])
+@pytest.mark.parametrize(
+    "call", [["sendmail", "a@x.org"], ["send", "--to", "a@x.org", "--subject", "s", "--body", "-"]]
+)
 def test_a_closed_standard_input_is_an_empty_one(scripted: Callable[..., Scripted], call: list[str]) -> None:
     server = scripted()
     environment = {**os.environ, **at(server)}
