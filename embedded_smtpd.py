@@ -587,8 +587,10 @@ class Session:
                 self.abort(ENDLESS_LINE)
             return
         self._skipped = 0
-        if too_long:
-            self._settle(*(ANSWER_TOO_LONG, READY) if answering else (LINE_TOO_LONG, self.state))
+        if too_long and answering:
+            self._settle(ANSWER_TOO_LONG, READY)
+        elif too_long:
+            self._settle(LINE_TOO_LONG, self.state)
         elif not line.endswith(b"\r"):
             self._settle(BARE_LF, self.state)
         else:
@@ -613,10 +615,10 @@ class Session:
             self.trace(f"C: ({len(content)} bytes of mail)")
         if early:
             self._take_early(early)
-        bare = has_bare_ends(content)
         if self.state is CLOSED:
-            pass
-        elif self._lost or len(content) > self.rules.max_mail:
+            return
+        bare = has_bare_ends(content)
+        if self._lost or len(content) > self.rules.max_mail:
             self.complete(TOO_BIG)
         elif b"\0" in content or (bare and not self.rules.lenient):
             self.complete(BARE_BYTES)
@@ -1046,22 +1048,18 @@ def parts(content: bytes, cut: bool = False) -> list[Part]:
 
 
 def sections(content: bytes, start: int, end: int, boundary: bytes, cut: bool) -> list[tuple[int, int]]:
-    """Where the parts of a multipart begin and end. Raises Refused when there is no last delimiter, unless `cut`."""
-    if not 0 < len(boundary) <= 70:
+    """Where the parts of a multipart begin and end: between two delimiters, of which the last is marked as such.
+
+    Raises Refused when there is no last one, unless `cut`: then the last part goes on to the end.
+    """
+    delimiter = re.compile(rb"\r\n--" + re.escape(boundary) + rb"(--)?[ \t]*(?=\r\n|$)")
+    found = list(itertools.islice(delimiter.finditer(content, start - 2, end), PARTS + 2))
+    last = next((number for number, mark in enumerate(found) if mark[1]), None)
+    if not 0 < len(boundary) <= 70 or (last is None and not cut):
         raise Refused(CANNOT_PARSE)
-    pattern = re.compile(rb"\r\n--" + re.escape(boundary) + rb"(--)?[ \t]*(?=\r\n|$)")
-    spans: list[tuple[int, int]] = []
-    begun = -1
-    for mark in pattern.finditer(content, start - 2, end):
-        if begun >= 0:
-            spans.append((begun, max(begun, mark.start())))
-        begun = -1 if mark[1] else min(mark.end() + 2, end)
-        if mark[1] or len(spans) > PARTS:
-            break
-    else:
-        if not cut:
-            raise Refused(CANNOT_PARSE)
-    return spans + ([(begun, end)] if begun >= 0 else [])
+    begins = [min(mark.end() + 2, end) for mark in found[:last]]
+    ends = [mark.start() for mark in found[1:]] + [end]
+    return [(begin, max(begin, stop)) for begin, stop in zip(begins, ends, strict=False)]
 
 
 def clean_name(name: str) -> str:
@@ -1225,8 +1223,7 @@ PARAMETERS = {
 CAMERAS = ("cam1", "cam2", "cam3", "cam4")
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A command on its way through the device."""
 
     now: float
@@ -1307,7 +1304,7 @@ class Device:
         known = "SELECT 1 FROM commands WHERE mail = ? AND at > ?"
         if db.execute(known, (key, request.now - MEMORY_SECONDS)).fetchone():
             return None
-        request = replace(request, attached=self.check(db, request), reply_to=self.reply_address(db, request))
+        request = request._replace(attached=self.check(db, request), reply_to=self.reply_address(db, request))
         rule = COMMANDS[request.command.verb]
         try:
             answer = rule.act(self, db, request, rule.read(request.command.argument))
@@ -1683,7 +1680,7 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
         return None
     date = letter.headers.get("date", "")
     meta = {"subject": letter.subject, "from": letter.sender or mail.sender, "date": date} | said
-    # 32 fields of this length, and a camera's name of 128 characters, are what the relay takes
+    # the relay takes 32 fields, and 128 characters as a camera's name; longer lines nobody reads in a mail
     cleaned = ((printed(name, 64), printed(value, 300)) for name, value in list(meta.items())[:32])
     event = {
         "event": next(event for pattern, event in EVENTS if re.search(pattern, title, re.IGNORECASE)),
@@ -1842,7 +1839,7 @@ def run(
             link.close(NO_SERVICE)
         else:
             session = Session(rules, smtp.is_loopback(link.address), trace)
-            converse(link, session, functools.partial(safely, app.deliver, peer=link.address))
+            converse(link, session, lambda mail: safely(app.deliver, mail, link.address))
 
     with contextlib.ExitStack() as stack:
         on_stop_signals(server.stop)
@@ -1879,10 +1876,10 @@ def listen_as_set(settings: Settings, debug: bool) -> list[socket.socket]:
         raise ConfigError(f"DEVICE_HOST, {variable}: {where}: {getattr(error, 'strerror', error)}") from None
 
 
-def safely(act: Callable[..., bytes | None], *values: object, **named: object) -> bytes:
+def safely(act: Callable[..., bytes | None], *values: object) -> bytes:
     """The application's reply to a mail; its own trouble is a 4xx, never a dead server."""
     try:
-        return act(*values, **named) or b""
+        return act(*values) or b""
     except Refused as refusal:
         log.warning("refused a mail: %s", refusal)
         return refusal.reply
