@@ -421,6 +421,17 @@ def test_a_relay_that_stops_answers_over_tls_what_it_has_read(run: Any, certific
         assert [entry["error"] for entry in answers(sock)] == ["shutting_down"]
 
 
+@pytest.mark.parametrize("number", [1, 5000], ids=["who is done", "who still talks"])
+def test_a_peer_over_tls_can_tell_the_end_from_a_cut(
+    run: Any, certificate: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "UNAUTHORIZED_DELAY_S", 0.0)
+    raw, client = run(tls=smtp.server_tls(str(certificate), ""), token="t").connect(), tls_client(certificate)
+    with client.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as sock:
+        sock.sendall(EVENT * number)
+        assert [entry["error"] for entry in answers(sock)] == ["unauthorized"]
+
+
 def test_a_silent_or_talkative_handshake_costs_only_itself(run: Any, certificate: Path) -> None:
     running = run(tls=smtp.server_tls(str(certificate), ""))
     with running.connect(), running.connect() as plain:
