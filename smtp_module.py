@@ -2979,7 +2979,8 @@ def split_fields(raw: bytes) -> tuple[list[tuple[str, str]], bytes]:
 
 def completed(fields: Sequence[tuple[str, str]], body: bytes, to: str, sender: str) -> list[bytes]:
     """A mail with what it lacks: a sender with a domain, To, Date, Message-ID, a charset; Bcc is taken out."""
-    writer, plain = email.utils.parseaddr(next((value for name, value in fields if name.lower() == "from"), ""))
+    shown = next((value for name, value in fields if name.lower() == "from"), "")
+    writer, plain = email.utils.parseaddr(one_line(shown))
     wanted = {"To": to, "Date": email.utils.formatdate(localtime=True), "MIME-Version": "1.0"}
     wanted["Message-ID"] = email.utils.make_msgid(domain=hostname())
     unwanted = {"bcc"}

@@ -446,6 +446,16 @@ def test_odd_mails_arrive(run: Run, scripted: Callable[..., Scripted], stdin: by
     assert b"\0" not in server.mails[0].content
 
 
+def test_a_writer_in_no_known_letters_costs_the_letters_and_not_the_mail(
+    run: Run, scripted: Callable[..., Scripted]
+) -> None:
+    server = scripted()
+    stdin = b"From: root (M\xfcller)\nSubject: x\n\ntext\n"  # Latin-1, as an old GECOS field may be
+    assert run("sendmail", "a@x.org", stdin=stdin, **at(server))[0] == 0
+    (writer,) = message(server)["From"].addresses
+    assert (writer.addr_spec, writer.display_name) == ("relay@example.com", "M ller")
+
+
 @pytest.mark.parametrize("sender", ["", "<>"])
 def test_the_null_sender(run: Run, scripted: Callable[..., Scripted], sender: str) -> None:
     server = scripted()
