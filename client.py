@@ -493,7 +493,7 @@ class Outbox:
             self.lock = None
 
     def load(self, name: str) -> dict[str, Any]:
-        """The event of a file; empty where there is none any more, or none that can be read: that is moved aside."""
+        """The event of a file; empty where there is none any more, or none to be had. A damaged one is moved aside."""
         try:
             with open(os.path.join(self.folder, name), encoding="utf-8") as file:
                 content = json.load(file)
@@ -501,7 +501,10 @@ class Outbox:
                 raise ValueError("not a JSON object")
         except FileNotFoundError:
             return {}  # another client has handed it over
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            tell(f"--outbox {self.folder}: {name} cannot be read now: {explain(error)}")
+            return {}
+        except (ValueError, RecursionError) as error:
             tell(f"--outbox {self.folder}: {name} is damaged: {explain(error)}")
             self.done(name, refused=True)
             return {}

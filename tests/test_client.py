@@ -1057,6 +1057,21 @@ def test_a_kept_event_that_is_refused_is_moved_aside_and_blocks_nothing(
     assert send(relay, "--outbox", "kept") == 0
 
 
+def test_a_kept_event_that_cannot_be_read_now_goes_next_time(
+    relay: Relay, closed_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreadable(file: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    assert send(closed_port, "--event", "first", "--outbox", "kept", "--retries", "0") == 75
+    with monkeypatch.context() as disk:
+        disk.setattr(client.json, "load", unreadable)
+        assert send(relay, "--event", "second", "--outbox", "kept") == 0
+    assert "Input/output error" in capsys.readouterr().err
+    assert send(relay, "--event", "third", "--outbox", "kept") == 0
+    assert [line["event"] for line in relay.lines] == ["second", "first", "third"]
+
+
 def test_a_new_event_waits_behind_a_backlog_that_is_larger_than_the_window(
     start_relay: Callable[..., Relay], closed_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
