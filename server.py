@@ -1199,6 +1199,7 @@ WORDS = {
     "gone": ("Was gone", "مدت قطعی", "离线时长"),
     "dropped": ("Picture left out", "تصویر حذف شد", "图片已略去"),
     "too_big": ("too big for the mail server", "برای سرور ایمیل بزرگ است", "超出邮件服务器限制"),
+    "damaged": ("damaged on the relay's disk", "روی دیسک سامانه آسیب دیده است", "在警报系统的磁盘上已损坏"),
     TOO_LARGE: (TOO_LARGE, "بزرگ‌تر از ۱۰ مگابایت", "大于 10 MiB"),
     NOT_BASE64: (NOT_BASE64, "کد Base64 نادرست", "不是有效的 Base64"),
     NO_PICTURE: (NO_PICTURE, "تصویر شناخته‌شده نیست", "不是可识别的图片"),
@@ -1333,7 +1334,9 @@ class Alerts:
             rows.append((words["gone"], self._span(content["gone_s"])))
         if link := content.get("image_url", ""):
             rows.append((words["link"], link))
-        if why := content.get("dropped") or (mail.bare and "image" in content and "too_big"):
+        pictures = self._pictures(mail, [shown])
+        lost = "image" in content and not pictures and ("too_big" if mail.bare else "damaged")
+        if why := content.get("dropped") or lost:
             rows.append((words["dropped"], words[why]))
         thread = hashlib.sha256(f"{shown.camera}\n{shown.day}".encode()).hexdigest()[:32]
         return Letter(
@@ -1343,7 +1346,7 @@ class Alerts:
             colour=RED if shown.event in URGENT else BLUE,
             rows=rows,
             link=link,
-            pictures=self._pictures(mail, [shown]),
+            pictures=pictures,
             headers={"X-Alert-Id": shown.id, "References": f"<{thread}@{self._domain}>"},
         )
 

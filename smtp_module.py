@@ -1246,7 +1246,8 @@ class Waiting(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A row with its payload, for rendering. `picture()` loads the picture when it is needed; None: there is none."""
+    """A row with its payload, for rendering. `picture()` loads the picture when it is needed; None: there is none (any
+    more)."""
 
     seq: int
     id: str
@@ -1486,12 +1487,14 @@ class Pictures(SideFile):
             if disk.free - size < 2 * reserve(disk):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def read(self, place: Place) -> bytes | None:
-        """The picture; None if it is not the one that was written there. Raises OSError."""
+    def read(self, place: Place) -> bytes:
+        """The picture. Raises OSError, also if it is not the one that was written there."""
         with self._lock, open(self._file, "rb", closefd=False) as file:  # os.read may stop early
             file.seek(place.at)
             picture = file.read(place.size)
-        return picture if hashlib.sha256(picture).digest() == place.sum else None
+        if hashlib.sha256(picture).digest() != place.sum:
+            raise OSError(errno.EIO, "damaged on disk")
+        return picture
 
     def free(self, places: Iterable[Place]) -> None:
         """These places may be used again."""
@@ -1927,13 +1930,13 @@ class Outbox:
         return items
 
     def _picture(self, seq: int, place: Place) -> bytes | None:
+        """The picture; None if it cannot be read any more: its mail goes without it."""
         try:
-            picture = self._pictures.read(place)
+            return self._pictures.read(place)
         except OSError as error:
-            raise SpoolError(f"{self.path}: {error}") from error
-        if picture is None and self.rows("SELECT 1 FROM items WHERE seq = ? AND state = 1", seq):
-            raise Damaged(seq)  # else it was dropped meanwhile
-        return picture
+            if self.rows("SELECT 1 FROM items WHERE seq = ? AND state = 1", seq):  # else it was dropped meanwhile
+                log.error("%s: the picture of row %d is left out: %s", self.path, seq, error.strerror)
+        return None
 
     def untold(self) -> tuple[int, str]:
         """How many alerts failed without anybody having been told, and why (the first three reasons)."""

@@ -397,6 +397,12 @@ def test_no_name_is_a_formula_to_a_spreadsheet(name: str) -> None:
     assert rows[1][2] == f"'{name}"
 
 
+def test_mail_whose_picture_is_damaged_on_the_disk_goes_without_it_and_says_so() -> None:
+    message = render([item(picture=JPEG)._replace(picture=lambda: None)])
+    assert files(message) == {}
+    assert "Picture left out: damaged on the relay's disk" in text(message)
+
+
 def test_digest_too_big_for_the_server_goes_without_pictures_and_says_so() -> None:
     message = render(sixty(), bare=True)
     assert list(files(message)) == ["events.csv"] and page(message).images == []
