@@ -57,6 +57,11 @@ from typing import Any, NamedTuple
 import smtp_module as smtp
 from smtp_module import ConfigError, Draft, Envelope, History, Item, Mail, NewItem, Outbox, Plan, Settings, Waiting
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 PICTURE_MAX_BYTES = 10 << 20  # decoded; most mail servers take 25 MiB, and Base64 adds a third
 SEND_TIMEOUT_S = 30  # a peer that does not read its answers is not answered any more
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -67,6 +72,7 @@ LINES_AT_ONCE = 1000
 UNFINISHED_MAX_BYTES = 256 << 20  # shared by all connections: half-sent lines must not fill the memory
 UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a line outside the shared budget
 THREAD_STACK_BYTES = 512 << 10
+OTHER_FILES = 512  # open files besides the connections: mail servers, the spool, peers that are being turned away
 SWITCH_S, SWITCH_EACH_S = 0.005, 0.0001  # how long a thread that waits for the interpreter sleeps, for each connection
 SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up after ALERT_IDLE_TIMEOUT
 UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
@@ -1518,6 +1524,16 @@ def events_csv(shown: Sequence[Shown]) -> bytes:
 # ───────────────────────────────────────────── Wiring ───────────────────────────────────────────────
 
 
+def allow_files(number: int) -> None:
+    """So many open files, where the system has a lower limit (1,024 is usual) and lets us raise it so far."""
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     """Run the relay until SIGTERM or Ctrl-C. What is downstream starts first and stops last."""
     stopping, woken = socket.socketpair()  # an Event's lock could be held by the very thread that the signal interrupts
@@ -1526,6 +1542,7 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)
     threading.stack_size(THREAD_STACK_BYTES)
+    allow_files(config.max_connections + OTHER_FILES)
     outbox = Outbox(config.spool, schema=WATCH_SCHEMA, size_max=config.spool_max)
     courier = smtp.Courier(
         outbox,

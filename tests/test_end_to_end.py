@@ -1,5 +1,6 @@
 """Real processes, real sockets: a client, the relay, and an independent mail server."""
 
+import contextlib
 import email
 import email.policy
 import json
@@ -281,6 +282,22 @@ def test_an_alert_that_is_too_old_fails_in_time_and_says_why(start: Any, tmp_pat
     send(port, {"event": "E", "camera": "c", "id": "old"})
     (row,) = until(lambda: [row for row in queue(tmp_path) if row["state"] == "failed"])
     assert row["error"].startswith("given up after 2 s; last: connect") and row["recipients"] == ["owner@example.com"]
+
+
+def test_connections_are_not_fewer_because_of_a_limit_that_the_relay_may_raise(start: Any) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        process = relay(start, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    port = process.port()
+    with contextlib.ExitStack() as peers:
+        for _ in range(100):
+            last = peers.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        last.sendall(b'{"ping": 1}\n')
+        assert b"pong" in last.recv(4096)
 
 
 def test_a_second_relay_on_the_same_spool_exits_75(start: Any, mailbox: Mailbox) -> None:
