@@ -106,8 +106,7 @@ class Server:
 
     def stop(self, *_: object) -> None:
         self.stopping = True
-        with contextlib.suppress(OSError):  # a second signal, when all is closed
-            self.ringer.send(b"!")
+        self.ringer.send(b"!")
 
     def crowded(self) -> bool:
         """Whether others wait for their turn."""
@@ -1688,10 +1687,10 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
         "timestamp": datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds"),
         "meta": {name: value for name, value in cleaned if name and value},
     }
-    if picture is None:
-        return event
-    data = base64.b64encode(picture.data()).decode("ascii")
-    return event | {"image_filename": picture.filename or "picture", "image_b64": data}
+    if picture:
+        event["image_filename"] = picture.filename or "picture"
+        event["image_b64"] = base64.b64encode(picture.data()).decode("ascii")
+    return event
 
 
 def camera_name(recipient: str, facts: Mapping[str, str]) -> str:
@@ -1765,16 +1764,12 @@ class RelayTransport:
     file: io.BufferedRWPair | None = None
 
     def open(self) -> None:
-        try:
-            self._connected()
-        except OSError as error:
-            raise smtp.Unavailable(self._later("connect", error)) from None
-
-    def _connected(self) -> io.BufferedRWPair:
         if self.file is None:
-            with socket.create_connection((self.host, self.port), timeout=30) as sock:
-                self.file = sock.makefile("rwb")
-        return self.file
+            try:
+                with socket.create_connection((self.host, self.port), timeout=30) as sock:
+                    self.file = sock.makefile("rwb")
+            except OSError as error:
+                raise smtp.Unavailable(self._later("connect", error)) from None
 
     def deliver(
         self, envelopes: Iterable[smtp.Envelope], wanted: Callable[[], bool]
@@ -1800,10 +1795,10 @@ class RelayTransport:
         return smtp.Outcome(smtp.Verdict.REFUSED, detail=words, step="data")
 
     def _ask(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        file = self._connected()
-        file.write(json.dumps(event).encode("ascii") + b"\n")
-        file.flush()
-        answer = file.readline(RECV_BYTES)
+        assert self.file is not None  # trouble ends a delivery, and the next one begins with `open`
+        self.file.write(json.dumps(event).encode("ascii") + b"\n")
+        self.file.flush()
+        answer = self.file.readline(RECV_BYTES)
         said = json.loads(answer) if answer.endswith(b"\n") else None
         if not isinstance(said, dict):
             raise ValueError("the relay gave no answer")
@@ -1828,8 +1823,8 @@ class RelayTransport:
 def run(
     settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules,
     app: Device | DebugReceiver | CameraMails, *, courier: smtp.Courier | None = None,
-) -> int:  # fmt: skip
-    """Serve until the stop signal, with the courier at work; the exit code."""
+) -> None:  # fmt: skip
+    """Serve until the stop signal, with the courier at work."""
     server = Server(timeout=rules.timeout)
     trace = (lambda line: print(printable(line, LINE_BYTES), file=sys.stderr, flush=True)) if args.trace else None
 
@@ -1842,9 +1837,9 @@ def run(
             converse(link, session, lambda mail: safely(app.deliver, mail, link.address))
 
     with contextlib.ExitStack() as stack:
-        on_stop_signals(server.stop)
-        stack.callback(on_stop_signals, signal.SIG_IGN)  # the interpreter itself would die of one while it ends
         stack.callback(server.close)
+        on_stop_signals(server.stop)
+        stack.callback(on_stop_signals, signal.SIG_IGN)  # nobody listens any more, and the interpreter would die of one
         if not args.stdio:
             server.listeners = listen_as_set(settings, args.debug)
         if courier:
@@ -1856,7 +1851,6 @@ def run(
             attend(Link(Stdio(), "127.0.0.1", server))
         else:
             server.serve(attend, functools.partial(safely, app.idle))
-    return smtp.EX_OK
 
 
 def on_stop_signals(act: Callable[..., object] | signal.Handlers) -> None:
@@ -1891,17 +1885,16 @@ def safely(act: Callable[..., bytes | None], *values: object) -> bytes:
         return FAILED
 
 
-def run_debug(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> int:
+def run_debug(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> None:
     """--debug: every mail for any mailbox is shown."""
     path = settings.read("--maildir", folder, None)
     maildir = Maildir(path) if path else None
     app = DebugReceiver(sys.stderr if args.stdio else sys.stdout, maildir, args.quiet)
-    code = run(settings, args, policy, replace(rules, user=b"", password=b"", any_login=True), app)
+    run(settings, args, policy, replace(rules, user=b"", password=b"", any_login=True), app)
     app.idle(last=True)
-    return code
 
 
-def run_device(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> int:
+def run_device(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> None:
     """The device itself."""
     default = f"device@{smtp.hostname()},device@localhost"
     mailboxes = settings.read("DEVICE_ADDRESS", addresses, addresses(default))
@@ -1918,10 +1911,10 @@ def run_device(settings: Settings, args: argparse.Namespace, policy: Policy, rul
         courier = smtp.Courier(outbox, Replies(), lambda: smtp.SMTPTransport(config), advise=advise)
         device.ring = courier.ring
         rules = replace(rules, mailbox=lambda address: address.lower() in known)
-        return run(settings, args, policy, rules, device, courier=courier)
+        run(settings, args, policy, rules, device, courier=courier)
 
 
-def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> int:
+def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, rules: Rules) -> None:
     """--to-relay: mails of cameras become events."""
     try:
         host, number = host_and_port(args.to_relay)
@@ -1933,10 +1926,10 @@ def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, r
         courier = smtp.Courier(outbox, app, relay, retry_first=1, retry_max=30, max_age=math.inf)
         app.ring = courier.ring
         rules = replace(rules, lenient=True, any_login=not rules.user)
-        return run(settings, args, policy, rules, app, courier=courier)
+        run(settings, args, policy, rules, app, courier=courier)
 
 
-def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> int:
+def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> None:
     """--sign: print the Subject of a signed command."""
     words = " ".join(args.sign.split())
     words = words[4:] if words.upper().startswith("CMD ") else words
@@ -1963,7 +1956,6 @@ def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> in
         log.warning("--operator: %s is not among DEVICE_OPERATORS; a device set like this discards the mail", operator)
     expiry = int(time.time() + args.ttl)
     print(f"CMD {words} ~{policy.sign(words, operator, expiry, secrets.token_bytes(6), data)}")
-    return smtp.EX_OK
 
 
 def folder(text: str) -> Path:
@@ -2070,15 +2062,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings.tell_misspelled()
         policy = policy_from(settings)
         if args.sign is not None:
-            return run_sign(settings, args, policy)
-        mode = run_debug if args.debug else run_to_relay if args.to_relay is not None else run_device
-        return mode(settings, args, policy, rules_from(settings, args.stdio))
+            run_sign(settings, args, policy)
+        else:
+            mode = run_debug if args.debug else run_to_relay if args.to_relay is not None else run_device
+            mode(settings, args, policy, rules_from(settings, args.stdio))
     except smtp.SpoolError as error:
         log.error("DEVICE_STATE: %s", error)
         return smtp.EX_TEMPFAIL
     except (ConfigError, OSError) as error:
         log.error("%s", error)
         return smtp.EX_CONFIG
+    return smtp.EX_OK
 
 
 if __name__ == "__main__":
