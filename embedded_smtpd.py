@@ -1623,7 +1623,7 @@ class DebugReceiver:
             print(f"{self.mails} mails, {self.bytes} bytes", file=self.out, flush=True)
 
 
-SUBJECT = re.compile(rb"\nsubject[ \t]*:", re.IGNORECASE)
+SUBJECT = re.compile(rb"\n\.?subject[ \t]*:", re.IGNORECASE)  # a dot at the start of a line is stuffing
 
 
 def shown_mail(mail: Mail, number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import mailbox
 import os
 import queue
@@ -149,6 +150,14 @@ def test_debug_receiver_shows_and_keeps_each_mail(start: Callable[..., Program],
     assert kept["Return-Path"] == "<a@b.c>" and kept.get_all("Delivered-To") == ["d@e.f", "g@h.i"]
     assert [part.get_payload(decode=True) for part in kept.walk() if part.get_filename()] == [b"\x89PNG..."]
     assert program.stop() == 0
+
+
+@pytest.mark.parametrize("second", [b"Subject: b", b"subject : b", b".Subject: b"])
+def test_debug_receiver_refuses_a_second_subject(second: bytes) -> None:
+    receiver = emb.DebugReceiver(io.StringIO())
+    with pytest.raises(emb.Refused, match=r"more than one Subject"):
+        receiver.deliver(emb.Mail("", ["a@b.c"], b"Subject: a\r\n" + second + b"\r\n\r\nSubject: c\r\n"), "127.0.0.1")
+    assert receiver.mails == 0
 
 
 def test_quiet_receiver_prints_counts(start: Callable[..., Program]) -> None:
