@@ -2768,11 +2768,8 @@ def attached(name: str, data: bytes) -> Attachment:
 
 def send_now(envelope: Envelope, config: SMTPConfig) -> None:
     """One transaction over a connection of its own. Raises SendError."""
-    transport = SMTPTransport(config)
-    try:
+    with contextlib.closing(SMTPTransport(config)) as transport:
         (outcomes,) = transport.deliver([envelope])
-    finally:
-        transport.close()
     wrong = [outcome for outcome in outcomes.values() if outcome.verdict is not Verdict.SENT]
     if wrong:
         raise SendError(outcomes, advice(wrong[0], config.host))
@@ -2783,15 +2780,15 @@ def send_now(envelope: Envelope, config: SMTPConfig) -> None:
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:
     """The sysexits code for what became of the recipients: what is about us wins, then what may be tried again."""
-    codes = {EX_OK}
+    codes = [EX_OK]
     for outcome in outcomes:
         if outcome.code in (530, 534, 535) or (outcome.step == "login" and 500 <= outcome.code < 600):
-            codes.add(EX_NOPERM)
+            codes.append(EX_NOPERM)
         elif outcome.verdict is Verdict.REFUSED or 500 <= outcome.code < 600:
-            codes.add(EX_UNAVAILABLE)
+            codes.append(EX_UNAVAILABLE)
         elif outcome.verdict is Verdict.TRY_LATER:
-            codes.add(EX_TEMPFAIL)
-    return next(code for code in (EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, EX_OK) if code in codes)
+            codes.append(EX_TEMPFAIL)
+    return max(codes)  # their numbers happen to rise as they matter
 
 
 def fail(code: int, sentence: str) -> NoReturn:
@@ -3042,10 +3039,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name in any script, on a terminal in any encoding
-    named_sendmail = Path(sys.argv[0]).name == "sendmail"
+    if Path(sys.argv[0]).name == "sendmail":
+        argv.insert(0, "sendmail")
     try:
-        if named_sendmail or argv[:1] == ["sendmail"]:
-            return command_sendmail(argv if named_sendmail else argv[1:])
+        if argv[:1] == ["sendmail"]:
+            return command_sendmail(argv[1:])
         args = _parser().parse_args(argv)
         code = int(args.run(args))
         print(end="", flush=True)
