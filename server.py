@@ -1069,7 +1069,6 @@ class Camera:
     limit: float
     heard: float  # monotonic
     seen: float  # wall clock
-    lost: float | None = None  # wall clock: when it was last seen before the silence that was raised
 
 
 class Watch:
@@ -1080,6 +1079,7 @@ class Watch:
         self._expect, self._outbox = config.expect, outbox
         self._lock = threading.Lock()
         self._cameras: dict[str, Camera] = {}
+        self._silent: dict[str, float] = {}  # those whose silence was raised, and when they were last seen before it
         self._unsaved: set[str] = set()
         self._ticked = self._saved = time.monotonic()
         if self._expect:
@@ -1090,7 +1090,7 @@ class Watch:
                 if camera := self._expected(name):
                     camera.seen = seen
                     if silent:
-                        camera.heard, camera.lost = -math.inf, seen
+                        camera.heard, self._silent[name] = -math.inf, seen
 
     def _expected(self, name: str) -> Camera | None:
         """The camera, if ALERT_EXPECT tells of it: by its name, else by the first pattern that matches."""
@@ -1111,7 +1111,7 @@ class Watch:
     def silent(self) -> list[str]:
         """Who is silent now."""
         with self._lock:
-            return sorted(name for name, camera in self._cameras.items() if camera.lost is not None)
+            return sorted(self._silent)
 
     def tick(self, mono: float, now: float, last: bool = False) -> bool:
         """Raise alerts for who fell silent and who is back; True if there were any. At the `last` one all is saved.
@@ -1123,23 +1123,21 @@ class Watch:
             if away > 5 * WATCH_TICK_S:  # we were stopped ourselves: nobody could be heard meanwhile
                 for camera in self._cameras.values():
                     camera.heard = min(mono, camera.heard + away)
-            gone = {n for n, c in self._cameras.items() if c.lost is None and mono - c.heard > c.limit}
-            back = {n for n, c in self._cameras.items() if c.lost is not None and mono - c.heard <= c.limit}
+            late = {name for name, camera in self._cameras.items() if mono - camera.heard > camera.limit}
+            gone, back = late - self._silent.keys(), self._silent.keys() - late
             raised = bool(gone or back)
             if not (raised or (self._unsaved and (last or mono - self._saved > WATCH_SAVE_S))):
                 return False
             with self._outbox.transaction(durable=raised) as db:
                 for name in back:
-                    seconds = round(self._cameras[name].seen - (self._cameras[name].lost or 0.0))
+                    seconds = round(self._cameras[name].seen - self._silent[name])
                     self._outbox.add(db, _relay_alert("CAMERA_RECONNECTED", name, now, gone_s=max(0, seconds)))
                 for name in gone:
                     seen = smtp.iso(self._cameras[name].seen)
                     self._outbox.add(db, _relay_alert("CAMERA_DISCONNECTED", name, now, last_seen=seen))
-                rows = [(name, self._cameras[name].seen, name in gone) for name in gone | self._unsaved]
+                rows = [(name, self._cameras[name].seen, name in late) for name in gone | self._unsaved]
                 db.executemany("INSERT OR REPLACE INTO cameras VALUES (?, ?, ?)", rows)
-            for name in gone | back:
-                camera = self._cameras[name]
-                camera.lost = camera.seen if name in gone else None
+            self._silent = {name: self._silent.get(name, self._cameras[name].seen) for name in late}
             self._unsaved, self._saved = set(), mono
             return raised
 
