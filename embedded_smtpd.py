@@ -1673,7 +1673,7 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
     """The event for the relay that a mail tells of; None when it says that an alarm ended. Pure."""
     text, picture = text_and_picture(letter.content)
     said = text_fields(text)
-    facts = {fact: next((said[name] for name in names if said.get(name)), "") for fact, names in FIELDS.items()}
+    facts = {fact: next((said[name] for name in names if name in said), "") for fact, names in FIELDS.items()}
     title = facts["event"] or letter.subject
     if ENDED.search(title):
         return None
