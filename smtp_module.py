@@ -80,6 +80,7 @@ TICK_S = 0.5  # requests of the command line and retries are noticed within this
 HOUSEKEEPING_S = 60.0
 BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; after this others may take what is left
 BATCH_MAILS = 64  # mails frozen by one commit
+TOLD = 20  # mails that one line of the log tells of
 BUSY_S = 5  # what another program does with the database is waited for
 ROOM_S = 0.25  # the room on the disk is looked at no more often, while there is plenty
 PAGE_ROWS = 40  # read at once: a batch and a little more, for what is not used is read again
@@ -2206,11 +2207,13 @@ class Owner(Protocol):
 
 
 class _Batch:
-    """Mails that one sender has taken: those still `left`, and those that were `begun`, which nobody else may take."""
+    """Mails that one sender has taken: those still `left`, those that were `begun`, which nobody else may take, and
+    what was `sent` to whom, which the log has yet to be told."""
 
     def __init__(self, mails: Iterable[Mail]) -> None:
         self.left = {mail.number: mail for mail in mails}
         self.begun: set[int] = set()
+        self.sent: dict[str, list[str]] = {}
         self.taken_at = time.monotonic()
 
 
@@ -2501,12 +2504,12 @@ class Courier:
         try:
             for outcomes in transport.deliver(self._envelopes(batch, under_way), wanted):
                 mail, items = under_way.popleft()
-                if outcomes and not self._conclude(mail, items, outcomes):
+                if outcomes and not self._conclude(batch, mail, items, outcomes):
                     break
                 if time.monotonic() - batch.taken_at > BRISK_S:
-                    self._insist_on_flush()
+                    self._write_down(batch)
         finally:
-            self._insist_on_flush()
+            self._write_down(batch)
             took = time.monotonic() - batch.taken_at
             with self._lock:
                 if took < BRISK_S and len(batch.begun) >= self._most_at_once:
@@ -2574,12 +2577,14 @@ class Courier:
                     found = True
         return found
 
-    def _conclude(self, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> bool:
-        """Write down and tell what became of a mail; False: everything waits."""
+    def _conclude(
+        self, batch: _Batch, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome]
+    ) -> bool:
+        """Settle and tell what became of a mail; False: everything waits."""
         ours = [outcome for outcome in outcomes.values() if outcome.ours]
         if len(ours) < len(outcomes):
             self._settle(mail, outcomes)
-            self._tell(items, outcomes)
+            self._tell(batch, items, outcomes)
         if ours:
             self._hold_back(ours[0])
         else:
@@ -2606,13 +2611,21 @@ class Courier:
                 log.error("%s", error)
                 self._stopping.wait(TICK_S)
 
-    def _tell(self, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> None:
+    def _tell(self, batch: _Batch, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> None:
+        """Trouble is said at once, what was sent together with the rest of its batch."""
         what = items[0].id if len(items) == 1 else f"{len(items)} items"
         for name, outcome in outcomes.items():
             if outcome.verdict is Verdict.SENT:
-                log.info("sent %s to %s", what, name)
+                batch.sent.setdefault(name, []).append(what)
             else:
                 log.warning("%s to %s: %s (%s)", what, name, outcome, outcome.verdict.value)
+
+    def _write_down(self, batch: _Batch) -> None:
+        self._insist_on_flush()
+        for name, sent in batch.sent.items():
+            for at in range(0, len(sent), TOLD):
+                log.info("sent %s to %s", ", ".join(sent[at : at + TOLD]), name)
+        batch.sent.clear()
 
     # what is about us holds everything
 

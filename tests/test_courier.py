@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -956,6 +957,20 @@ def test_retries_come_without_a_ring(bench: Callable[..., Bench], monkeypatch: p
     with running(b):
         b.put("a")
         wait_for(lambda: b.post.got)
+
+
+def test_the_log_tells_of_each_mail_once_and_of_a_batch_together(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    names = [f"{number}-{'x' * 120}" for number in range(300)]
+    b = bench()
+    b.put(*names)
+    b.run()
+    lines = [smtp.OneLine("%(message)s").format(record) for record in caplog.records if "sent" in record.message]
+    told = [re.fullmatch(r"sent (.*) to ann@x\.org", line) for line in lines]
+    assert [name for match in told if match for name in match[1].split(", ")] == names
+    assert len(lines) < 30
 
 
 def test_a_sender_that_stumbles_goes_on(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
