@@ -28,7 +28,6 @@ import contextlib
 import email.header
 import email.message
 import enum
-import errno
 import functools
 import hashlib
 import hmac
@@ -136,33 +135,6 @@ class Server:
     def close(self) -> None:
         for sock in (*self.listeners, self.bell, self.ringer):
             sock.close()
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Listen on every address of `host`; `::` is both families. The same free port on all when `port` is 0.
-
-    An address family that this machine only has by name is passed over. Raises OSError when nothing is left.
-    """
-    sockets: list[socket.socket] = []
-    missing = OSError("it has no address")
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    for family, address in dict.fromkeys((item[0], item[4]) for item in found):
-        where = (address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:])
-        both = address[0] == "::" and socket.has_dualstack_ipv6()
-        try:
-            sockets.append(socket.create_server(where, family=family, backlog=BACKLOG, dualstack_ipv6=both))
-        except OSError as error:
-            if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
-                raise
-            missing = error
-    if not sockets:
-        raise missing
-    for sock in sockets:
-        sock.setblocking(False)
-        address = sock.getsockname()
-        always = max(logging.INFO, log.getEffectiveLevel())  # who started it waits for this line
-        log.log(always, "listening on %s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
-    return sockets
 
 
 def set_tick(sock: socket.socket) -> None:
@@ -1864,10 +1836,14 @@ def listen_as_set(settings: Settings, debug: bool) -> list[socket.socket]:
     host = settings.read("DEVICE_HOST", smtp.host_name, "localhost")
     number = settings.read(variable, smtp.port, default)
     try:
-        return listen(host, number)
+        sockets = smtp.listen(host, number, BACKLOG)
     except (OSError, UnicodeError) as error:  # UnicodeError: no name looks like that
         where = f"cannot listen on '{printable(host)}' port {number}"
         raise ConfigError(f"DEVICE_HOST, {variable}: {where}: {getattr(error, 'strerror', error)}") from None
+    for sock in sockets:
+        sock.setblocking(False)  # who was waiting may be gone when it is its turn
+    smtp.log_listening(log, sockets)
+    return sockets
 
 
 def safely(act: Callable[..., bytes | None], *values: object) -> bytes:

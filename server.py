@@ -803,26 +803,9 @@ class Relay:
     # listeners and threads
 
     def listen(self) -> None:
-        """Listen on every address of the host; `::` is both families.
-
-        An address family that this machine only has by name is passed over. Raises OSError when nothing is left.
-        """
-        host, self.port = self.config.host, self.config.port
-        both, missing = host == "::" and socket.has_dualstack_ipv6(), OSError("it has no address")
-        found = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, where in dict.fromkeys(found):
-            address = (where[0], self.port, *where[2:])
-            try:
-                listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                missing = error
-            else:
-                self._listeners.append(listener)
-                self.port = listener.getsockname()[1]  # one that was chosen counts for the other addresses, too
-        if not self._listeners:
-            raise missing
+        """Take the port. Raises OSError."""
+        self._listeners = smtp.listen(self.config.host, self.config.port, BACKLOG)
+        self.port = self._listeners[0].getsockname()[1]
 
     def start(self) -> None:
         """Accept connections; logs where."""
@@ -830,9 +813,7 @@ class Relay:
             thread = threading.Thread(target=self._accept_loop, args=(listener,), name="accept", daemon=True)
             thread.start()
             self._threads.append(thread)
-            host, number = listener.getsockname()[:2]
-            always = max(logging.INFO, log.getEffectiveLevel())
-            log.log(always, "listening on %s:%d", f"[{host}]" if ":" in host else host, number)
+        smtp.log_listening(log, self._listeners)
 
     def _accept_loop(self, listener: socket.socket) -> None:
         """Nothing that is wrong with one connection ends it: the relay would be alive and deaf."""

@@ -728,6 +728,40 @@ def _password(settings: Settings, host: str) -> str:
     return password
 
 
+# ───────────────────────────────────────────── Listening ────────────────────────────────────────────
+# What every server needs, whatever it serves.
+
+
+def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
+    """Listen on every address of `host`; `::` is both families. The same free port on all when `port` is 0.
+
+    An address family that this machine only has by name is passed over. Raises OSError when nothing is left.
+    """
+    sockets: list[socket.socket] = []
+    missing = OSError("it has no address")
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, address in dict.fromkeys((item[0], item[4]) for item in found):
+        where = (address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:])
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        try:
+            sockets.append(socket.create_server(where, family=family, backlog=backlog, dualstack_ipv6=both))
+        except OSError as error:
+            if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+                raise
+            missing = error
+    if not sockets:
+        raise missing
+    return sockets
+
+
+def log_listening(logger: logging.Logger, sockets: Iterable[socket.socket]) -> None:
+    """Log where they listen, whatever the level: who started the program waits for these lines."""
+    for sock in sockets:
+        host, number = sock.getsockname()[:2]
+        always = max(logging.INFO, logger.getEffectiveLevel())
+        logger.log(always, "listening on %s:%d", f"[{host}]" if ":" in host else host, number)
+
+
 def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CERT and TLS_KEY") -> ssl.SSLContext:
     """A server's context, TLS 1.2 and later; with `client_ca`, clients must show a certificate. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
