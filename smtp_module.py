@@ -732,7 +732,7 @@ def _password(settings: Settings, host: str) -> str:
 # What every server needs, whatever it serves.
 
 
-def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
+def listen(host: str, port: int, backlog: int, tries: int = 9) -> list[socket.socket]:
     """Listen on every address of `host`; `::` is both families. The same free port on all when `port` is 0.
 
     An address family that this machine only has by name is passed over. Raises OSError when nothing is left.
@@ -746,9 +746,14 @@ def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
         try:
             sockets.append(socket.create_server(where, family=family, backlog=backlog, dualstack_ipv6=both))
         except OSError as error:
-            if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
-                raise
-            missing = error
+            if error.errno in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+                missing = error
+                continue
+            for sock in sockets:
+                sock.close()
+            if error.errno == errno.EADDRINUSE and sockets and not port and tries:
+                return listen(host, port, backlog, tries - 1)  # it was free on some addresses only
+            raise
     if not sockets:
         raise missing
     return sockets

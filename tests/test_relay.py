@@ -378,6 +378,30 @@ def test_an_address_that_the_machine_has_only_by_name_is_passed_over(run: Any, m
     assert running.ask(EVENT)[0]["status"] == "queued"
 
 
+def test_a_free_port_is_free_on_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, rivals = socket.create_server, contextlib.ExitStack()
+
+    def look_up(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, port)) for number in ("127.0.0.1", "127.0.0.2")]
+
+    def create_where_others_are_quicker(address: tuple[str, int], **options: Any) -> socket.socket:
+        sock = create(address, **options)
+        if address == ("127.0.0.1", 0) and len(taken) < 3:
+            taken.append(sock.getsockname()[1])
+            rivals.enter_context(create(("127.0.0.2", taken[-1])))
+        return sock
+
+    taken: list[int] = []
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "create_server", create_where_others_are_quicker)
+    with rivals:
+        one, other = smtp.listen("localhost", 0, 5)
+        with one, other:
+            assert one.getsockname()[1] == other.getsockname()[1] not in taken
+        with pytest.raises(OSError, match="in use"):
+            smtp.listen("localhost", taken[0], 5)
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("openssl"):
