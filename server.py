@@ -717,8 +717,6 @@ class Relay:
     def __init__(self, config: RelayConfig, outbox: Outbox, watch: Watch, ring: Callable[[], object]) -> None:
         self.config, self._outbox, self._watch, self._ring = config, outbox, watch, ring
         self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
-        if config.tls:  # a stream that ends can still be answered; OpenSSL 3 would break it off with an alert
-            config.tls.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
         self._connections = weakref.WeakSet[Connection]()  # each lives as long as its thread
         self._lock = threading.Lock()
         self._troubles: dict[str, float] = {}  # what was last seen when

@@ -771,6 +771,8 @@ def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CE
     """A server's context, TLS 1.2 and later; with `client_ca`, clients must show a certificate. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # a stream that ends can still be answered; OpenSSL 3 would break it off with an alert
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     used = " and ".join(filter(None, (cert, key)))
     try:
         for path in filter(None, (cert, key, client_ca)):

@@ -432,6 +432,14 @@ def secured(start: Callable[..., Program], certificate: Path) -> Program:
     return debug(start, DEVICE_TLS_CERT=str(certificate / "cert.pem"), DEVICE_TLS_KEY=str(certificate / "key.pem"))
 
 
+def starttls(program: Program, certificate: Path) -> ssl.SSLSocket:
+    """A connection that is encrypted by now, and is told an end that is a cut."""
+    sock = program.connect()
+    assert talk(sock, b"EHLO x\r\n", b"STARTTLS\r\n")[-1].startswith(b"220")
+    context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+    return context.wrap_socket(sock, server_hostname="localhost", suppress_ragged_eofs=False)
+
+
 def test_mail_comes_through_tls(start: Callable[..., Program], certificate: Path) -> None:
     program = secured(start, certificate)
     with smtplib.SMTP("localhost", program.port, timeout=PATIENCE) as smtp:
@@ -439,6 +447,16 @@ def test_mail_comes_through_tls(start: Callable[..., Program], certificate: Path
         smtp.login("a", "b")
         smtp.send_message(mail(text="x" * 70 + "\n" + "long line\n" * 20_000))
     assert program.seen(program.out, "mail 1 from")
+
+
+def test_half_closed_peer_still_gets_its_answer_over_tls(start: Callable[..., Program], certificate: Path) -> None:
+    with starttls(secured(start, certificate), certificate) as sock:
+        for line in OPEN:
+            sock.sendall(line)
+            assert sock.recv(1000)[:1] in (b"2", b"3")
+        sock.sendall(b"x\r\n.\r\n")
+        socket.socket.shutdown(sock, socket.SHUT_WR)  # an end of the connection, not of the encryption
+        assert sock.recv(100).startswith(b"250 2.6.0")
 
 
 @pytest.mark.parametrize("hello", [b"garbage garbage garbage\r\n", b""])
