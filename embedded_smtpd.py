@@ -162,8 +162,6 @@ class Stdio:
         return os.write(1, data)
 
     def settimeout(self, seconds: float) -> None: ...
-    def shutdown(self, how: int) -> None: ...
-    def close(self) -> None: ...
 
 
 class Link:
@@ -237,18 +235,13 @@ class Link:
                 self.check(CROWDED_SECONDS)
 
     def close(self, last_words: bytes) -> None:
-        """Send what the peer takes at once, and close. Closing on unread input would destroy the last answer."""
+        """Send what the peer takes at once, and close. Only who is talking is waited for."""
         with contextlib.suppress(OSError):
             self.sock.settimeout(0)
             if last_words:
                 self.sock.send(last_words)
-            if self.early():
-                self.sock.shutdown(socket.SHUT_WR)
-                self.sock.settimeout(LINGER_SECONDS)
-                ends = time.monotonic() + LINGER_SECONDS
-                while time.monotonic() < ends and self.sock.recv(RECV_BYTES):
-                    pass
-        self.sock.close()
+        if isinstance(self.sock, socket.socket):
+            smtp.close_gently(self.sock, LINGER_SECONDS if self.ready() else 0.0)
 
 
 def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes]) -> None:

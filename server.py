@@ -65,6 +65,7 @@ except ImportError:  # Windows
 PICTURE_MAX_BYTES = 10 << 20  # decoded; most mail servers take 25 MiB, and Base64 adds a third
 SEND_TIMEOUT_S = 30  # a peer that does not read its answers is not answered any more
 HANDSHAKE_TIMEOUT_S = 10.0
+LINGER_S = 0.5  # how long a peer may go on talking after the last answer, so that it gets to read it
 BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries; it caps this at somaxconn
 READ_BYTES = 64 << 10  # at once
 BATCH_BYTES = 4 << 20  # what has arrived is read up to this, or to so many lines, before it is committed
@@ -623,7 +624,7 @@ class Connection:
             log.exception("a connection's thread failed")
         finally:
             self._lines.drop()
-            close_gently(self.sock)
+            smtp.close_gently(self.sock, LINGER_S)
 
     def _turn(self) -> bool:
         """What has arrived, journalled in one commit and answered; False: the connection is over."""
@@ -691,21 +692,6 @@ def read_now(sock: socket.socket) -> bytes | None:
         return sock.recv(READ_BYTES, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return None
-
-
-def close_gently(sock: socket.socket) -> None:
-    """Close so that the last answer arrives: unread input would turn the end into a reset that destroys it."""
-    with contextlib.suppress(OSError, MemoryError):
-        sock.settimeout(0.5)
-        if isinstance(sock, ssl.SSLSocket):
-            sock.unwrap()  # says the end, which the peer could not tell from a cut otherwise, RFC 8446 6.1
-    with contextlib.suppress(OSError, MemoryError):
-        sock.shutdown(socket.SHUT_WR)
-        for _ in range(16):
-            if not sock.recv(READ_BYTES):
-                break
-    with contextlib.suppress(OSError):
-        sock.close()
 
 
 Entry = Event | Heartbeat | Ping | Refusal

@@ -789,6 +789,26 @@ def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CE
     return context
 
 
+def close_gently(sock: socket.socket, linger_s: float) -> None:
+    """Close so that the last answer arrives: unread input would turn the end into a reset that destroys it.
+
+    So a peer that does not end the connection itself may go on talking for `linger_s` seconds. Over TLS it is told the
+    end, which it could not tell from a cut otherwise (RFC 8446 6.1); its answer is not waited for.
+    """
+    with contextlib.suppress(OSError, MemoryError):
+        sock.settimeout(0)
+        if isinstance(sock, ssl.SSLSocket):
+            sock.unwrap()
+    with contextlib.suppress(OSError, MemoryError):
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(linger_s)
+        ends = time.monotonic() + linger_s
+        while time.monotonic() < ends and sock.recv(1 << 16):
+            pass
+    with contextlib.suppress(OSError):
+        sock.close()
+
+
 # ───────────────────────────────────────────── Transport ────────────────────────────────────────────
 
 

@@ -428,8 +428,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def secured(start: Callable[..., Program], certificate: Path) -> Program:
-    return debug(start, DEVICE_TLS_CERT=str(certificate / "cert.pem"), DEVICE_TLS_KEY=str(certificate / "key.pem"))
+def secured(start: Callable[..., Program], certificate: Path, **variables: str) -> Program:
+    files = {"DEVICE_TLS_CERT": str(certificate / "cert.pem"), "DEVICE_TLS_KEY": str(certificate / "key.pem")}
+    return debug(start, **files, **variables)
 
 
 def starttls(program: Program, certificate: Path) -> ssl.SSLSocket:
@@ -457,6 +458,32 @@ def test_half_closed_peer_still_gets_its_answer_over_tls(start: Callable[..., Pr
         sock.sendall(b"x\r\n.\r\n")
         socket.socket.shutdown(sock, socket.SHUT_WR)  # an end of the connection, not of the encryption
         assert sock.recv(100).startswith(b"250 2.6.0")
+
+
+@pytest.mark.parametrize("ending", ["quit", "early", "slow"])
+def test_peer_over_tls_can_tell_the_end_from_a_cut(
+    start: Callable[..., Program], certificate: Path, ending: str
+) -> None:
+    said, answer = {
+        "quit": (b"QUIT\r\n", b"221"), "early": (b"NOOP\r\n" * 5000, b"554 5.5.0"), "slow": (b"", b"421 4.4.2")
+    }[ending]  # fmt: skip
+    program = secured(start, certificate, DEVICE_TIMEOUT="1" if ending == "slow" else "60")
+    with starttls(program, certificate) as sock, sock.makefile("rb") as answers:
+        sock.sendall(said)
+        assert answers.read().startswith(answer)
+
+
+def test_next_peer_is_not_kept_waiting_by_those_that_do_not_answer_the_end(
+    start: Callable[..., Program], certificate: Path
+) -> None:
+    program = secured(start, certificate)
+    began = time.monotonic()
+    with contextlib.ExitStack() as silent:
+        for _ in range(20):
+            silent.enter_context(starttls(program, certificate)).sendall(b"QUIT\r\n")
+        with program.smtp() as smtp:
+            assert smtp.noop()[0] == 250
+    assert time.monotonic() - began < 20 * emb.LINGER_SECONDS / 2
 
 
 @pytest.mark.parametrize("hello", [b"garbage garbage garbage\r\n", b""])
