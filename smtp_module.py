@@ -504,6 +504,7 @@ class Unavailable(Exception):
         self.outcome = outcome
 
 
+HUNG_UP = (ConnectionError, smtplib.SMTPServerDisconnected, ssl.SSLEOFError)  # SSLEOFError: TLS says it so in a write
 OUR_STEPS = frozenset({"resolve", "connect", "tls", "greeting", "ehlo", "login", "mail"})
 
 
@@ -535,12 +536,12 @@ def judge_error(step: str, error: Exception) -> Outcome:
         return judge(step, error.smtp_code, error.smtp_error)
     if isinstance(error, ssl.SSLCertVerificationError):
         step, detail = "tls", f"certificate: {error.verify_message}"
+    elif isinstance(error, HUNG_UP):
+        detail = "refused" if isinstance(error, ConnectionRefusedError) else "the server closed the connection"
     elif isinstance(error, ssl.SSLError):
         step, detail = "tls", str(getattr(error, "reason", None) or error)
     elif isinstance(error, TimeoutError):
         detail = "timed out"
-    elif isinstance(error, smtplib.SMTPServerDisconnected | ConnectionError):
-        detail = "refused" if isinstance(error, ConnectionRefusedError) else "the server closed the connection"
     elif isinstance(error, socket.gaierror):
         step, detail = "resolve", f"name not found ({error.strerror})"
     else:
@@ -932,7 +933,7 @@ class Dialogue(smtplib.SMTP):
             for piece in pieces:
                 self.sock.settimeout(max(0.001, min(self._config.timeout_s, self.deadline - time.monotonic())))
                 self.sock.sendall(piece)
-        except ConnectionError:  # a server that hangs up in the middle of a mail has often said why
+        except HUNG_UP:  # a server that hangs up in the middle of a mail has often said why
             self.patience_s = 1.0
 
     def putcmd(self, cmd: str, args: str = "") -> None:

@@ -262,7 +262,7 @@ class Scripted:
             elif verb == "DATA" and said.startswith(b"354"):
                 if self.hears is not None:
                     file.read(self.hears)
-                    return
+                    return sock.close()
                 mail = Received(sender or "", recipients, _read_mail(file))
                 said = self._say(sock, ".", "", b"250 taken\r\n" if recipients else b"554 nobody\r\n", mail)
                 if not said:

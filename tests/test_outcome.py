@@ -79,6 +79,7 @@ def test_a_reply_is_one_harmless_line() -> None:
         ("dot", TimeoutError(), "dot", "timed out"),
         ("tls", ssl.SSLError(1, "made by hand"), "tls", "made by hand"),
         ("tls", ssl.SSLZeroReturnError(), "tls", ""),
+        ("dot", ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), "dot", "closed the connection"),
         (
             "login",
             smtplib.SMTPNotSupportedError("SMTP AUTH extension not supported by server."),

@@ -312,19 +312,28 @@ def test_421_on_a_new_connection_is_not_tried_for_ever(scripted: Callable[..., S
     assert server.connections == 1
 
 
-def test_a_connection_dropped_in_the_mail_is_a_later(scripted: Callable[..., Scripted]) -> None:
+@pytest.mark.parametrize("security", ["none", "ssl"])
+def test_a_connection_dropped_in_the_mail_is_a_later(
+    scripted: Callable[..., Scripted], certificates: Certificates, security: str
+) -> None:
     for hears in (0, 1, 100_000):
-        server = scripted(hears=hears)
-        found = one(deliver(server.port, data=[b"x" * 70 + b"\r\n"] * 100_000))
+        server = scripted(hears=hears, tls=certificates.context("good"), implicit=security == "ssl")
+        data = [b"x" * 70 + b"\r\n"] * 100_000
+        found = one(deliver(server.port, data=data, security=security, cafile=certificates.ca))
         assert (found.verdict, found.step, found.ours) == (LATER, "dot", False)
 
 
-def test_a_reply_in_the_middle_of_the_mail_is_heard(scripted: Callable[..., Scripted]) -> None:
+@pytest.mark.parametrize("security", ["none", "ssl"])
+def test_a_reply_in_the_middle_of_the_mail_is_heard(
+    scripted: Callable[..., Scripted], certificates: Certificates, security: str
+) -> None:
     def refuse(line: str) -> bytes:
         return b"354 go on\r\n552 5.3.4 too big\r\n"
 
-    server = scripted(answers={"DATA": refuse}, hears=200_000)
-    found = one(deliver(server.port, data=[b"x" * 70 + b"\r\n"] * 200_000))
+    tls = certificates.context("good")
+    server = scripted(answers={"DATA": refuse}, hears=200_000, tls=tls, implicit=security == "ssl")
+    data = [b"x" * 70 + b"\r\n"] * 200_000
+    found = one(deliver(server.port, data=data, security=security, cafile=certificates.ca))
     assert (found.code, found.too_big) == (552, True)
 
 
