@@ -2098,7 +2098,13 @@ class Outbox:
 
     def expire(self, newest: int, why: str) -> int:
         """What was there when row `newest` came and is not sent yet has failed; the number of them."""
-        return self._change("state = 3, error = ? WHERE settled IS NULL AND state IN (0, 1) AND seq <= ?", why, newest)
+        known = self._counts[FAILED]
+        self.flush()
+        for mail in self._mails("1"):
+            if max(mail.items) <= newest:
+                self._ticks.add(mail._replace(state=FAILED, error=why), time.time())
+        self._change("state = 3, error = ? WHERE settled IS NULL AND state = 0 AND seq <= ?", why, newest)
+        return self._counts[FAILED] - known
 
     def quarantine(self, seq: int, why: str = "damaged on disk") -> None:
         """A row cannot go out: it has failed; the others of its mail go on."""
@@ -2609,6 +2615,8 @@ class Courier:
                 return items, self._owner.render(mail, items)
             if self._claim(batch, mail):
                 self._settle(mail, {})  # all of it was dropped meanwhile, or everybody has it
+                with self._lock:
+                    self._hold_until = 0.0  # the server was not asked
         except Damaged as error:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
             with self._stumbling():

@@ -667,6 +667,46 @@ def test_what_waits_longer_than_its_life_fails_even_then(
     assert b.outbox.counts()["failed"] == 2
 
 
+def test_what_is_given_up_while_everything_is_held_goes_once_when_it_is_sent_again(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(Owner("ann@x.org", "bob@x.org"), max_age=600.0)
+    b.post.say = lambda ids, name: YES if name == "ann@x.org" else BUSY
+    b.put("a", "b")
+    b.run()
+    b.post.say = lambda ids, name: SENDER
+    b.put("c")
+    b.later(30)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    b.courier.tick()
+    now += 601
+    b.courier.tick()
+    assert b.outbox.counts() == {"queued": 0, "sent": 0, "failed": 3}
+    assert {row["id"]: row["recipients"] for row in smtp.read_queue(b.spool)}["a"] == ["bob@x.org"]
+    b.post.say, b.post.got = lambda ids, name: YES, []
+    b.outbox.retry()
+    b.courier.ring()
+    b.probe()
+    assert sorted(b.post.got) == [("a", ("bob@x.org",)), ("b", ("bob@x.org",)), ("c", ("ann@x.org", "bob@x.org"))]
+    assert b.outbox.counts() == {"queued": 0, "sent": 3, "failed": 0}
+
+
+def test_mails_of_which_nothing_is_left_do_not_make_a_hold_longer(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.put("a", "b", "c", "d")
+    b.run()
+    b.post.say = lambda ids, name: SENDER
+    b.put("e", "f", "g", "h")
+    b.run()
+    assert len(b.outbox.due(math.inf, math.inf, (), 9)) > 1  # begun as a batch
+    b.outbox.drop()
+    b.post.say = lambda ids, name: YES
+    b.put("new")
+    b.probe()
+    assert b.post.ids()[-1] == "new"
+
+
 # a backlog
 
 
