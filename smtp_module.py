@@ -2759,19 +2759,24 @@ class Courier:
                 self._remarked = None
 
     def _requests(self) -> int:
-        done = 0
-        for path in sorted(self._outbox.path.parent.glob(f"{glob.escape(self._outbox.path.name)}.request-*[0-9]")):
+        """Carry out what the command line asks for; the number of requests. All are answered in one file, so that
+        nothing grows where nobody waits any more."""
+        spool = self._outbox.path
+        paths = sorted(spool.parent.glob(f"{glob.escape(spool.name)}.request-*[0-9]"))
+        done: dict[str, int] = {}
+        for path in paths:
             try:
                 what, name = json.loads(path.read_text("utf-8"))
-                number = self._outbox.retry(name) if what == "retry" else self._outbox.drop(name)
+                done[path.suffix] = number = self._outbox.retry(name) if what == "retry" else self._outbox.drop(name)
                 log.info("%s %s: %d alerts", what, name, number)
-                with contextlib.suppress(OSError):  # one file, so that nothing grows where nobody waits any more
-                    Path(f"{self._outbox.path}.answer").write_text(f"{path.suffix} {number}", "ascii")
             except (ValueError, TypeError, OSError) as error:
                 log.error("%s: not a request: %s", path, error)
+        if done:
+            with contextlib.suppress(OSError):
+                Path(f"{spool}.answer").write_text(json.dumps(done), "ascii")
+        for path in paths:
             path.unlink(missing_ok=True)
-            done += 1
-        return done
+        return len(paths)
 
     def _remark(self, hold: Outcome | None) -> None:
         """Leave for `queue` what is held, why and until when; only when that has changed."""
@@ -2992,11 +2997,10 @@ def _request(path: Path, what: str, name: str) -> int:
         if time.monotonic() > until:
             fail(EX_TEMPFAIL, "the running program has not answered yet; the request stays")
         time.sleep(0.05)
-    asked, _, number = answer.read_text("ascii").partition(" ") if answer.exists() else ("", "", "")
-    if asked != request.suffix:
+    done = json.loads(answer.read_text("ascii") or "{}") if answer.exists() else {}
+    if request.suffix not in done:
         fail(EX_TEMPFAIL, "the running program has not said that it is done; see its log, and `queue`")
-    answer.unlink()
-    return int(number)
+    return int(done[request.suffix])
 
 
 def _sendmail_flags(argv: Sequence[str]) -> argparse.Namespace:

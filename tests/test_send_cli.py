@@ -313,7 +313,7 @@ def test_retry_and_drop_are_done_by_the_running_owner(run: Run, bench: Bench) ->
         before = set(bench.spool.parent.iterdir())
         assert run("drop", "a", "--spool", str(bench.spool))[:2] == (0, "drop: 1\n")
         assert run("retry", "all", "--spool", str(bench.spool))[:2] == (0, "retry: 1\n")
-        assert set(bench.spool.parent.iterdir()) == before
+        assert set(bench.spool.parent.iterdir()) - before == {Path(f"{bench.spool}.answer")}
     finally:
         stop.set()
         thread.join()
@@ -324,8 +324,17 @@ def test_commands_that_were_killed_before_the_answer_leave_nothing_that_grows(be
     for number in range(3):
         Path(f"{bench.spool}.request-{number}").write_text('["retry", "all"]')
         bench.courier.tick()
-        assert [path.read_text() for path in bench.spool.parent.glob("*.answer*")] == [f".request-{number} 0"]
+        assert [path.read_text() for path in bench.spool.parent.glob("*.answer*")] == [f'{{".request-{number}": 0}}']
     assert not list(bench.spool.parent.glob("*.request-*"))
+
+
+def test_commands_that_come_together_all_get_their_answer(bench: Bench) -> None:
+    bench.put("a", "b", "c")
+    for number, name in enumerate(("a", "b", "nobody")):
+        Path(f"{bench.spool}.request-{number}").write_text(f'["drop", "{name}"]')
+    bench.courier.tick()
+    answer = json.loads(Path(f"{bench.spool}.answer").read_text())
+    assert answer == {".request-0": 1, ".request-1": 1, ".request-2": 0}
 
 
 def test_what_the_running_owner_does_not_answer_is_no_success(
