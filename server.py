@@ -511,6 +511,9 @@ def refusal_line(refusal: Refusal) -> bytes:
 # One thread a connection. What has arrived is journalled in one commit and answered in order.
 
 
+STOPPING = ("shutting_down", "the relay is stopping; send this again later")
+
+
 class Lines:
     """Bytes in, whole lines out; a line beyond the limit is read past and comes out as a Refusal.
 
@@ -546,7 +549,7 @@ class Lines:
         if not self._length:
             return []
         if stopping:
-            return [Refusal("shutting_down", "the relay is stopping; send this again later", closes=True)]
+            return [Refusal(*STOPPING, closes=True)]
         return self.feed(b"\n")
 
     def _keep(self, piece: bytes) -> list[bytes | Refusal]:
@@ -727,7 +730,7 @@ class Relay:
         answers = [self._answer(entry, receipts) for entry in entries]
         if last and last.code == "unauthorized":
             time.sleep(UNAUTHORIZED_DELAY_S)
-        return b"".join(answers), last is not None
+        return b"".join(answers), last is not None or self._outbox.closed
 
     def _parse(self, line: bytes | Refusal, now: float) -> Entry:
         try:
@@ -748,6 +751,8 @@ class Relay:
         try:
             receipts = self._outbox.put([event.item for event in events])
         except smtp.SpoolError as error:
+            if self._outbox.closed:  # who sends on and on outlives the wait for it
+                return [Refusal(*STOPPING, closes=True)] * len(events)
             full = isinstance(error, smtp.SpoolFull)
             if full and len(events) > 1 and not isinstance(error, smtp.DiskFull):
                 # What fits into the spool is taken. The last room of a disk is for bookkeeping.

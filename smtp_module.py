@@ -1614,7 +1614,7 @@ class Outbox:
         self._gathered: deque[_Ticket] = deque()
         self._over: list[Place] = []  # of rows that have ended, which is not surely on disk
         self._room = self._room_until = 0.0
-        self._closed = False
+        self.closed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._owned = lock_file(Path(f"{self.path}.lock"))
@@ -1637,8 +1637,8 @@ class Outbox:
     def close(self) -> None:
         """Close the database and let go of the lock."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
+            if not self.closed:
+                self.closed = True
                 self._db.close()
                 self._ticks.close()
                 self._pictures.close()
@@ -1768,7 +1768,7 @@ class Outbox:
 
     def _fail(self, error: Exception) -> NoReturn:
         """What the database raises becomes a SpoolError; after damage it is opened anew."""
-        if re.search("malformed|not a database|closed database", str(error)) and not self._closed:
+        if re.search("malformed|not a database|closed database", str(error)) and not self.closed:
             with contextlib.suppress(sqlite3.Error, OSError):
                 self._db.close()
                 self._db = self._open_sound()

@@ -311,6 +311,15 @@ def test_a_half_read_line_is_not_judged_when_the_relay_stops(run: Any) -> None:
         assert [entry["error"] for entry in answers(sock)] == ["shutting_down"]
 
 
+def test_a_peer_that_sends_on_while_the_relay_ends_is_not_told_of_a_failed_disk(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = run()
+    running.outbox.close()  # after the wait for those who were connected
+    assert [entry["error"] for entry in running.ask(EVENT * 2)] == ["shutting_down"] * 2
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_of_a_batch_what_fits_is_taken(run: Any) -> None:
     running = run(spool_max=1 << 20)
     line = json.dumps({"event": "E", "camera": "c", "meta": {"x": "y" * 130_000}}).encode() + b"\n"
