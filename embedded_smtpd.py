@@ -1889,7 +1889,7 @@ def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, r
         host, number = host_and_port(args.to_relay)
     except ValueError as error:
         raise ConfigError(f"--to-relay: {error}") from None
-    relay = functools.partial(RelayTransport, host, number, settings.secret("ALERT_TOKEN"))
+    relay = functools.partial(RelayTransport, host, number, settings.secret("ALERT_TOKEN").strip())
     with contextlib.closing(Outbox(settings.read("DEVICE_STATE", folder, STATE) / "to-relay.db")) as outbox:
         app = CameraMails(outbox)
         courier = smtp.Courier(outbox, app, relay, retry_first=1, retry_max=30, max_age=math.inf)

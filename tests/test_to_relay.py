@@ -224,7 +224,7 @@ def relay() -> Iterator[Relay]:
 
 
 def receiver(folder: Path, port: int) -> Program:
-    return Program(folder, "--to-relay", f"127.0.0.1:{port}", "--port", "0", ALERT_TOKEN="t0ken", DEVICE_STATE="state")
+    return Program(folder, "--to-relay", f"127.0.0.1:{port}", "--port", "0", ALERT_TOKEN=" t0ken\n", DEVICE_STATE="state")
 
 
 def test_refused_event_is_dropped_and_every_other_is_handed_over(tmp_path: Path, relay: Relay) -> None:
