@@ -249,7 +249,7 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     given = read_flags(argv)
     from_file = read_env_file(given.get("env_file", ""))
     for name, variable in VARIABLES.items():
-        text = environ.get(variable, "").strip() or from_file.get(variable, "").strip()
+        text = environ.get(variable, from_file.get(variable, "")).strip()
         if text and name not in given:
             try:
                 given[name] = FLAGS[name][2](text)

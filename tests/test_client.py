@@ -438,6 +438,17 @@ def test_flags_win_over_the_environment_and_that_over_the_env_file(
     assert [line["token"] for line in relay.lines] == ["file", "environment", "flag"]
 
 
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_a_variable_that_is_set_to_nothing_hides_the_one_of_the_env_file(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nothing: str
+) -> None:
+    (tmp_path / ".env").write_text(f"ALERT_PORT={relay.port}\nALERT_HOST=192.0.2.1\nALERT_TOKEN=file\n")
+    monkeypatch.setenv("ALERT_TOKEN", nothing)
+    monkeypatch.setenv("ALERT_HOST", nothing)
+    assert client.main(["--retries", "0"]) == 0
+    assert "token" not in relay.lines[0]
+
+
 def test_another_env_file_is_read_instead(relay: Relay, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("ALERT_TOKEN=wrong\n")
     (tmp_path / "cam.env").write_text(f'ALERT_PORT={relay.port}\nALERT_TOKEN="a#b c "\n')
