@@ -1628,6 +1628,7 @@ EVENTS = [  # the first that fits
     (r"\btest(ing)?\b", "TEST"),
     (r"", "MOTION_DETECTED"),
 ]
+INVISIBLE = " \u200b\u200c\u200d\u2060"  # a name of these alone is none
 ENDED = re.compile(r"\b(stop|stopped|end|ended)[.!]?$", re.IGNORECASE)
 PICTURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{12}[\x0c\x28\x40\x6c\x7c]\0\0\0", re.DOTALL
@@ -1644,11 +1645,11 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
         return None
     date = letter.headers.get("date", "")
     meta = {"subject": letter.subject, "from": letter.sender or mail.sender, "date": date} | said
-    # the relay takes 32 fields, and 128 characters as a camera's name; longer lines nobody reads in a mail
+    # the relay takes 32 fields; longer lines nobody reads in a mail
     cleaned = ((printed(name, 64), printed(value, 300)) for name, value in list(meta.items())[:32])
     event = {
         "event": next(event for pattern, event in EVENTS if re.search(pattern, title, re.IGNORECASE)),
-        "camera": printed(camera_name(mail.recipients[0], facts), 128) or "camera",
+        "camera": camera_name(mail.recipients[0], facts),
         "timestamp": datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds"),
         "meta": {name: value for name, value in cleaned if name and value},
     }
@@ -1659,16 +1660,18 @@ def camera_event(mail: Mail, letter: Letter, now: float) -> dict[str, Any] | Non
 
 
 def camera_name(recipient: str, facts: Mapping[str, str]) -> str:
+    """The first name that the relay takes: up to 128 characters, and something to be seen."""
     local, _, detail = recipient.partition("@")[0].partition("+")
     device = f"{facts['device']} {facts['number']}".strip() if facts["device"] else ""
-    return detail or facts["name"] or device or local
+    names = (printed(name, 128) for name in (detail, facts["name"], device, local))
+    return next((name for name in names if name.strip(INVISIBLE)), "camera")
 
 
 def text_fields(text: str) -> dict[str, str]:
     """What the lines `name: value` of a text say, by the name in lower case."""
     split = (line.partition(":") for line in text.splitlines())
     fields = ((name.strip().lower(), value.strip()[:400]) for name, _, value in split)
-    return {name: value for name, value in fields if 0 < len(name) <= 60 and value}
+    return {name: value for name, value in fields if 0 < len(name) <= 60 and value.strip(INVISIBLE)}
 
 
 def text_and_picture(content: bytes) -> tuple[str, Part | None]:

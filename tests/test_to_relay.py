@@ -18,6 +18,7 @@ import pytest
 from test_embedded_smtpd import PATIENCE, Program
 
 import embedded_smtpd as emb
+import server
 from embedded_smtpd import CameraMails, Mail, camera_event, read_letter
 from smtp_module import Outbox
 
@@ -78,6 +79,10 @@ def written(text: str, subject: str = "Alert", encoding: str = "7bit") -> bytes:
         ("Alarm Event: Device restart\n", "SYSTEM_RESTARTED", "alerts"),
         ("Alarm Event: Something new\n", "MOTION_DETECTED", "alerts"),
         ("Alarm Event: دوربین\nChannel Name: در\n", "MOTION_DETECTED", "در"),
+        (DAHUA + "Alarm Input Channel Name: \u200b\nChannel Name: Yard\n", "MOTION_DETECTED", "Yard"),
+        (DAHUA + "Channel Name: \u200d \u2060\n", "MOTION_DETECTED", "NVR-6C39 2"),
+        (DAHUA + "Channel Name: " + "\u200c" * 200 + "Tor\n", "MOTION_DETECTED", "NVR-6C39 2"),
+        ("Alarm Device Name: \u200b\nAlarm Input Channel: 2\n", "MOTION_DETECTED", "alerts"),
         ("nothing to be understood\n", "MOTION_DETECTED", "alerts"),
         ("", "MOTION_DETECTED", "alerts"),
     ],
@@ -85,6 +90,7 @@ def written(text: str, subject: str = "Alert", encoding: str = "7bit") -> bytes:
 def test_text_of_the_recorder_says_what_and_where(text: str, event: str, camera: str, encoding: str) -> None:
     made = event_of(written(text, encoding=encoding))
     assert made and (made["event"], made["camera"]) == (event, camera)
+    assert isinstance(server.parse_line(json.dumps(made).encode(), b"", NOW), server.Event)  # the relay takes it
 
 
 @pytest.mark.parametrize(
