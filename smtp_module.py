@@ -565,7 +565,7 @@ ADVICE = (
      "The provider's daily limit is used up; ALERT_DAILY_MAX and ALERT_COOLDOWN make fewer mails."),
     ("", "", "^530",
      "The server wants a login (or TLS) first: set SMTP_USER and SMTP_PASS, and leave SMTP_SECURITY on auto."),
-    ("login", "", "", "The server refused the login: check SMTP_USER and SMTP_PASS."),
+    ("login", "", "^(?!4|timed out)", "The server refused the login: check SMTP_USER and SMTP_PASS."),
     ("", "", "^53[45]", "The server is not content with the login: check SMTP_USER and SMTP_PASS."),
     ("tls", "", "mismatch|doesn't match|not valid for",
      "The certificate is for another name: set SMTP_HOST to the name that stands in it."),
@@ -587,7 +587,7 @@ ADVICE = (
     ("mail", "", "^5", "The server takes no mail from this sender: set SMTP_FROM to an address of the account."),
     ("greeting|ehlo", "", "^5",
      "The server turns this machine away: port 25 of a provider is for servers; use 587 or 465 with a login."),
-    ("greeting|ehlo|login|mail", "", "^4",
+    ("greeting|ehlo|login|mail", "", "^4|timed out",
      "The server is busy or wants us to come back later; that happens by itself."),
     ("rcpt", "", "relay",
      "The server takes no mail for others from us: log in (SMTP_USER, SMTP_PASS), or check the recipient's address."),
@@ -3075,6 +3075,8 @@ def completed(fields: Sequence[tuple[str, str]], body: bytes, to: str, sender: s
         known = email.utils.formataddr((writer or plain, address(sender))) if writer or plain else sender
         wanted["From"] = header_address(known)
         unwanted.add("from")
+    # Strict servers refuse a line of over 998 bytes (RFC 5322 2.1.1). Broken as by Postfix, but between letters.
+    body = re.sub(rb"[^\r\n]{990}[\x80-\xbf]{0,3}+(?=[^\r\n]{4})", rb"\g<0>\r\n ", body)
     if not body.isascii():
         wanted |= {"Content-Type": "text/plain; charset=utf-8", "Content-Transfer-Encoding": "8bit"}
     fields = [field for field in fields if field[0].lower() not in unwanted]

@@ -455,6 +455,17 @@ def test_odd_mails_arrive(run: Run, scripted: Callable[..., Scripted], stdin: by
     assert b"\0" not in server.mails[0].content
 
 
+def test_a_line_longer_than_smtp_allows_is_broken_and_no_letter_with_it(
+    run: Run, scripted: Callable[..., Scripted]
+) -> None:
+    server = scripted()
+    stdin = "Subject: x\n\n{}\n{}\nend\n".format("y" * 990, "abü" * 1000)
+    assert run("sendmail", "a@x.org", stdin=stdin.encode(), **at(server))[0] == 0
+    content = server.mails[0].content
+    assert max(map(len, content.split(b"\r\n"))) <= 998
+    assert message(server).get_content().replace("\r\n ", "").split() == ["y" * 990, "abü" * 1000, "end"]
+
+
 def test_a_writer_in_no_known_letters_costs_the_letters_and_not_the_mail(
     run: Run, scripted: Callable[..., Scripted]
 ) -> None:
