@@ -53,7 +53,7 @@ class Program:
         self.log: queue.Queue[str] = queue.Queue()
         self.out: queue.Queue[str] = queue.Queue()
         self.readers = [
-            threading.Thread(target=lambda stream=stream, lines=lines: [lines.put(line) for line in stream])
+            threading.Thread(target=lambda s=stream, lines=lines: [lines.put(line) for line in s], daemon=True)
             for stream, lines in ((self.process.stderr, self.log), (self.process.stdout, self.out))
         ]
         for reader in self.readers:
