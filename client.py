@@ -728,7 +728,8 @@ class Sender:
         self.failures += 1
         hopeless = self.unauthorized or hasattr(error, "verify_message") or isinstance(error, InterruptedError)
         if hopeless or self.failures > self.options.retries:
-            self.give_up(explain(error))
+            hint = "; is server.py running there?" if isinstance(error, ConnectionRefusedError) else ""
+            self.give_up(explain(error) + hint)
             return
         import random  # noqa: PLC0415
 

@@ -1767,9 +1767,11 @@ class RelayTransport:
         self.file.write(json.dumps(event).encode("ascii") + b"\n")
         self.file.flush()
         answer = self.file.readline(RECV_BYTES)
-        said = json.loads(answer) if answer.endswith(b"\n") else None
+        said = None
+        with contextlib.suppress(ValueError):
+            said = json.loads(answer) if answer.endswith(b"\n") else None
         if not isinstance(said, dict):
-            raise ValueError("the relay gave no answer")
+            raise ValueError("this is no answer of an alert relay (is it the right port?)")
         return said
 
     def _later(self, step: str, why: object) -> smtp.Outcome:

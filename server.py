@@ -1701,7 +1701,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 " ALERT_TLS_CLIENT_CA, or say --allow-open"
             )
         if mail.debug:
-            log.warning("SMTP_HOST is not set: mail goes to the debug receiver on %s:%d", mail.host, mail.port)
+            where = os.path.abspath(args.env_file or ".env")  # started in another folder, it does not find the settings
+            log.warning("SMTP_HOST is not set, nor in %s: mail goes to %s:%d", where, mail.host, mail.port)
         return serve(config, mail)
     except ConfigError as error:
         smtp.fail(smtp.EX_CONFIG, str(error))

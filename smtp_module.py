@@ -722,7 +722,9 @@ def _password(settings: Settings, host: str) -> str:
         password = password or fetched.decode("utf-8").partition("\n")[0].rstrip("\r")
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
         name = f"SMTP_PASS_FILE: {path}" if path else "SMTP_PASS_COMMAND"
-        what = getattr(error, "strerror", None) or type(error).__name__  # the error itself may show what was read
+        code = getattr(error, "returncode", None)
+        what = f"exit code {code}" if code else getattr(error, "strerror", None) or type(error).__name__
+        # the error itself may show what was read
         raise ConfigError(f"{name}: gives no password ({what})") from None
     if re.search(r"(^|\.)(gmail|googlemail|google)\.com$", host, re.I):
         password = re.sub(r"\s", "", password)  # Google shows app passwords in four groups
@@ -2156,7 +2158,7 @@ def lock_file(path: Path) -> int:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except OSError:
         os.close(handle)
-        raise SpoolBusy(f"{path}: another process owns this spool") from None
+        raise SpoolBusy(f"{path}: another process owns this spool; is the program running already?") from None
     return handle
 
 
@@ -2199,8 +2201,8 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
 
 def read_queue(path: Path) -> list[dict[str, Any]]:
     """Every item that waits, is held or failed, read without writing to the file. Raises SpoolError."""
-    if not path.exists():
-        raise SpoolError(f"{path}: there is no such spool")
+    if not os.access(path, os.R_OK):
+        raise SpoolError(f"{path}: there is no such spool, or you may not read it; --spool FILE names another")
     # without a log nobody writes, and the file can be read without making one
     mode = "mode=ro" if Path(f"{path}-wal").exists() else "mode=ro&immutable=1"
     try:
@@ -2957,7 +2959,7 @@ def command_queue(args: argparse.Namespace) -> int:
         print(json.dumps([{key: row[key] for key in row if key != "lane"} for row in rows]))
         return EX_OK
     for row in rows:
-        to = ", ".join(row["recipients"]) or "by the routes"
+        to = ", ".join(row["recipients"]) or "whom the routes say"
         print(f"{row['state']:<8} {row['id']}  {printable(row['lane'])}  since {row['since']}  to {to}")
         if row["next"] or row["error"]:
             due = f"next try {row['next']}" if row["next"] else "no more tries"

@@ -531,7 +531,7 @@ def test_nobody_there_is_exit_75_and_says_what_was_lost(closed_port: int, capsys
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].startswith(f"client.py: 127.0.0.1 port {closed_port}: Connection refused; next try in ")
     assert errors[1:] == [
-        f"client.py: 127.0.0.1 port {closed_port}: not handed over: Connection refused",
+        f"client.py: 127.0.0.1 port {closed_port}: not handed over: Connection refused; is server.py running there?",
         "client.py: lost: MOTION_DETECTED cam1 a1",
     ]
 

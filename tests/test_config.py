@@ -249,6 +249,11 @@ def test_only_gmails_passwords_lose_their_blanks(host: str, password: str, used:
     assert configured(SMTP_HOST=host, SMTP_USER="ann", SMTP_PASS=password).password() == used
 
 
+def test_a_password_command_that_fails_is_told_by_its_exit_code_and_not_by_what_it_printed() -> None:
+    with pytest.raises(ConfigError, match=r"gives no password \(exit code 3\)$"):
+        configured(SMTP_HOST="x.org", SMTP_USER="ann", SMTP_PASS_COMMAND="echo secret-word; exit 3")
+
+
 def test_the_password_from_a_file_or_command_is_its_first_line_and_fetched_anew(tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.write_bytes(b" first word \r\nsecond\n")

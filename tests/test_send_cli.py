@@ -158,6 +158,7 @@ def test_an_unreachable_server_is_75_and_says_what_to_do(run: Run) -> None:
         (["queue", "--env-file", "nothing"], {}, 78, "nothing"),
         (["--env-file", "nothing", "queue"], {}, 78, "nothing"),
         (["queue"], {}, 65, "no such spool"),
+        (["queue", "--spool", "x" * 300], {}, 65, "no such spool"),
         (["fly"], {}, 2, "fly"),
         ([], {}, 2, "COMMAND"),
     ],

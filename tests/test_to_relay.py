@@ -281,6 +281,15 @@ def test_event_is_kept_while_the_relay_is_away(tmp_path: Path) -> None:
     relay.close()
 
 
+def test_wrong_port_behind_which_no_relay_listens_is_told(tmp_path: Path) -> None:
+    other = Program(tmp_path, "--debug", "--port", "0")
+    program = receiver(tmp_path, other.port)
+    with program.smtp() as smtp:
+        smtp.sendmail("cam", "alerts+garage@x", written(DAHUA))
+    assert program.logged(f"relay 127.0.0.1:{other.port}: this is no answer of an alert relay")
+    assert (program.stop(), other.stop()) == (0, 0)
+
+
 def test_old_camera_that_quits_with_the_final_dot_gets_through(tmp_path: Path, relay: Relay) -> None:
     program = receiver(tmp_path, relay.port)
     with program.connect() as sock, sock.makefile("rb") as answers:
