@@ -445,6 +445,17 @@ def test_events_come_in_over_tls(run: Any, certificate: Path) -> None:
     assert "warning" in said[3]
 
 
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_connection_may_be_silent_for_longer_than_a_socket_can_wait(
+    run: Any, certificate: Path, encrypted: bool
+) -> None:
+    tls = smtp.server_tls(str(certificate), "") if encrypted else None
+    raw = run(tls=tls, idle_timeout_s=1e6 * smtp.DAY_S).connect()
+    with tls_client(certificate).wrap_socket(raw, server_hostname="localhost") if encrypted else raw as sock:
+        sock.sendall(EVENT)
+        assert b"queued" in sock.recv(4096)
+
+
 def test_a_relay_that_stops_answers_over_tls_what_it_has_read(run: Any, certificate: Path) -> None:
     running = run(tls=smtp.server_tls(str(certificate), ""))
     with tls_client(certificate).wrap_socket(running.connect(), server_hostname="localhost") as sock:
