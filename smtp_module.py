@@ -84,7 +84,7 @@ TOLD = 20  # mails that one line of the log tells of
 BUSY_S = 5  # what another program does with the database is waited for
 ROOM_S = 0.25  # the room on the disk is looked at no more often, while there is plenty
 PAGE_ROWS = 40  # read at once: a batch and a little more, for what is not used is read again
-TICK_SLOTS, TICK_BYTES = 4096, 19  # as many as 64 senders can have sent and not settled
+TICK_SLOTS, TICK_BYTES = 4096, 16  # as many as 64 senders can have sent and not settled; none lies in two sectors
 DAY_S = 86400.0
 MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
@@ -1448,7 +1448,7 @@ class Ticks(SideFile):
                 return False
             with contextlib.suppress(OSError):
                 self._slot = (self._slot + 1) % TICK_SLOTS
-                self._write(self._file, self._slot * TICK_BYTES, b"%018d\n" % mail.number)
+                self._write(self._file, self._slot * TICK_BYTES, b"%015d\n" % mail.number)
                 return True
         return False
 
@@ -1465,7 +1465,7 @@ class Ticks(SideFile):
 
     def numbers(self) -> list[int]:
         """The mails that were ticked off before this start, settled or not."""
-        return [int(number) for number in re.findall(rb"(?m)^(\d{18})\n", Path(self._path).read_bytes())]
+        return [int(number) for number in re.findall(rb"(\d{15})\n", Path(self._path).read_bytes())]
 
     def clear(self) -> None:
         """Forget what is in the file."""
