@@ -853,6 +853,14 @@ class Letter(NamedTuple):
         return found[0] if found else ""
 
     @property
+    def identity(self) -> bytes:
+        """The same for the same mail, whatever mail relays wrote above it; b"" without a Message-ID."""
+        if not self.message_id:
+            return b""
+        written = "\n".join(self.headers.get(name, "") for name in (*SINGLE, "date"))
+        return hashlib.sha256(written.encode() + self.content.partition(b"\r\n\r\n")[2]).digest()
+
+    @property
     def sender(self) -> str:
         """The From address in lower case, "" unless there is exactly one (RFC 5322 section 3.6.2 allows more)."""
         text = self.headers.get("from", "")[:PARAMETER_LENGTH]
@@ -1264,7 +1272,7 @@ class Device:
 
     def carry_out(self, db: sqlite3.Connection, request: Request) -> Answer | None:
         """Effect, journal and reply of a command, None when the same mail was obeyed before. Raises Refused."""
-        key = hashlib.sha256(request.letter.content).digest() if request.letter.message_id else None
+        key = request.letter.identity or None
         known = "SELECT 1 FROM commands WHERE mail = ? AND at > ?"
         if db.execute(known, (key, request.now - MEMORY_SECONDS)).fetchone():
             return None
@@ -1708,7 +1716,7 @@ class CameraMails(Replies):
         if event is None:
             log.info("dropped a mail of <%s> from %s: the alarm ended", mail.sender, peer)
             return ACCEPTED
-        known = hashlib.sha256(letter.message_id.encode() + content).hexdigest()[:32] if letter.message_id else ""
+        known = letter.identity[:16].hex()
         event["id"] = f"mail-{known or secrets.token_hex(16)}"
         with self.outbox.transaction() as db:
             if known and db.execute("SELECT 1 FROM items WHERE id = ?", (event["id"],)).fetchone():

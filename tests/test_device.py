@@ -290,9 +290,18 @@ def test_mail_that_comes_again_is_not_carried_out_again(bench: Bench) -> None:
     assert bench.ask("CMD RELAY 1 ON", message_id="<one@x>") == "relay1: off -> on"
 
 
+def test_mail_that_was_submitted_twice_to_a_mail_relay_is_one_command(bench: Bench) -> None:
+    content = b"From: %s\r\nMessage-ID: <one@x>\r\nSubject: CMD RELAY 1 %s\r\n\r\n"
+    for trace, what, value in ((b"", b"ON", "on"), (b"", b"OFF", "off"), (b"Received: from b\r\n", b"ON", "off")):
+        assert bench.deliver(trace + content % (OPS.encode(), what)).startswith("250")
+        assert bench.value("relay1") == value
+
+
 def test_same_message_id_with_other_content_is_another_command(bench: Bench) -> None:
     bench.ask("CMD RELAY 1 ON", message_id="<one@x>")
     assert bench.ask("CMD RELAY 2 ON", message_id="<one@x>") == "relay2: off -> on"
+    for data in (b"old", b"new"):
+        assert hashlib.sha256(data).hexdigest() in bench.ask("CMD UPDATE fw", message_id="<two@x>", data=data)
 
 
 def test_effect_journal_and_reply_are_one_transaction(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,8 @@ def test_text_that_is_costly_to_read_is_an_alert_within_a_second(filler: str, ki
 def test_mail_sent_twice_is_one_event_and_without_message_id_each_is_its_own(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path / "events.db")
     app = CameraMails(outbox)
-    for content in [b"Message-ID: <a@b>\r\n" + written("x")] * 2 + [written("x")] * 2:
+    named = b"Message-ID: <a@b>\r\n" + written("x")
+    for content in [named, named, b"Received: by mx.lan\r\n" + named, written("x"), written("x")]:
         assert app.deliver(Mail("", ["a"], content), "10.0.0.1") == emb.ACCEPTED
     assert len(list(outbox.waiting())) == 3
     outbox.close()
