@@ -1265,7 +1265,7 @@ class Device:
                 self.journal(db, request, f"refused: {refusal}", refused=True)
             raise
         log.info("%s: %s", command, answer.result if answer else "came again, not carried out twice")
-        if answer and request.command.verb == "REBOOT":
+        if answer is RESTARTING:
             self.booted = request.now
             log.info("restarted (simulated); the uptime begins anew")
         self.ring()
@@ -1488,10 +1488,19 @@ def setting(text: str) -> tuple[str, str]:
         raise ValueError(f"{name}: {error}") from None
 
 
+def nothing(text: str) -> str:
+    if text:
+        raise ValueError(f"{text!r} means nothing here")
+    return text
+
+
 def block(text: str) -> str:
     if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", text):
         raise ValueError("a block's name is 1 to 64 of A-Z a-z 0-9 . _ - and does not start with a dot")
     return text
+
+
+RESTARTING = Answer("restarting now")
 
 
 class Rule(NamedTuple):
@@ -1506,9 +1515,9 @@ COMMANDS = {
     rule.usage.partition(" ")[0]: rule
     for rule in (
         Rule("HELP", Access.READ, Device.do_help, "this list, and how the device sees you"),
-        Rule("STATUS", Access.READ, Device.do_status, "all parameters, cameras and data blocks"),
+        Rule("STATUS", Access.READ, Device.do_status, "all parameters, cameras and data blocks", nothing),
         Rule("GET name", Access.READ, Device.do_get, "one parameter", smtp.one_of(*PARAMETERS)),
-        Rule("LOG", Access.READ, Device.do_log, f"the last {LOG_LINES} commands"),
+        Rule("LOG", Access.READ, Device.do_log, f"the last {LOG_LINES} commands", nothing),
         Rule("SET name=value", Access.CONTROL, Device.do_set, "set a parameter", setting),
         Rule("ARM", Access.CONTROL, Device.do_set, "SET armed=on", lambda rest: setting(f"armed=on {rest}")),
         Rule("DISARM", Access.CONTROL, Device.do_set, "SET armed=off", lambda rest: setting(f"armed=off {rest}")),
@@ -1519,7 +1528,7 @@ COMMANDS = {
         Rule("SNAPSHOT camera", Access.READ, Device.do_snapshot, "a picture of cam1 to cam4", smtp.one_of(*CAMERAS)),
         Rule("UPDATE block", Access.CONTROL, Device.do_update, "the attachment becomes the data block", block),
         Rule("READ block", Access.READ, Device.do_read, "the data block as an attachment", block),
-        Rule("REBOOT", Access.CONTROL, lambda *_: Answer("restarting now"), "restart"),
+        Rule("REBOOT", Access.CONTROL, lambda *_: RESTARTING, "restart", nothing),
     )
 }  # fmt: skip
 
@@ -1710,8 +1719,7 @@ class CameraMails(Replies):
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
         """Keep the event of a mail. Raises Refused when it cannot be read, SpoolError when it cannot be kept."""
-        content = mail.content()
-        letter = read_letter(content, lenient=True)
+        letter = read_letter(mail.content(), lenient=True)
         event = camera_event(mail, letter, self.clock())
         if event is None:
             log.info("dropped a mail of <%s> from %s: the alarm ended", mail.sender, peer)

@@ -158,15 +158,19 @@ def test_control_command_changes_one_parameter_and_says_what(
         ("CMD UPDATE .x", "does not start with a dot"),
         ("CMD UPDATE fw", "exactly one"),
         ("CMD READ fw", "none yet"),
+        ("CMD REBOOT tomorrow", "CMD REBOOT"),
+        ("CMD STATUS cam1", "CMD STATUS"),
+        ("CMD LOG 50", "CMD LOG"),
     ],
 )
 def test_wrong_argument_gets_a_reply_that_says_what_is_right(bench: Bench, subject: str, says: str) -> None:
+    bench.now += 60
     with bench.outbox.transaction() as db:
-        before = bench.device.status(db, NOW)
+        before = bench.device.status(db, bench.now)
     answer = bench.ask(subject)
     assert says in answer and "The form is: CMD" in answer
     with bench.outbox.transaction() as db:
-        assert bench.device.status(db, NOW) == before
+        assert bench.device.status(db, bench.now) == before
 
 
 def test_status_says_the_same_in_text_html_and_json(bench: Bench) -> None:
