@@ -1646,6 +1646,7 @@ EVENTS = [  # the first that fits
     (r"", "MOTION_DETECTED"),
 ]
 INVISIBLE = " \u200b\u200c\u200d\u2060"  # a name of these alone is none
+FIELD = re.compile(r"((?:\([^()]*\)|[^:])*+):(.*)")  # Dahua: `Alarm Start Time(D/M/Y H:M:S): …`
 ENDED = re.compile(r"\b(stop|stopped|end|ended)[.!]?$", re.IGNORECASE)
 PICTURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{12}[\x0c\x28\x40\x6c\x7c]\0\0\0", re.DOTALL
@@ -1686,8 +1687,8 @@ def camera_name(recipient: str, facts: Mapping[str, str]) -> str:
 
 def text_fields(text: str) -> dict[str, str]:
     """What the lines `name: value` of a text say, by the name in lower case."""
-    split = (line.partition(":") for line in text.splitlines())
-    fields = ((name.strip().lower(), value.strip()[:400]) for name, _, value in split)
+    split = (match.groups() for match in map(FIELD.match, text.splitlines()) if match)
+    fields = ((name.strip().lower(), value.strip()[:400]) for name, value in split)
     return {name: value for name, value in fields if 0 < len(name) <= 60 and value.strip(INVISIBLE)}
 
 

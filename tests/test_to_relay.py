@@ -93,6 +93,12 @@ def test_text_of_the_recorder_says_what_and_where(text: str, event: str, camera:
     assert isinstance(server.parse_line(json.dumps(made).encode(), b"", NOW), server.Event)  # the relay takes it
 
 
+def test_line_of_the_text_is_split_after_its_whole_name() -> None:
+    made = event_of(written(DAHUA + "Odd (name: 1\n"))
+    assert made and made["meta"]["alarm start time(d/m/y h:m:s)"] == "01/02/2026 03:04:05"
+    assert made["meta"]["odd (name"] == "1"
+
+
 @pytest.mark.parametrize(
     "subject, event",
     [
@@ -168,7 +174,7 @@ def test_odd_mail_is_still_an_alert(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "html"])
-@pytest.mark.parametrize("filler", [" " * 100_000, "<" * 100_000, "a:" * 100_000, "&#" + "9" * 5000 + ";"])
+@pytest.mark.parametrize("filler", [" " * 100_000, "<" * 100_000, "a:" * 100_000, "(" * 100_000, "()" * 50_000, "&#" + "9" * 5000 + ";"])
 def test_text_that_is_costly_to_read_is_an_alert_within_a_second(filler: str, kind: str) -> None:
     head = f"Subject: Front door\r\nContent-Type: text/{kind}\r\n\r\n"
     began = time.process_time()
