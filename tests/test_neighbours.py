@@ -546,6 +546,8 @@ def test_a_shell_command_ends_within_home_assistants_60_seconds(tmp_path: Path) 
 @pytest.mark.parametrize("unit", ["dvr-relay.service", "dvr-device.service"])
 def test_systemd_finds_nothing_wrong_with_the_unit_and_little_exposed(unit: str, tmp_path: Path) -> None:
     (tmp_path / unit).write_text(readme_block(f"# /etc/systemd/system/{unit}"))
+    (tmp_path / "dvr-.service.d").mkdir()
+    (tmp_path / "dvr-.service.d/locked.conf").write_text(readme_block("# /etc/systemd/system/dvr-.service.d/locked.conf"))
     verify = shell(f"systemd-analyze verify ./{unit}", tmp_path)
     assert verify.stdout == ""
     security = shell(f"systemd-analyze security --offline=yes ./{unit}", tmp_path, check=False).stdout
