@@ -1703,7 +1703,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if mail.debug:
             where = os.path.abspath(args.env_file or ".env")  # started in another folder, it does not find the settings
-            log.warning("SMTP_HOST is not set, nor in %s: mail goes to %s:%d", where, mail.host, mail.port)
+            words = "SMTP_HOST is not set, nor in %s: mail goes to the debug receiver on %s:%d"
+            log.warning(words, where, mail.host, mail.port)
         return serve(config, mail)
     except ConfigError as error:
         smtp.fail(smtp.EX_CONFIG, str(error))
