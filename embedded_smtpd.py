@@ -138,13 +138,9 @@ class Server:
 
 
 def set_tick(sock: socket.socket) -> None:
-    """Let reads and writes come back every TICK_SECONDS; by the kernel's own timers, which cost no system call."""
+    """Let reads and writes come back every TICK_SECONDS."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.settimeout(TICK_SECONDS if sys.platform == "win32" else None)
-    if sys.platform != "win32":
-        timeval = struct.pack("@ll", int(TICK_SECONDS), int(TICK_SECONDS % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    smtp.wait_at_most(sock, TICK_SECONDS, TICK_SECONDS)
 
 
 class Stdio:

@@ -41,7 +41,6 @@ import shutil
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import tempfile
@@ -65,7 +64,6 @@ except ImportError:  # Windows
 PICTURE_MAX_BYTES = 10 << 20  # decoded; most mail servers take 25 MiB, and Base64 adds a third
 SEND_TIMEOUT_S = 30  # a peer that does not read its answers is not answered any more
 HANDSHAKE_TIMEOUT_S = 10.0
-LONGEST_S = 20 * smtp.DAY_S  # a socket cannot wait longer than 24 days
 LINGER_S = 0.5  # how long a peer may go on talking after the last answer, so that it gets to read it
 BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries; it caps this at somaxconn
 READ_BYTES = 64 << 10  # at once
@@ -617,7 +615,7 @@ class Connection:
             if config.tls:
                 self.sock.settimeout(HANDSHAKE_TIMEOUT_S)
                 self.sock = config.tls.wrap_socket(self.sock, server_side=True)
-            wait_at_most(self.sock, config.idle_timeout_s, SEND_TIMEOUT_S)
+            smtp.wait_at_most(self.sock, config.idle_timeout_s, SEND_TIMEOUT_S)
             while self._turn():
                 pass
         except OSError as error:  # reset, timed out, no TLS: this peer only
@@ -673,17 +671,6 @@ class Connection:
                 self.sock.sendall(answers)
             except OSError:
                 self._deaf = True
-
-
-def wait_at_most(sock: socket.socket, receive_s: float, send_s: float) -> None:
-    """Timeouts by the kernel where that works: settimeout would cost a poll for every read."""
-    if isinstance(sock, ssl.SSLSocket) or os.name != "posix":
-        sock.settimeout(min(receive_s, LONGEST_S))
-        return
-    sock.settimeout(None)
-    for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
-        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def read_now(sock: socket.socket) -> bytes | None:

@@ -86,6 +86,7 @@ ROOM_S = 0.25  # the room on the disk is looked at no more often, while there is
 PAGE_ROWS = 40  # read at once: a batch and a little more, for what is not used is read again
 TICK_SLOTS, TICK_BYTES = 4096, 16  # as many as 64 senders can have sent and not settled; none lies in two sectors
 DAY_S = 86400.0
+LONGEST_S = 20 * DAY_S  # a socket cannot wait longer than 24 days
 MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
 DISK_RESERVE_BYTES = 16 << 20  # nothing new is accepted when less is free: deliveries must be written down, too
@@ -790,6 +791,18 @@ def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CE
     except OSError as error:
         raise ConfigError(f"{names}: {error.filename}: {error.strerror}") from None
     return context
+
+
+def wait_at_most(sock: socket.socket, receive_s: float, send_s: float) -> None:
+    """Timeouts by the kernel where that works: settimeout would cost a poll for every read."""
+    if isinstance(sock, ssl.SSLSocket) or os.name != "posix":
+        sock.settimeout(min(receive_s, LONGEST_S))
+        return
+    sock.settimeout(None)
+    for option, seconds in ((socket.SO_RCVTIMEO, min(receive_s, LONGEST_S)), (socket.SO_SNDTIMEO, send_s)):
+        size = len(sock.getsockopt(socket.SOL_SOCKET, option, 16))  # 32-bit systems may have a 64-bit time_t or not
+        value = struct.pack("qq" if size == 16 else "ii", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def close_gently(sock: socket.socket, linger_s: float) -> None:

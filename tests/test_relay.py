@@ -3,9 +3,11 @@
 import contextlib
 import gc
 import json
+import os
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -385,6 +387,24 @@ def test_an_address_that_the_machine_has_only_by_name_is_passed_over(run: Any, m
             server.Relay(replace(running.config, host="elsewhere"), running.outbox, Any, Any).listen()
     running.config = replace(running.config, host="127.0.0.1")
     assert running.ask(EVENT)[0]["status"] == "queued"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such timeouts")
+@pytest.mark.parametrize(("form", "size"), [("ii", 8), ("qq", 16)], ids=["32-bit time", "64-bit time"])
+def test_kernel_gets_its_timeouts_in_the_size_that_it_has(form: str, size: int) -> None:
+    class Machine(socket.socket):
+        """On a 32-bit system, the size of a pointer tells nothing about the size of its time."""
+
+        def getsockopt(self, *_: Any) -> Any:
+            return bytes(size)
+
+        def setsockopt(self, _level: int, option: int, value: Any) -> None:
+            said[option] = struct.unpack(form, value)
+
+    said: dict[int, tuple[int, int]] = {}
+    with Machine() as sock:
+        smtp.wait_at_most(sock, 2.5, 30)
+    assert said == {socket.SO_RCVTIMEO: (2, 500_000), socket.SO_SNDTIMEO: (30, 0)}
 
 
 def test_a_free_port_is_free_on_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
