@@ -728,8 +728,8 @@ class Sender:
         self.failures += 1
         hopeless = self.unauthorized or hasattr(error, "verify_message") or isinstance(error, InterruptedError)
         if hopeless or self.failures > self.options.retries:
-            hint = "; is server.py running there?" if isinstance(error, ConnectionRefusedError) else ""
-            self.give_up(explain(error) + hint)
+            away = "; is server.py running there?" if isinstance(error, ConnectionRefusedError) else ""
+            self.give_up(explain(error) + (away or "; set ALERT_TOKEN to the relay's" * self.unauthorized))
             return
         import random  # noqa: PLC0415
 
@@ -746,7 +746,7 @@ class Sender:
             if not line.kept:
                 self.lost += 1
                 if not self.elastic:
-                    tell(f"lost: {line} {line.content.get('id', '')}")
+                    tell(f"lost: {line} {line.content.get('id', 'heartbeat')}")
         self.window.clear()
         self.backlog.clear()
         self.window_bytes = self.failures = 0

@@ -777,7 +777,7 @@ def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CE
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # a stream that ends can still be answered; OpenSSL 3 would break it off with an alert
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    used = " and ".join(filter(None, (cert, key)))
+    used = f"{cert} and {key}" if key else f"{cert} (certificate and key)"
     try:
         for path in filter(None, (cert, key, client_ca)):
             Path(path).open("rb").close()  # the errors of ssl name no file

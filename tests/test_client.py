@@ -506,7 +506,13 @@ def test_a_wrong_token_is_exit_77_at_once_and_the_event_is_kept_without_it(
     assert relay.connections == 1
     (event,) = kept_in(tmp_path / "kept")
     assert event["id"] == relay.lines[0]["id"] and "token" not in event
-    assert "wr0ng" not in "".join(capsys.readouterr())
+    said = "".join(capsys.readouterr())
+    assert "set ALERT_TOKEN to the relay's" in said and "wr0ng" not in said
+
+
+def test_lost_heartbeat_is_named_as_one(closed_port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert send(closed_port, "--heartbeat", "1", "--count", "1", "--camera", "cam7", "--retries", "0") == 75
+    assert "client.py: lost: cam7 heartbeat" in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize("code", ["busy", "spool_full", "spool_error", "shutting_down", "new_in_a_later_version"])

@@ -223,10 +223,12 @@ def test_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
-def test_certificate_switches_tls_on(tmp_path: Path) -> None:
+def test_certificate_with_its_key_switches_tls_on(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     subprocess.run([*make.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    with pytest.raises(smtp.ConfigError, match=rf"{cert.name} \(certificate and key\): cannot be used"):
+        load(ALERT_TLS_CERT=str(cert))
     config = load(ALERT_TLS_CERT=str(cert), ALERT_TLS_KEY=str(key), ALERT_TLS_CLIENT_CA=str(cert))
     assert config.tls and config.client_ca
 
