@@ -232,12 +232,14 @@ class Link:
 
     def close(self, last_words: bytes) -> None:
         """Send what the peer takes at once, and close. Only who is talking is waited for."""
+        linger = 0.0
         with contextlib.suppress(OSError):
             self.sock.settimeout(0)
+            linger = LINGER_SECONDS if self.ready() else 0.0
             if last_words:
                 self.sock.send(last_words)
         if isinstance(self.sock, socket.socket):
-            smtp.close_gently(self.sock, LINGER_SECONDS if self.ready() else 0.0)
+            smtp.close_gently(self.sock, linger)
 
 
 def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes]) -> None:
@@ -259,6 +261,9 @@ def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes]) -> 
         session.abort(SHUTTING_DOWN if link.server.stopping else TIMED_OUT)
     except OSError as error:
         log.info("%s is gone: %s", link.address, error)
+    except Exception:  # such as CRAM-MD5 where the system forbids MD5: it costs this session only
+        log.exception("the session of %s went wrong", link.address)
+        session.abort(FAILED)
     link.close(session.take_reply())
 
 

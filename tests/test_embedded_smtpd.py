@@ -293,7 +293,7 @@ class Turns:
 
     stride: float
     crowd: bool = False
-    greeting: str = "dev"
+    rules: emb.Rules = emb.Rules("dev", 1000)  # noqa: RUF009  frozen
     now: float = 0.0
 
     def clock(self) -> float:
@@ -308,7 +308,7 @@ class Turns:
         self.others = socket.create_connection(self.listener.getsockname()) if self.crowd else None
         self.server = emb.Server([self.listener], timeout=60.0)
         self.peer, self.link = peer, emb.Link(sock, "127.0.0.1", self.server, self.clock)
-        session = emb.Session(emb.Rules(self.greeting, 1000))
+        session = emb.Session(self.rules)
         self.thread = threading.Thread(target=emb.converse, args=(self.link, session, lambda mail: emb.ACCEPTED))
         self.thread.start()
         return peer
@@ -331,7 +331,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peer_that_takes_no_answers_is_cut_off_and_sooner_while_others_wait(
     quick: None, crowd: bool, longest: float
 ) -> None:
-    turns = Turns(stride=1.0, crowd=crowd, greeting="h" * 8_000_000)  # more than the kernel keeps for a peer
+    rules = emb.Rules("h" * 8_000_000, 1000)  # a greeting that is more than the kernel keeps for a peer
+    turns = Turns(stride=1.0, crowd=crowd, rules=rules)
     with turns:
         turns.thread.join(PATIENCE)
         assert not turns.thread.is_alive()
@@ -347,6 +348,26 @@ def test_session_ends_after_ten_minutes_however_busy_the_peer_is(quick: None) ->
             codes.append(answers.readline()[:3])
     assert codes[-1] == b"421" and len(codes) > 10
     assert 600 < turns.now < 640
+
+
+@pytest.mark.parametrize("trouble", [MemoryError, ValueError])
+def test_session_that_goes_wrong_here_ends_alone(quick: None, trouble: type[Exception]) -> None:
+    def fail(address: str) -> bool:
+        raise trouble
+
+    with Turns(stride=0.0, rules=emb.Rules("dev", 1000, mailbox=fail)) as peer:
+        assert talk(peer, *OPEN[:3])[-1] == emb.FAILED
+        assert peer.recv(100) == b""
+
+
+def test_peer_that_is_gone_before_the_handshake_ends_nothing_else() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(listener.getsockname()), listener:
+        sock = listener.accept()[0]
+        os.close(sock.detach())  # as ssl leaves it then
+        server = emb.Server()
+        emb.Link(sock, "127.0.0.1", server).close(b"")
+        server.close()
 
 
 def test_stop_signal_ends_a_session_and_the_program(start: Callable[..., Program]) -> None:
