@@ -1696,7 +1696,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         smtp.fail(smtp.EX_CONFIG, str(error))
     except smtp.SpoolError as error:
-        smtp.fail(smtp.EX_TEMPFAIL, f"ALERT_SPOOL: {error}")
+        wrong = isinstance(error.__cause__, smtp.WRONG_PLACE)
+        smtp.fail(smtp.EX_CONFIG if wrong else smtp.EX_TEMPFAIL, f"ALERT_SPOOL: {error}")
     except (OSError, UnicodeError) as error:  # UnicodeError: no name looks like that
         why = getattr(error, "strerror", error)
         smtp.fail(smtp.EX_CONFIG, f"ALERT_HOST, ALERT_PORT: cannot listen there: {why}")

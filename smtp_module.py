@@ -1274,6 +1274,10 @@ class SpoolError(Exception):
     """The disk failed or the file is damaged; nothing was accepted."""
 
 
+# No file can be made there, today or tomorrow: the cause of a SpoolError at the start that is about its setting.
+WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
 class SpoolFull(SpoolError):
     """No room is left in the spool."""
 
@@ -1634,7 +1638,7 @@ class Outbox:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._owned = lock_file(Path(f"{self.path}.lock"))
         except OSError as error:
-            raise SpoolError(f"{self.path}: {error.strerror}") from None
+            raise SpoolError(f"{self.path}: {error.strerror}") from error
         try:
             with contextlib.ExitStack() as undo:
                 undo.callback(os.close, self._owned)
@@ -1647,7 +1651,7 @@ class Outbox:
                 self._read_ticks()
                 undo.pop_all()
         except (sqlite3.Error, OSError) as error:
-            raise SpoolError(f"{self.path}: {error}") from None
+            raise SpoolError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from error
 
     def close(self) -> None:
         """Close the database and let go of the lock."""

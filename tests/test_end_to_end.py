@@ -314,6 +314,8 @@ def test_a_second_relay_on_the_same_spool_exits_75(start: Any, mailbox: Mailbox)
         ({"ALERT_COOLDOWN": "soon"}, "ALERT_COOLDOWN"),
         ({"ALERT_ROUTES": "cam1=nobody"}, "ALERT_ROUTES"),
         ({"ALERT_QUIET": "22:00-25:00"}, "ALERT_QUIET"),
+        ({"ALERT_SPOOL": os.devnull + "/alerts.db"}, "ALERT_SPOOL"),
+        ({"ALERT_SPOOL": "."}, "ALERT_SPOOL"),
         ({"SMTP_HOST": "mail.example.com"}, "ALERT_RECIPIENT"),
         ({"SMTP_USER": "me"}, "SMTP_HOST"),
         ({"SMTP_HOST": "mail.example.com", "SMTP_USER": "me", "SMTP_PASS": "hunter2", "SMTP_SECURITY": "none",
