@@ -811,7 +811,7 @@ def close_gently(sock: socket.socket, linger_s: float) -> None:
     So a peer that does not end the connection itself may go on talking for `linger_s` seconds. Over TLS it is told the
     end, which it could not tell from a cut otherwise (RFC 8446 6.1); its answer is not waited for.
     """
-    with contextlib.suppress(OSError, MemoryError):
+    with contextlib.suppress(OSError, MemoryError, ValueError):  # ValueError: gone before the handshake
         sock.settimeout(0)
         if isinstance(sock, ssl.SSLSocket):
             sock.unwrap()

@@ -496,6 +496,11 @@ def test_a_peer_over_tls_can_tell_the_end_from_a_cut(
         assert [entry["error"] for entry in answers(sock)] == ["unauthorized"]
 
 
+def test_a_peer_that_is_gone_before_the_handshake_is_closed_gently_too(certificate: Path) -> None:
+    peer = socket.socket()  # not connected any more
+    smtp.close_gently(smtp.server_tls(str(certificate), "").wrap_socket(peer, server_side=True), 0)
+
+
 def test_a_silent_or_talkative_handshake_costs_only_itself(run: Any, certificate: Path) -> None:
     running = run(tls=smtp.server_tls(str(certificate), ""))
     with running.connect(), running.connect() as plain:
