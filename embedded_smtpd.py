@@ -1869,9 +1869,9 @@ def safely(act: Callable[..., bytes | None], *values: object) -> bytes:
     except Refused as refusal:
         log.warning("refused a mail: %s", refusal)
         return refusal.reply
-    except smtp.SpoolFull as error:
+    except smtp.SpoolError as error:
         log.error("%s", error)
-        return DISK_FULL
+        return DISK_FULL if isinstance(error, smtp.SpoolFull) else FAILED
     except Exception:
         log.exception("that went wrong")
         return FAILED

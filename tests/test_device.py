@@ -22,7 +22,7 @@ import pytest
 
 import embedded_smtpd as emb
 from embedded_smtpd import Access, Device, Mail, Maildir, Policy, Refused, networks
-from smtp_module import Outbox, SpoolError
+from smtp_module import DiskFull, Outbox, SpoolError
 
 OPS, SECRET = "ops@example.com", b"correct horse"
 LAN, OFFICE, WORLD = "192.168.1.2", "10.9.9.9", "8.8.8.8"
@@ -317,6 +317,17 @@ def test_effect_journal_and_reply_are_one_transaction(bench: Bench, monkeypatch:
     monkeypatch.undo()
     assert bench.value("armed") == "off" and bench.replies() == []
     assert bench.ask("CMD ARM", message_id="<one@x>") == "armed: off -> on"
+
+
+@pytest.mark.parametrize("error, reply", [(SpoolError, emb.FAILED), (DiskFull, emb.DISK_FULL)])
+def test_disk_that_fails_is_one_line_in_the_log(
+    error: type[SpoolError], reply: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> bytes:
+        raise error("device.db: disk I/O error")
+
+    assert emb.safely(fail) == reply
+    assert [record.getMessage() for record in caplog.records] == ["device.db: disk I/O error"]
 
 
 def test_state_survives_a_restart(folder: Path) -> None:
