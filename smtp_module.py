@@ -1748,9 +1748,9 @@ class Outbox:
         with self._lock:
             known = len(self._over)
             try:
-                if durable and file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
-                    self._rescue()
                 if durable:
+                    if file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
+                        self._rescue()
                     with contextlib.suppress(OSError):  # what waits may go out; `put` takes no more
                         self._pictures.renew()
                     self._ticks.renew()
@@ -2108,12 +2108,8 @@ class Outbox:
 
     def lanes(self) -> list[str]:
         """The lanes of what waits or has failed, as far as the first 2000 rows show."""
-        return [
-            lane
-            for (lane,) in self.rows(
-                "SELECT DISTINCT lane FROM (SELECT lane FROM items WHERE settled IS NULL LIMIT 2000)"
-            )
-        ]
+        sql = "SELECT DISTINCT lane FROM (SELECT lane FROM items WHERE settled IS NULL LIMIT 2000)"
+        return [lane for (lane,) in self.rows(sql)]
 
     def expire(self, newest: int, why: str) -> int:
         """What was there when row `newest` came and is not sent yet has failed; the number of them."""
@@ -2666,9 +2662,7 @@ class Courier:
                     found = True
         return found
 
-    def _conclude(
-        self, batch: _Batch, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome]
-    ) -> bool:
+    def _conclude(self, batch: _Batch, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> bool:
         """Settle and tell what became of a mail; False: everything waits."""
         ours = [outcome for outcome in outcomes.values() if outcome.ours]
         if len(ours) < len(outcomes):
