@@ -339,6 +339,13 @@ def status_text(status: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *cameras, "", *blocks])
 
 
+def text_html(text: str) -> str:
+    """Lines of text as HTML; what two blanks and more set apart are cells, which a mail program would run together."""
+    lines = [[bidi(cell) for cell in re.split(" {2,}", line)] for line in text.split("\n")]
+    parts = itertools.groupby(lines, lambda cells: len(cells) > 1)
+    return "".join(table("", rows) if wide else "<br>".join(cell for (cell,) in rows) for wide, rows in parts)
+
+
 def status_html(status: Mapping[str, Any], buttons: Sequence[tuple[str, str]]) -> str:
     """The status as an HTML mail. A button, a label and a link, opens the mail program with everything filled in."""
     values = [(bidi(name), shown_value(name, value)) for name, value in status.items() if not isinstance(value, dict)]
@@ -1447,8 +1454,8 @@ class Device:
         """A whole mail of the device."""
         text, shown = answer.text or answer.result, answer.html
         if not shown:
-            title, lines = bidi(self.parameters(db, now)["name"]), "<br>".join(map(bidi, text.split("\n")))
-            shown = PAGE.format(title=title, body=lines + "".join(PICTURE for file in answer.files if file.cid))
+            title, pictures = bidi(self.parameters(db, now)["name"]), [PICTURE for file in answer.files if file.cid]
+            shown = PAGE.format(title=title, body="".join([text_html(text), *pictures]))
         return compose(
             subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=shown,
             attachments=answer.files, date=now, headers=headers,

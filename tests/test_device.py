@@ -269,6 +269,12 @@ def test_help_says_how_the_device_sees_the_sender(bench: Bench) -> None:
     assert all(f"CMD {verb}" in here for verb in emb.COMMANDS)
 
 
+def test_columns_of_a_text_are_columns_in_html_too() -> None:
+    shown = emb.text_html("CMD ARM   SET armed=on\n\none\ntwo <b>")
+    assert re.findall(r"<bdi[^>]*>(.*?)</bdi>", shown) == ["CMD ARM", "SET armed=on", "", "one", "two &lt;b&gt;"]
+    assert shown.count("<td") == 2 and shown.count("<br>") == 2
+
+
 @pytest.mark.parametrize("subject", ["", "hello", "CMD", "CMD DANCE", "Re: CMD ARM", "AW: CMD ARM", "STATUS"])
 def test_mail_without_a_command_is_accepted_and_does_nothing(bench: Bench, subject: str) -> None:
     assert bench.send(subject).startswith("250")
