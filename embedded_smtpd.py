@@ -865,7 +865,7 @@ class Letter(NamedTuple):
         """The same for the same mail, whatever mail relays wrote above it; b"" without a Message-ID."""
         if not self.message_id:
             return b""
-        written = "\n".join(self.headers.get(name, "") for name in (*SINGLE, "date"))
+        written = "\n".join(self.headers.get(name, "") for name in (*SINGLE, "date", "to"))
         return hashlib.sha256(written.encode() + self.content.partition(b"\r\n\r\n")[2]).digest()
 
     @property

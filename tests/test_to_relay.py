@@ -187,9 +187,10 @@ def test_mail_sent_twice_is_one_event_and_without_message_id_each_is_its_own(tmp
     outbox = Outbox(tmp_path / "events.db")
     app = CameraMails(outbox)
     named = b"Message-ID: <a@b>\r\n" + written("x")
-    for content in [named, named, b"Received: by mx.lan\r\n" + named, written("x"), written("x")]:
+    twins = [b"To: garage@lan\r\n" + named, b"To: yard@lan\r\n" + named]  # two cameras that count alike
+    for content in [named, named, b"Received: by mx.lan\r\n" + named, *twins, written("x"), written("x")]:
         assert app.deliver(Mail("", ["a"], content), "10.0.0.1") == emb.ACCEPTED
-    assert len(list(outbox.waiting())) == 3
+    assert len(list(outbox.waiting())) == 5
     outbox.close()
 
 
