@@ -231,7 +231,8 @@ def read_env_file(path: str) -> dict[str, str]:
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except (OSError, ValueError) as error:
-        raise Stop(EX_CONFIG, f"settings file {path}: {explain(error)}") from None
+        why = "cannot be read: save it as UTF-8" if isinstance(error, UnicodeError) else explain(error)
+        raise Stop(EX_CONFIG, f"settings file {path}: {why}") from None
     for number, raw in enumerate(lines, 1):
         line = re.sub(r"^export\s+", "", raw.strip())
         if not line or line.startswith("#"):

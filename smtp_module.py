@@ -163,7 +163,8 @@ def read_env_file(path: str | None) -> dict[str, str]:
             return {}
         raise ConfigError(f"--env-file: there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path or '.env'}: cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or "save it as UTF-8"
+        raise ConfigError(f"{path or '.env'}: cannot be read: {why}") from None
     values: dict[str, str] = {}
     for number, raw in enumerate(text.splitlines(), 1):
         line = re.sub(r"^export\s+", "", raw.strip())

@@ -463,7 +463,7 @@ def test_another_env_file_is_read_instead(relay: Relay, tmp_path: Path) -> None:
         ({"ALERT_PORT": "0"}, None, "ALERT_PORT"),
         ({}, b"ALERT_PORT=99999\n", "ALERT_PORT"),
         ({}, b"ALERT_HOST=h\nALERT_PORT 5000\n", "line 2"),
-        ({}, b"ALERT_HOST=\xff\n", ".env"),
+        ({}, b"ALERT_HOST=\xff\n", ".env: cannot be read: save it as UTF-8"),
     ],
 )
 def test_a_wrong_setting_is_exit_78_and_names_the_variable(

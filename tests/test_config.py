@@ -60,6 +60,12 @@ def test_lines_of_the_file(tmp_path: Path, line: str, value: str) -> None:
     assert smtp.read_env_file(str(path)) == client.read_env_file(str(path)) == {"K": value}
 
 
+def test_a_settings_file_of_windows_says_how_to_save_it(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes("SMTP_HOST=x.org\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"\.env: cannot be read: save it as UTF-8$"):
+        Settings.load(env_file=str(tmp_path / ".env"))
+
+
 @pytest.mark.parametrize("content", [b"just words\n", b"=value\n", b"SMTP_PASS abc=d\n", b"K=\xff\n"])
 def test_a_file_that_is_none_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "settings"
