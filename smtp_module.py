@@ -1949,10 +1949,13 @@ class Outbox:
         return history
 
     def budget(self, now: float, limit: int) -> tuple[deque[float], int]:
-        """When the newest `limit` mails of the last day went, and how many are under way."""
+        """When the newest `limit` mails of the last day went, and how many are under way.
+
+        Some may be over since `now`, or the clock was set back: those of the next day count, too.
+        """
         sql = "SELECT settled FROM mails WHERE settled > ? AND settled <= ? AND taken != '[]'"
         with self._lock:  # a commit between the two would count its mails in neither
-            rows = self.rows(f"{sql} ORDER BY settled DESC LIMIT ?", now - DAY_S, now, limit)
+            rows = self.rows(f"{sql} ORDER BY settled DESC LIMIT ?", now - DAY_S, now + DAY_S, limit)
             pending = self.rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
         return deque(when for (when,) in reversed(rows)), pending
 

@@ -277,6 +277,15 @@ def test_history_tells_the_plan_what_was_sent_and_survives_a_restart(bench: Call
         b.restart()
 
 
+def test_a_mail_that_is_over_since_the_plan_looked_at_the_clock_counts(bench: Callable[..., Bench]) -> None:
+    b = bench(Owner(window=3600.0, limit=5))
+    b.put("a")
+    b.run()
+    for earlier in (0.001, 3600.0):  # another sender was quicker; the clock was set back an hour
+        times, pending = b.outbox.budget(b.clock() - earlier, 5)
+        assert (list(times), pending) == ([b.clock()], 0)
+
+
 def test_mails_of_the_future_do_not_use_up_the_budget(bench: Callable[..., Bench]) -> None:
     b = bench(Owner(window=3600.0, limit=5))
     b.clock.now += 10 * 365 * smtp.DAY_S
