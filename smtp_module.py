@@ -2748,6 +2748,7 @@ class Courier:
         if self._requests():
             with self._lock:
                 self._hold_until, self._hold_tries = 0.0, 0
+                self._hold_marks.clear()  # what waits again has a new life
                 self._replan()
             self.ring()
         hold = self._hold

@@ -676,6 +676,26 @@ def test_what_waits_longer_than_its_life_fails_even_then(
     assert b.outbox.counts()["failed"] == 2
 
 
+def test_what_is_sent_again_while_everything_is_held_has_a_new_life(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(max_age=600.0)
+    b.post.away = AWAY
+    b.put("a")
+    b.run()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for _ in range(11):
+        b.courier.tick()
+        now += 61
+    assert b.outbox.counts() == {"queued": 0, "sent": 0, "failed": 1}
+    request(b.spool, "retry", "all")
+    for _ in range(9):
+        b.courier.tick()
+        now += 61
+    assert b.outbox.counts() == {"queued": 1, "sent": 0, "failed": 0}
+
+
 def test_what_is_given_up_while_everything_is_held_goes_once_when_it_is_sent_again(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
