@@ -2718,7 +2718,7 @@ class Courier:
 
     def _pause(self) -> float:
         """Seconds until the next look whether a hold is over. A server that is away may be back any minute."""
-        away = self._hold is not None and self._hold.code == 0 and self._hold.step != "tls"
+        away = self._hold is not None and self._hold.code == 0
         return backoff(self._hold_tries, self._first, min(PROBE_MAX_S, self._most) if away else self._most)
 
     def _hold_back(self, outcome: Outcome) -> None:

@@ -541,6 +541,18 @@ def test_a_server_that_cannot_be_used_burns_no_tries_and_freezes_nothing(
     assert b.states() == {}
 
 
+@pytest.mark.parametrize("step", ["connect", "tls", "greeting"])
+def test_a_server_that_is_away_is_tried_once_a_minute_though_what_stands_before_it_accepts(
+    bench: Callable[..., Bench], step: str
+) -> None:
+    b = bench(retry_max=3600.0)
+    b.post.away = Outcome(LATER, 0, "the server closed the connection", step, ours=True)
+    b.put("a")
+    for _ in range(20):
+        b.probe()
+    assert 0 < b.courier._hold_until - time.monotonic() <= smtp.PROBE_MAX_S
+
+
 def test_while_held_nobody_connects_before_the_pause_is_over(bench: Callable[..., Bench]) -> None:
     b = bench()
     b.post.away = AWAY
