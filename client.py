@@ -372,7 +372,9 @@ class Connection:
         # A host as bytes: for a str, Python would load its tables of international names first.
         host: Any = options.host.encode() if options.host.isascii() else options.host
         try:
-            self.socket = socket.create_connection((host, options.port), options.timeout)
+            # An equal share of the time for each address: one that swallows packets leaves some for the next.
+            shares = len(socket.getaddrinfo(host, options.port, 0, socket.SOCK_STREAM))
+            self.socket = socket.create_connection((host, options.port), options.timeout / shares)
         except ValueError as error:
             raise ConnectionError(f"this is no name of a host: {error}") from None
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -664,6 +664,26 @@ def test_each_address_of_a_name_is_tried(relay: Relay, closed_port: int, monkeyp
     assert send(relay, "--host", "relay.example", "--retries", "0") == 0
 
 
+def test_an_address_that_swallows_packets_leaves_time_for_the_next_one(
+    start_relay: Callable[..., Relay], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(peer: Peer) -> None:
+        line = peer.read()
+        threading.Event().wait(0.1)  # as long as a disk takes
+        peer.accept(line)
+
+    relay = start_relay(script)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+
+        def resolve(host: bytes, port: int, *more: Any) -> list[Any]:
+            good = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))
+            return [(*good[:4], full.getsockname()), good]
+
+        monkeypatch.setattr(client.socket, "getaddrinfo", resolve)
+        assert send(relay, "--host", "relay.example", "--timeout", "1", "--retries", "0") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_reader_that_has_gone_stops_nothing(relay: Relay) -> None:
     process = start_process(relay, "--count", "50")
     assert process.stdout
