@@ -579,18 +579,20 @@ class Sender:
 
     def run(self) -> int:
         """Until everything is answered or given up. Returns the exit code."""
-        self.fill()
-        while self.leading.left or self.backlog or self.window:
-            try:
-                self.step()
-            except OSError as error:
-                self.recover(error)
-            except KeyboardInterrupt:
-                self.recover(InterruptedError("interrupted"))
-            if self.signals:
-                self.stop()
+        try:
             self.fill()
-        self.disconnect()
+            while self.leading.left or self.backlog or self.window:
+                try:
+                    self.step()
+                except OSError as error:
+                    self.recover(error)
+                except KeyboardInterrupt:
+                    self.recover(InterruptedError("interrupted"))
+                if self.signals:
+                    self.stop()
+                self.fill()
+        finally:
+            self.disconnect()  # an event that a second signal caught half-written is kept now
         self.outbox.release()
         kept = len(self.outbox.mine.intersection(self.outbox.names()))
         if self.options.loop != INFINITE:

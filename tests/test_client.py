@@ -1070,6 +1070,21 @@ def test_a_signal_during_the_wait_leaves_the_event_in_the_outbox(closed_port: in
     assert len(kept_in(tmp_path / "kept")) == 1
 
 
+def test_a_second_signal_while_an_event_is_written_does_not_lose_it(
+    closed_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def interrupted(handle: int) -> None:
+        monkeypatch.setattr(client.os, "fsync", fsync)
+        raise KeyboardInterrupt
+
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(client.os, "fsync", interrupted)
+    assert send(closed_port, "--outbox", "kept", "--id", "a1") == 75
+    assert [event["id"] for event in kept_in(tmp_path / "kept")] == ["a1"]
+
+
 def test_an_event_that_a_retry_hands_over_leaves_nothing_behind(
     start_relay: Callable[..., Relay], tmp_path: Path
 ) -> None:
