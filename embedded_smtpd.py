@@ -1256,14 +1256,16 @@ class Device:
             self.obey(Request(self.clock(), command, mail, letter, peer, self.policy.access(peer), operator))
         if self.maildir:
             try:
+                self.outbox.check_room(len(mail.data))
                 self.maildir.add(mail)
-            except OSError as error:  # what was done stands: the peer must not send the command again
+            except (OSError, smtp.SpoolError) as error:  # what was done stands: it must not be sent again
                 log.error("a mail of <%s> is not in the Maildir: %s", mail.sender, error)
         return ACCEPTED
 
     def obey(self, request: Request) -> None:
         """Carry a command out, once, with its reply. Raises Refused; then nothing was done."""
         command = f"{request.command.words} of {request.who} from {request.peer}"
+        self.outbox.check_room(len(request.mail.data))
         try:
             with self.outbox.transaction() as db:
                 answer = self.carry_out(db, request)
@@ -1294,7 +1296,9 @@ class Device:
         to = request.reply_to
         seq = self.journal(db, request, answer.result, mail=key, answered=to.lower() or None)
         if to:
-            self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, self.reply(db, request, answer)))
+            data = self.reply(db, request, answer)
+            self.outbox.check_room(len(data))
+            self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, data))
         self.report_every = self.parameters(db, request.now)["report_every"]
         return answer
 
@@ -1735,10 +1739,12 @@ class CameraMails(Replies):
             return ACCEPTED
         known = letter.identity[:16].hex()
         event["id"] = f"mail-{known or secrets.token_hex(16)}"
+        payload = json.dumps(event).encode("ascii")
+        self.outbox.check_room(len(payload))  # a disk that is full to the brim could not note what was handed over
         with self.outbox.transaction() as db:
             if known and db.execute("SELECT 1 FROM items WHERE id = ?", (event["id"],)).fetchone():
                 return ACCEPTED
-            self.outbox.add(db, smtp.NewItem(event["id"], "relay", json.dumps(event).encode("ascii"), fresh=True))
+            self.outbox.add(db, smtp.NewItem(event["id"], "relay", payload, fresh=True))
         log.info("%s of %s from %s", event["event"], event["camera"], peer)
         self.ring()
         return ACCEPTED

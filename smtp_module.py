@@ -1827,7 +1827,7 @@ class Outbox:
     def _laid_down(self, pictures: Sequence[bytes | None], again: bool = True) -> Sequence[Place]:
         """The pictures on disk, each by the thread that brings it."""
         if size := sum(len(picture or b"") for picture in pictures):
-            self._check_room(0, size)
+            self.check_room(0, size)
         try:
             return self._pictures.write(pictures)
         except OSError as error:
@@ -1839,7 +1839,7 @@ class Outbox:
 
     def _commit(self, tickets: Sequence[_Ticket]) -> None:
         try:
-            self._check_room(sum(len(item.payload) for ticket in tickets for item in ticket.items), 0)
+            self.check_room(sum(len(item.payload) for ticket in tickets for item in ticket.items))
             with self.transaction() as db:
                 self._pictures.renew()
                 done = [list(map(self.add, itertools.repeat(db), one.items, one.places)) for one in tickets]
@@ -1853,7 +1853,7 @@ class Outbox:
             for ticket, receipts in zip(tickets, done, strict=True):
                 ticket.receipts = receipts
 
-    def _check_room(self, rows: int, pictures: int) -> None:
+    def check_room(self, rows: int, pictures: int = 0) -> None:
         """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them.
 
         An eighth of what was found may be used up, and ROOM_S may pass, before the next look.

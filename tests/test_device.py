@@ -336,6 +336,17 @@ def test_disk_that_fails_is_one_line_in_the_log(
     assert [record.getMessage() for record in caplog.records] == ["device.db: disk I/O error"]
 
 
+def test_last_of_the_disk_is_kept_for_sending_the_replies(
+    bench: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage("/")._replace(total=10**9, free=16 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(DiskFull):
+        bench.send("CMD ARM")
+    assert bench.value("armed") == "off" and not bench.replies()
+    assert bench.send("hello").startswith("250") and not list((folder / "mail" / "new").iterdir())
+
+
 def test_state_survives_a_restart(folder: Path) -> None:
     first = Bench(folder, Policy(allow=networks(emb.PRIVATE)))
     first.ask("CMD ARM", message_id="<one@x>")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import shutil
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from test_embedded_smtpd import PATIENCE, Program
 import embedded_smtpd as emb
 import server
 from embedded_smtpd import CameraMails, Mail, camera_event, read_letter
-from smtp_module import Outbox
+from smtp_module import DiskFull, Outbox
 
 NOW = 1_790_000_000.0
 JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
@@ -325,3 +326,11 @@ def test_wrong_target_stops_the_start(target: str, caplog: pytest.LogCaptureFixt
 )
 def test_target_is_a_name_or_an_address_and_a_port(target: str, host: str) -> None:
     assert emb.host_and_port(target) == (host, 5000)
+
+
+def test_last_of_the_disk_is_kept_for_handing_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage("/")._replace(total=10**9, free=16 << 20)
+    with contextlib.closing(Outbox(tmp_path / "to-relay.db")) as outbox:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+        with pytest.raises(DiskFull):
+            CameraMails(outbox).deliver(Mail("cam@lan", ["cam1@x"], b"Subject: Motion\r\n\r\n"), "")
