@@ -871,7 +871,7 @@ class Relay:
 # stored, so a changed recipient, route or quiet hour counts for what waits, too.
 
 SUMMARY = "daily:summary"  # the event name of the relay's own daily mail; no client can send a colon
-LATE_S = 3600.0  # where mails are counted, what is later than this comes as a digest
+LATE_S = 3600.0  # where mails are counted, what is later than this, and than its window, comes as a digest
 
 
 def plan(config: RelayConfig, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
@@ -958,11 +958,13 @@ class _Desk:
 
     def _late(self, row: Waiting, urgent: bool) -> str:
         """The digest of what had to wait: for the daily limit, or for the end of quiet hours."""
+        night = not urgent and row.arrived < self._quiet_ended
         if most := self._config.daily_max:
-            scarce, late = self._left() <= most / 2, self._now - row.arrived > LATE_S
-            if (scarce and late) if urgent else (scarce or late):
-                return "spread"
-        return "quiet" if not urgent and row.arrived < self._quiet_ended else ""
+            scarce = self._left() <= most / 2
+            late = self._now - row.arrived > max(LATE_S, self._config.cooldown_s)
+            if (scarce and late) if urgent else (scarce or late or night):
+                return "spread"  # the night's, too: two kinds would be two mails
+        return "quiet" if night else ""
 
     # the daily limit
 

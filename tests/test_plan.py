@@ -246,6 +246,14 @@ def test_night_digest_opens_the_next_window() -> None:
     assert mails(plan) == [] and plan.wake == end + HOUR
 
 
+def test_with_a_daily_limit_the_night_is_one_digest_too() -> None:
+    """The last hour of it is no digest of its own: each mail counts."""
+    end = local("2026-05-07 07:00")
+    rows = [row(1, end - 8 * HOUR), row(2, end - 60, camera="cam2"), row(3, end, camera="cam3")]
+    assert mails(decide(quiet(NIGHT, daily_max=20), rows, end)) == [(3,), (1, 2)]
+    assert mails(decide(quiet(NIGHT, daily_max=20), rows[:2], end, times=[end - HOUR] * 9)) == [(1, 2)]
+
+
 @pytest.mark.parametrize("event", ["DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED", "CAMERA_RECONNECTED"])
 def test_priority_alerts_break_the_night(event: str) -> None:
     night = local("2026-05-07 03:00")
@@ -344,6 +352,14 @@ def test_a_digest_that_uses_up_half_of_the_limit_holds_all_that_waits_for_it() -
     rows = [row(number, NOW - 5, camera="yard") for number in range(2, 6)]
     sent = {"times": [NOW - HOUR] * 9, "lanes": {f"{MOTION} yard": NOW - 60}}
     assert mails(decide(config, rows, NOW, **sent)) == [(2, 3, 4, 5)]
+
+
+def test_a_daily_limit_does_not_cut_a_long_window_short() -> None:
+    config = replace(TWENTY, cooldown_s=5 * HOUR)
+    for event in (MOTION, DOOR):
+        lanes = {f"{event} cam1": NOW}
+        assert decide(config, [row(1, NOW + 60, event)], NOW + 2 * HOUR, lanes=lanes).wake == NOW + 5 * HOUR
+        assert mails(decide(config, [row(1, NOW + 60, event)], NOW + 5 * HOUR, lanes=lanes)) == [(1,)]
 
 
 def test_digests_for_several_recipients_share_the_daily_limit() -> None:
