@@ -87,6 +87,7 @@ DAY_SECONDS = 86400  # how long a button is valid
 LOG_LINES = 20
 REFUSED_LINES = 10  # of the journal: a flood of refused commands must not fill the disk nor hide the others
 REPLIES_PER_HOUR = 100  # to one address
+REPORTS_WAITING = 10  # for one address: while none can be sent they must not fill the disk
 STATE = Path("device-state")  # where everything durable lies
 
 
@@ -1239,8 +1240,9 @@ class Device:
         self.booted = self.clock()
         with self.outbox.transaction() as db:
             self.report_every = self.parameters(db, self.booted)["report_every"]
-            last = db.execute("SELECT value FROM parameters WHERE name = 'reported'").fetchone()
-        self.reported = float(last[0]) if last else self.booted
+            db.execute("INSERT OR IGNORE INTO parameters VALUES ('reported', ?)", (str(self.booted),))
+            (last,) = db.execute("SELECT value FROM parameters WHERE name = 'reported'").fetchone()
+        self.reported = float(last)
 
     # From a mail to its reply code
 
@@ -1474,7 +1476,8 @@ class Device:
         with self.outbox.transaction() as db:
             db.execute("INSERT OR REPLACE INTO parameters VALUES ('reported', ?)", (str(now),))
             subject, headers = f"{self.parameters(db, now)['name']}: report", {"Auto-Submitted": "auto-generated"}
-            for to in self.report_to:
+            waiting = "SELECT count(*) FROM items WHERE settled IS NULL AND lane = ? AND id LIKE 'report-%'"
+            for to in (to for to in self.report_to if db.execute(waiting, (to,)).fetchone()[0] < REPORTS_WAITING):
                 answer = self.tell_status(db, now, to, not self.policy.secret)
                 data = self.write(db, now, to, subject, answer, headers=headers)
                 self.outbox.add(db, smtp.NewItem(f"report-{int(now * 1000)}-{to}", to, data))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import email
 import email.policy
+import functools
 import hashlib
 import itertools
 import json
@@ -623,4 +624,30 @@ def test_report_comes_every_so_often_to_everyone_on_the_list(folder: Path) -> No
     bench.now += 1000
     bench.device.idle()
     assert bench.replies() == []
+    bench.outbox.close()
+
+
+def test_report_comes_though_the_device_restarts_more_often(folder: Path) -> None:
+    reports = []
+    for hour in range(30):
+        with contextlib.closing(Outbox(folder / "device.db", schema=emb.TABLES)) as outbox:
+            clock = functools.partial(float, NOW + 3600 * hour)
+            device = Device(outbox, Policy(), ("device@localhost",), report_to=(OPS,), clock=clock)
+            with outbox.transaction() as db:
+                db.execute("INSERT OR REPLACE INTO parameters VALUES ('report_every', '86400')")
+            device.idle()
+            reports.append(len(list(outbox.waiting())))
+    assert reports == [0] * 24 + [1] * 6
+
+
+def test_reports_that_cannot_be_sent_do_not_pile_up(folder: Path) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE)), report_to=(OPS, "boss@example.com"))
+    bench.ask("CMD SET report_every=1")
+    for _ in range(50):
+        bench.now += 1
+        bench.device.idle()
+    assert len(bench.replies()) == 2 * emb.REPORTS_WAITING
+    bench.now += 1
+    bench.device.idle()
+    assert len(bench.replies()) == 2
     bench.outbox.close()
