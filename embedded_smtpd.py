@@ -576,14 +576,16 @@ class Session:
         content += data
         end = content.find(b"\r\n.\r\n", known)
         if end < 0:
-            if len(content) > self.rules.max_mail + 8:  # the first two and the last four may not count
+            if len(content) > self.rules.max_mail * 4 // 3 + 8:  # ends and stuffed dots, one in four, do not count
                 self._lost += len(content) - 4
                 del content[:-4]
                 if self._lost > 4 * self.rules.max_mail + SKIPPED_BYTES:
                     self.abort(TOO_BIG)
             return
         early = bytes(content[end + 5 :])
-        del content[end + 2 :], content[:2]
+        del content[end + 2 :]
+        stuffed = content.count(b"\r\n.")  # does not count (RFC 1870 section 3)
+        del content[:2]
         if self.trace:
             self.trace(f"C: ({len(content)} bytes of mail)")
         if early:
@@ -591,7 +593,7 @@ class Session:
         if self.state is CLOSED:
             return
         bare = has_bare_ends(content)
-        if self._lost or len(content) > self.rules.max_mail:
+        if self._lost or len(content) - stuffed > self.rules.max_mail:
             self.complete(TOO_BIG)
         elif b"\0" in content or (bare and not self.rules.lenient):
             self.complete(BARE_BYTES)

@@ -303,6 +303,13 @@ def test_mail_over_the_limit_is_read_to_its_end_and_refused(length: int, reply: 
     assert peer.say(RCPT).startswith("503")
 
 
+@pytest.mark.parametrize("lines, reply", [(333, "250"), (334, "552 5.3.4"), (2000, "552 5.3.4")])
+def test_dots_that_were_stuffed_do_not_count_for_the_size(lines: int, reply: str, step: int) -> None:
+    peer = Peer(step=step)
+    peer.open_mail()
+    assert peer.send(b"..\r\n" * lines + b".\r\n").startswith(reply)
+
+
 @pytest.mark.parametrize("bad", [b"a\nb\r\n.\r\n", b"a\0b\r\n.\r\n", b"x" * 2000 + b"\r\n.\r\n"])
 def test_refused_mail_needs_a_new_sender_and_the_next_mail_is_taken(bad: bytes) -> None:
     peer = Peer()
