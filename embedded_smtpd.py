@@ -1583,9 +1583,14 @@ class Maildir:
         now = time.time()
         name = f"{int(now)}.M{int(now % 1 * 1e6):06}P{os.getpid()}Q{next(self.numbers)}.{smtp.hostname()}"
         envelope = [f"Return-Path: <{mail.sender}>", *(f"Delivered-To: {who}" for who in mail.recipients), ""]
-        with open(f"{self.path}/tmp/{name}", "xb", opener=functools.partial(os.open, mode=0o600)) as file:
-            file.write("\n".join(envelope).encode() + mail.content().replace(b"\r\n", b"\n"))
-        os.rename(f"{self.path}/tmp/{name}", f"{self.path}/new/{name}")
+        try:
+            with open(f"{self.path}/tmp/{name}", "xb", opener=functools.partial(os.open, mode=0o600)) as file:
+                file.write("\n".join(envelope).encode() + mail.content().replace(b"\r\n", b"\n"))
+            os.rename(f"{self.path}/tmp/{name}", f"{self.path}/new/{name}")
+        except OSError:  # a full disk: the half of a mail would fill it for ever
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self.path}/tmp/{name}")
+            raise
         if self.keep:
             self.names.append(name)
         while len(self.names) > self.keep:

@@ -391,6 +391,18 @@ def test_maildir_keeps_the_newest(bench: Bench, folder: Path) -> None:
     assert [re.search(r"hello \d", path.read_text()).group() for path in kept] == ["hello 2", "hello 3", "hello 4"]  # type: ignore[union-attr]
 
 
+def test_maildir_keeps_no_half_of_a_mail_that_found_no_room(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    maildir, before = Maildir(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError):
+            maildir.add(Mail(OPS, ["device@localhost"], bytes(5000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_maildir_has_the_line_ends_that_mail_programs_expect(bench: Bench, folder: Path) -> None:
     bench.deliver(b"Subject: a\r\n\r\none\r\n..two\r\n")
     (kept,) = (folder / "mail" / "new").iterdir()
