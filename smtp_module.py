@@ -354,7 +354,10 @@ def header_text(name: str, value: str) -> str:
 def header_address(value: str) -> str:
     """`Name <a@b>` or `a@b` for an address header, the name encoded."""
     value = one_line(value)
-    name, plain = email.utils.parseaddr(value)
+    try:  # parseaddr takes `Door, yard <a@b>` for an address `Door`
+        name, plain = email.utils.unquote(value.rpartition("<")[0].strip()), address(value)
+    except ValueError:
+        name, plain = email.utils.parseaddr(value)
     if name.isascii():
         return email.utils.formataddr((name[:200], plain)) if name else (plain or value)[:900]
     return f"{email.header.Header(name, 'utf-8', header_name='From').encode(linesep=chr(13) + chr(10))} <{plain}>"

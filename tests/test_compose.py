@@ -104,6 +104,21 @@ def test_names_in_address_headers_arrive(name: str) -> None:
     assert [person.addr_spec for person in message["To"].addresses] == ["ann@example.com", "bob@example.com"]
 
 
+@pytest.mark.parametrize(
+    ("given", "name", "plain"),
+    [
+        ("Door, yard <a@b.org>", "Door, yard", "a@b.org"), ('"Door, yard" <a@b.org>', "Door, yard", "a@b.org"),
+        ("Home; [1] <a@b.org>", "Home; [1]", "a@b.org"), ("Alerts: home <a@b.org>", "Alerts: home", "a@b.org"),
+        ("me@home <a@b.org>", "me@home", "a@b.org"), ("前门，1, 2 <a@b.org>", "前门，1, 2", "a@b.org"),
+        ("Wächter <a@bücher.example>", "Wächter", "a@xn--bcher-kva.example"),
+        ("a@bücher.example", "", "a@xn--bcher-kva.example"), ('"a \\"b\\"" <a@b.org>', 'a "b"', "a@b.org"),
+    ],
+)  # fmt: skip
+def test_sender_that_the_settings_take_is_the_one_in_the_header(given: str, name: str, plain: str) -> None:
+    (person,) = parsed(sender=given)["From"].addresses
+    assert (person.display_name, person.addr_spec) == (name, plain) and smtp.address(given) == plain
+
+
 def test_a_hundred_recipients_keep_their_lines_short() -> None:
     to = [f"somebody.with.a.long.name.{n}@department.example.com" for n in range(100)]
     assert [person.addr_spec for person in parsed(to=to)["To"].addresses] == to
