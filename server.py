@@ -426,9 +426,10 @@ def _timestamp(value: object) -> str:
 
 
 def _meta(value: object) -> dict[str, str | int | float | bool]:
-    if type(value) is not dict or len(value) > META_MAX:
+    # null is absent, and an object has no order
+    kept = {key: value[key] for key in sorted(value) if value[key] is not None} if type(value) is dict else None
+    if kept is None or len(kept) > META_MAX:
         raise Refusal("bad_event", f"meta must be an object of at most {META_MAX} values")
-    kept = {key: value[key] for key in sorted(value) if value[key] is not None}  # an object has no order
     for key, entry in kept.items():
         if type(entry) not in (str, int, float, bool) or (type(entry) is float and not math.isfinite(entry)):
             raise Refusal("bad_event", f"meta {key!r} must be a string, a number, true or false")

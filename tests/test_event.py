@@ -203,6 +203,7 @@ LINES: list[tuple[str, bytes, str]] = [
     ("meta of 33", json.dumps(GOOD | {"meta": {str(n): n for n in range(33)}}).encode(), "bad_event"),
     ("meta of every kind",
      json.dumps(GOOD | {"meta": {"s": "x", "i": -1, "f": 0.5, "b": True, "": ""}}).encode(), "event"),
+    ("meta of 32 and a null", json.dumps(GOOD | {"meta": {str(n): n or None for n in range(33)}}).encode(), "event"),
     ("meta with null", json.dumps(GOOD | {"meta": {"a": None}}).encode(), "event"),
     ("meta with a list", json.dumps(GOOD | {"meta": {"a": []}}).encode(), "bad_event"),
     ("meta with an object", json.dumps(GOOD | {"meta": {"a": {}}}).encode(), "bad_event"),
