@@ -80,6 +80,7 @@ HEADER_LINES = 1000
 SUBJECT_LENGTH = 4096
 PARAMETER_LENGTH = 2048  # of one structured header
 PARTS = 100  # of one mail
+SAID_LENGTH = 1 << 18  # of a camera's text that is looked at
 DEPTH = 10  # of parts within parts
 CLOCK_IS_SET = 1_704_067_200  # 2024-01-01: a clock before it was never set, and cannot judge a signature's time
 MEMORY_SECONDS = 7 * 86400.0  # how long a mail is known again
@@ -1709,7 +1710,7 @@ def camera_name(recipient: str, facts: Mapping[str, str]) -> str:
 
 def text_fields(text: str) -> dict[str, str]:
     """What the lines `name: value` of a text say, by the name in lower case."""
-    split = (match.groups() for match in map(FIELD.match, text.splitlines()) if match)
+    split = (match.groups() for match in map(FIELD.match, text[:SAID_LENGTH].splitlines()) if match)
     fields = ((name.strip().lower(), value.strip()[:400]) for name, value in split)
     return {name: value for name, value in fields if 0 < len(name) <= 60 and value.strip(INVISIBLE)}
 

@@ -334,3 +334,8 @@ def test_last_of_the_disk_is_kept_for_handing_over(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
         with pytest.raises(DiskFull):
             CameraMails(outbox).deliver(Mail("cam@lan", ["cam1@x"], b"Subject: Motion\r\n\r\n"), "")
+
+
+def test_mail_of_a_million_fields_does_not_fill_the_memory() -> None:
+    flood = emb.text_fields("".join(f"{number}: x\n" for number in range(1_000_000)))
+    assert flood["1"] == "x" and len(flood) < 100_000
