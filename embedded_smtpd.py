@@ -1325,7 +1325,7 @@ class Device:
         """
         command, content = request.command, request.letter.content
         if command.token:
-            db.execute("DELETE FROM used WHERE expiry < ?", (request.now,))
+            db.execute("DELETE FROM used WHERE expiry < ?", (request.now - MEMORY_SECONDS,))  # clocks are set back, too
             for data in signed_files(content):
                 expiry = self.policy.verify(command, request.letter.sender, request.now, data)
                 first_use = "INSERT OR IGNORE INTO used VALUES (?, ?)"
@@ -2084,7 +2084,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mode(settings, args, policy, rules_from(settings, args.stdio))
     except smtp.SpoolError as error:
         log.error("DEVICE_STATE: %s", error)
-        return smtp.EX_TEMPFAIL
+        return smtp.EX_CONFIG if isinstance(error.__cause__, smtp.WRONG_PLACE) else smtp.EX_TEMPFAIL
     except (ConfigError, OSError) as error:
         log.error("%s", error)
         return smtp.EX_CONFIG

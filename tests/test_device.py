@@ -618,6 +618,19 @@ def test_buttons_without_a_secret_fit_what_the_sender_may_do(bench: Bench) -> No
     assert reading == ["CMD STATUS", *(f"CMD SNAPSHOT {camera}" for camera in emb.CAMERAS)]
 
 
+def test_signature_stays_used_when_the_clock_is_set_back(folder: Path) -> None:
+    policy = Policy(networks(emb.PRIVATE), secret=SECRET)
+    bench = Bench(folder, policy)
+    late = policy.sign("ARM", OPS, int(NOW) + 200_000, b"nonce1")
+    soon = policy.sign("REBOOT", OPS, int(NOW) + 3600, b"nonce2")
+    assert bench.send(f"CMD REBOOT ~{soon}").startswith("250")
+    bench.now += 86400  # wrong, for a while
+    assert bench.send(f"CMD ARM ~{late}").startswith("250")
+    bench.now = NOW + 60
+    assert bench.send(f"CMD REBOOT ~{soon}").startswith("550 5.7.1")
+    bench.outbox.close()
+
+
 def test_report_comes_every_so_often_to_everyone_on_the_list(folder: Path) -> None:
     bench = Bench(folder, Policy(networks(emb.PRIVATE)), report_to=(OPS, "boss@example.com"))
     bench.device.idle()
