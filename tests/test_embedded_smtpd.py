@@ -588,6 +588,14 @@ def test_reply_that_cannot_be_sent_is_kept_over_a_restart(start: Callable[..., P
     assert receiver.seen(receiver.out, "armed: off -> on")
 
 
+def test_state_where_no_file_can_be_made_is_a_wrong_setting(tmp_path: Path) -> None:
+    (tmp_path / "state" / "device.db").mkdir(parents=True)
+    program = Program(tmp_path, wait=False, DEVICE_STATE="state")
+    assert program.process.wait(PATIENCE) == 78
+    assert program.logged("DEVICE_STATE")
+    program.stop()
+
+
 def test_second_device_on_the_same_state_is_sent_away(start: Callable[..., Program], tmp_path: Path) -> None:
     start("--port", "0", DEVICE_STATE="state")
     second = Program(tmp_path, "--port", "0", wait=False, DEVICE_STATE="state")
