@@ -128,7 +128,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 def host_name(text: str) -> str:
     """A name or an address without brackets; "", 0.0.0.0 and :: mean this machine."""
-    if text.count(":") == 1:
+    if text.count(":") == 1 or "]:" in text:
         raise ValueError(f"{text!r} holds a port, which is given apart from the host")
     host = text.strip().removeprefix("[").removesuffix("]")
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

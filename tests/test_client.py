@@ -383,6 +383,7 @@ def test_one_event_loads_nothing_that_is_slow_to_load() -> None:
         (["--camera", "--json"], "--camera C"),
         (["--json=1"], "takes no value"),
         (["--host", "localhost:5000"], "--host: 'localhost:5000'"),
+        (["--host", "[::1]:5000"], "--host: '[::1]:5000' holds a port"),
         (["--port", "0"], "from 1 to 65535"),
         (["--port", "http"], "from 1 to 65535"),
         (["--count", "0"], "--count"),
