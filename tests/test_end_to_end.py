@@ -310,7 +310,7 @@ def test_a_second_relay_on_the_same_spool_exits_75(start: Any, mailbox: Mailbox)
     [
         ({"ALERT_PORT": "abc"}, "ALERT_PORT"),
         ({"ALERT_HOST": "0.0.0.0"}, "ALERT_TOKEN"),
-        ({"ALERT_HOST": "a..b", "ALERT_TOKEN": "secret"}, "ALERT_HOST, ALERT_PORT: cannot listen there: encoding"),
+        ({"ALERT_HOST": "a..b", "ALERT_TOKEN": "secret"}, "ALERT_HOST, ALERT_PORT: cannot listen there: "),
         ({"ALERT_COOLDOWN": "soon"}, "ALERT_COOLDOWN"),
         ({"ALERT_ROUTES": "cam1=nobody"}, "ALERT_ROUTES"),
         ({"ALERT_QUIET": "22:00-25:00"}, "ALERT_QUIET"),
