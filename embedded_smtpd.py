@@ -585,7 +585,9 @@ class Session:
             return
         early = bytes(content[end + 5 :])
         del content[end + 2 :]
-        stuffed = content.count(b"\r\n.")  # does not count (RFC 1870 section 3)
+        size = len(content) - 2
+        if size > self.rules.max_mail:
+            size -= content.count(b"\r\n.")  # stuffed dots do not count (RFC 1870 section 3)
         del content[:2]
         if self.trace:
             self.trace(f"C: ({len(content)} bytes of mail)")
@@ -594,7 +596,7 @@ class Session:
         if self.state is CLOSED:
             return
         bare = has_bare_ends(content)
-        if self._lost or len(content) - stuffed > self.rules.max_mail:
+        if self._lost or size > self.rules.max_mail:
             self.complete(TOO_BIG)
         elif b"\0" in content or (bare and not self.rules.lenient):
             self.complete(BARE_BYTES)
