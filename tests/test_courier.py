@@ -1054,7 +1054,10 @@ def test_the_log_tells_of_each_mail_once_and_of_a_batch_together(
     assert len(lines) < 30
 
 
-def test_a_sender_that_stumbles_goes_on(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sender_that_stumbles_goes_on(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(smtp, "TICK_S", 0.01)  # its pause after each
     b = bench(clock=time.time)
     faults: list[Exception] = [smtp.SpoolError("the disk failed"), RuntimeError("a mistake")]
     real = b.owner.plan

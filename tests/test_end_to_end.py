@@ -278,10 +278,10 @@ def test_systemd_is_told_when_the_relay_is_ready_and_when_it_stops(
 
 
 def test_an_alert_that_is_too_old_fails_in_time_and_says_why(start: Any, tmp_path: Path) -> None:
-    port = relay(start, None, SMTP_HOST="127.0.0.1", SMTP_PORT="1", ALERT_MAX_AGE="2", ALERT_RETRY_FIRST="0.3").port()
+    port = relay(start, None, SMTP_HOST="127.0.0.1", SMTP_PORT="1", ALERT_MAX_AGE="1", ALERT_RETRY_FIRST="0.2").port()
     send(port, {"event": "E", "camera": "c", "id": "old"})
     (row,) = until(lambda: [row for row in queue(tmp_path) if row["state"] == "failed"])
-    assert row["error"].startswith("given up after 2 s; last: connect") and row["recipients"] == ["owner@example.com"]
+    assert row["error"].startswith("given up after 1 s; last: connect") and row["recipients"] == ["owner@example.com"]
 
 
 def test_connections_are_not_fewer_because_of_a_limit_that_the_relay_may_raise(start: Any) -> None:
