@@ -27,7 +27,7 @@ import contextlib
 import difflib
 import email.header
 import email.utils
-import encodings.idna  # noqa: F401  a lazy import fails when file descriptors have run out
+import encodings.idna  # a lazy import fails when file descriptors have run out
 import enum
 import errno
 import functools
@@ -52,6 +52,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -105,12 +106,13 @@ SETTINGS = tuple(  # of all the programs, for one .env may serve them all
     ALERT_MAX_CONNECTIONS ALERT_MAX_LINE ALERT_PORT ALERT_PRIORITY ALERT_QUIET ALERT_RECIPIENT ALERT_RETRY_FIRST
     ALERT_RETRY_MAX ALERT_ROUTES ALERT_SENDERS ALERT_SPOOL ALERT_SPOOL_MAX ALERT_SUMMARY_AT ALERT_TLS_CERT
     ALERT_TLS_CLIENT_CA ALERT_TLS_KEY ALERT_TOKEN
-    SMTP_AUTH SMTP_CAFILE SMTP_FROM SMTP_HOST SMTP_PASS SMTP_PASS_COMMAND SMTP_PASS_FILE SMTP_PORT SMTP_SECURITY
-    SMTP_TIMEOUT SMTP_USER SMTP_USE_TLS
+    SMTP_AUTH SMTP_CAFILE SMTP_EHLO SMTP_ENVELOPE_FROM SMTP_FROM SMTP_HOST SMTP_PASS SMTP_PASS_COMMAND SMTP_PASS_FILE
+    SMTP_PORT SMTP_SECURITY SMTP_TIMEOUT SMTP_USER SMTP_USE_TLS
     DEVICE_ADDRESS DEVICE_ALLOW DEVICE_HOST DEVICE_MAX_MAIL DEVICE_OPERATORS DEVICE_PASS DEVICE_PORT DEVICE_READONLY
     DEVICE_REPORT_TO DEVICE_SECRET DEVICE_STATE DEVICE_TIMEOUT DEVICE_TLS_CERT DEVICE_TLS_KEY DEVICE_USER
     """.split()  # noqa: SIM905  a name a line would be a page
 )
+SECRETS = ("ALERT_TOKEN", "DEVICE_PASS", "DEVICE_SECRET", "SMTP_PASS")
 
 
 class ConfigError(Exception):
@@ -128,6 +130,13 @@ class Settings:
         """Merge `.env` (or `env_file`, which must then exist), the environment and the flags that are not None."""
         values = read_env_file(env_file)
         values.update(os.environ)
+        for name in SETTINGS:
+            if re.fullmatch(r"""(["'])(?:(?!\1).)*\1""", os.environ.get(name, "").strip(), re.DOTALL):
+                log.warning(
+                    "%s has quotes around its value, and they count as part of it: take them away"
+                    " (Docker's --env-file keeps quotes; a .env file that is read here may have them)",
+                    name,
+                )
         values.update({name: str(value) for name, value in (flags or {}).items() if value is not None})
         return cls(values)
 
@@ -142,8 +151,11 @@ class Settings:
             raise ConfigError(f"{name}: {error}") from None
 
     def secret(self, name: str) -> str:
-        """The value as it stands, "" where absent; for passwords and keys."""
-        return self._values.get(name, "")
+        """The value of a password or key: its blanks count, a byte order mark and line ends do not. "" where absent.
+
+        Whoever makes a secret with `echo` or an editor of Windows puts these around it, and nobody types them.
+        """
+        return self._values.get(name, "").removeprefix("\ufeff").rstrip("\r\n")
 
     def tell_misspelled(self) -> None:
         """Warn of each name that looks like a setting and is none: it would be ignored in silence."""
@@ -155,32 +167,87 @@ class Settings:
 
 
 def read_env_file(path: str | None) -> dict[str, str]:
-    """`KEY=value` lines; `#` comments, optional quotes and `export`. Without `path`: ./.env, if it is there."""
+    """The settings in a file. Without `path` it is ./.env, which may be missing. Raises ConfigError."""
+    name = path or ".env"
     try:
-        text = Path(path or ".env").read_text("utf-8-sig")
+        with open(name, encoding="utf-8-sig") as file:
+            status = os.fstat(file.fileno())
+            text = file.read()
     except FileNotFoundError:
         if path is None:
             return {}
         raise ConfigError(f"--env-file: there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "save it as UTF-8"
-        raise ConfigError(f"{path or '.env'}: cannot be read: {why}") from None
-    values: dict[str, str] = {}
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = re.sub(r"^export\s+", "", raw.strip())
-        if not line or line.startswith("#"):
-            continue
-        name, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or len(name.split()) != 1:
-            raise ConfigError(f"{path or '.env'} line {number}: not KEY=value")
-        quoted = re.match(r"""(["'])(.*?)\1""", value)
-        values[name] = quoted[2] if quoted else re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()
+        raise ConfigError(f"{name}: cannot be read: {why}") from None
+    if path is None:
+        _refuse_foreign(status)
+    values = _env_lines(name, text)
+    if os.name == "posix" and status.st_mode & 0o004 and any(map(values.get, SECRETS)):
+        log.warning("%s holds a password, and every user of this machine can read it: chmod 600 %s", name, name)
     return values
 
 
+def _refuse_foreign(status: os.stat_result) -> None:
+    """Raise ConfigError for a ./.env that somebody else wrote: its SMTP_PASS_COMMAND would run as this user."""
+    if not hasattr(os, "geteuid"):  # Windows
+        return
+    if status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f".env: belongs to another user (number {status.st_uid}), so it is not read unasked;"
+            " change its owner with chown, or name it with --env-file"
+        )
+    if status.st_mode & 0o002:
+        raise ConfigError(".env: everybody may write to it, so it is not read unasked; chmod 600 .env")
+
+
+def _env_lines(name: str, text: str) -> dict[str, str]:
+    """`KEY=value` lines with `#` comments and an optional `export`. Raises ConfigError, which shows no value."""
+    values: dict[str, str] = {}
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = re.sub(r"^export\s+", "", raw.strip())
+        if not line or line.startswith("#"):
+            continue
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or len(key.split()) != 1:
+            raise ConfigError(f"{name} line {number}: not KEY=value")
+        try:
+            values[key] = _env_value(value)
+        except ValueError as error:
+            raise ConfigError(f"{name} line {number}: {error}") from None
+    return values
+
+
+_SHELL_PIECE = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\]""")
+_SHELL_WORD = re.compile(f"(?:{_SHELL_PIECE.pattern})+")
+
+
+def _env_value(text: str) -> str:
+    """The value of a line without its comment; one that begins with a quote as a POSIX shell reads one word.
+
+    A dollar sign stands for itself. The module shlex is not used because it leaves the backslash of `\\$` in double
+    quotes, which a shell takes away (POSIX.1-2017 Shell 2.2.3). Raises ValueError.
+    """
+    if not text.startswith(("'", '"')):
+        return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].rstrip()
+    word = _SHELL_WORD.match(text)
+    rest = text[word.end() :].strip() if word else text
+    if word is None or (rest and not rest.startswith("#")):
+        raise ValueError("a value in quotes must end with its quote; only a # comment may follow")
+
+    def unquoted(piece: re.Match[str]) -> str:
+        if piece[0].startswith("'"):
+            return piece[0][1:-1]
+        if piece[0].startswith('"'):
+            return re.sub(r"""\\([$`"\\])""", r"\1", piece[0][1:-1])
+        return piece[0][-1]
+
+    return _SHELL_PIECE.sub(unquoted, word[0])
+
+
 def duration(text: str) -> float:
-    """`90`, `5m`, `1h`, `5d` -> seconds."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*([smhd]?)", text.strip(), re.ASCII | re.IGNORECASE)
+    """`90`, `.5`, `5m`, `1h`, `5d` -> seconds."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?|\.\d{1,6})\s*([smhd]?)", text.strip(), re.ASCII | re.IGNORECASE)
     if not match:
         raise ValueError(f"'{printable(text)}' is not a duration; write 90 (seconds), 5m, 1h or 5d")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
@@ -208,12 +275,49 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 port = whole(0, 65535)
 
 
+def ascii_domain(name: str) -> str:
+    """A host or mail domain in ASCII, by IDNA 2003 as Python has it. Raises ValueError, UnicodeError for no name.
+
+    IDNA 2008 keeps four letters that 2003 changes or drops (RFC 5894 section 7.2), and so means another domain, whose
+    owner may be somebody else. Registries and mail programs follow 2008; such a name must be given in its ASCII form.
+    """
+    if name.isascii():
+        return name
+    if re.search("[\u00df\u1e9e\u03c2\u200c\u200d]", name):  # sharp s, small and capital; final sigma; joiners
+        # Letter by letter: the lower case of a whole word would make a final sigma of another letter.
+        lower = unicodedata.normalize("NFKC", "".join(map(str.lower, name)))
+        labels = encodings.idna.dots.split(lower)
+        right = ".".join(x if x.isascii() else f"xn--{x.encode('punycode').decode('ascii')}" for x in labels)
+        raise ValueError(f"'{printable(name)}' means different domains in IDNA 2003 and 2008; write {right} (2008)")
+    return name.encode("idna").decode("ascii")
+
+
 def host_name(text: str) -> str:
-    """A name or an address, without the brackets that an IPv6 address may have."""
-    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if not re.fullmatch(r"[\w.:%-]{1,255}", host) or host.count(":") == 1:
+    """A name or an address, without the brackets that an IPv6 address may have, and without a dot at its end.
+
+    A name with that dot stands neither in certificates nor in /etc/hosts.
+    """
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text.removesuffix(".")
+    with contextlib.suppress(UnicodeError):
+        host = ascii_domain(host)
+    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,255}", host) or host.count(":") == 1:
         raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address, without a port")
     return host
+
+
+def ehlo_name(text: str) -> str:
+    """What EHLO says: a domain, or an address literal (RFC 5321 section 4.1.3); a bare address gets its brackets."""
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.ip_address(re.sub(r"^IPv6:", "", text.removeprefix("[").removesuffix("]"), flags=re.IGNORECASE))
+        if "%" not in text:
+            return f"[{'IPv6:' * (ip.version == 6)}{ip}]"
+    name = text
+    with contextlib.suppress(UnicodeError):
+        name = ascii_domain(text)
+    label = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+    if len(name) > 255 or not re.fullmatch(rf"{label}(?:\.{label})*", name):
+        raise ValueError(f"'{printable(text)}' is no name for EHLO; write mail.example.com or [192.0.2.1]")
+    return name
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -231,11 +335,11 @@ _ADDRESS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@(?:[A-Za-z0-9_.-]{
 
 
 def address(text: str) -> str:
-    """One mail address, its domain in ASCII (IDNA). The pattern lets nothing through that could end a command."""
+    """One mail address, its domain in ASCII. The pattern lets nothing through that could end a command."""
     match = re.fullmatch(r"[^<>]*<([^<>]+)>|([^<>]+)", text.strip())
     local, _, domain = (match[1] or match[2] if match else "").strip().rpartition("@")
     with contextlib.suppress(UnicodeError):
-        domain = domain if domain.isascii() else domain.encode("idna").decode("ascii")
+        domain = ascii_domain(domain)
     plain = f"{local}@{domain}"
     if not _ADDRESS.fullmatch(plain) or UNPRINTABLE.search(text):
         more = ", several with commas between" if text.count("@") > 1 else ""
@@ -610,6 +714,8 @@ def advice(outcome: Outcome, host: str) -> str:
 
 # ───────────────────────────────────────────── SMTP configuration ───────────────────────────────────
 
+PASSWORD_SOURCES = ("SMTP_PASS", "SMTP_PASS_FILE", "SMTP_PASS_COMMAND")  # the first that is set counts
+
 
 @dataclass(frozen=True)
 class SMTPConfig:
@@ -620,8 +726,10 @@ class SMTPConfig:
     security: str = "none"  # ssl, starttls or none
     user: str = ""
     password: Callable[[], str] = field(default=str, repr=False)
-    auth: str = "auto"
+    auth: str = "auto"  # auto, plain, login, cram-md5 or xoauth2
+    ehlo: str = ""  # "" is this machine's name where it has a dot, else its address in brackets
     sender: str = "alerts@localhost"
+    envelope_from: str = ""  # takes the place of every envelope sender, for providers that take the account's alone
     cafile: str = ""
     timeout_s: float = TIMEOUT_S
     debug: bool = True  # nothing is configured: the local debug receiver
@@ -641,13 +749,20 @@ class SMTPConfig:
             security=_security(settings, host or DEBUG_HOST, number),
             user=user,
             password=functools.partial(_password, settings, host),
-            auth=settings.read("SMTP_AUTH", one_of("auto", "xoauth2"), "auto"),
+            auth=settings.read("SMTP_AUTH", one_of("auto", "plain", "login", "cram-md5", "xoauth2"), "auto"),
+            ehlo=settings.read("SMTP_EHLO", ehlo_name, ""),
+            envelope_from=settings.read("SMTP_ENVELOPE_FROM", address, ""),
             sender=settings.read("SMTP_FROM", _sender, _default_sender(user)),
             cafile=settings.read("SMTP_CAFILE", str, ""),
             timeout_s=settings.read("SMTP_TIMEOUT", duration, TIMEOUT_S),
             debug=not host,
         )
         config._check()
+        sources = [name for name in PASSWORD_SOURCES if settings.read(name, str, "")]
+        if user and not sources:
+            raise ConfigError("SMTP_PASS: missing for SMTP_USER; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
+        if user and sources != ["SMTP_PASS_COMMAND"]:
+            config.password()  # A wrong file is found at the start. A command may need a network that comes later.
         return config
 
     def _check(self) -> None:
@@ -657,11 +772,6 @@ class SMTPConfig:
             raise ConfigError(
                 f"SMTP_SECURITY: none sends the password in the clear to {self.host}; use starttls or ssl"
             )
-        password = self.password() if self.user else ""
-        if self.user and not password:
-            raise ConfigError("SMTP_PASS: missing for SMTP_USER; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
-        if not f"{self.user}{password}".isascii():
-            raise ConfigError("SMTP_PASS: holds a character outside ASCII, which no SMTP login carries; choose another")
         self.tls()
 
     def tls(self) -> ssl.SSLContext | None:
@@ -717,23 +827,36 @@ def _security(settings: Settings, host: str, number: int) -> str:
 
 
 def _password(settings: Settings, host: str) -> str:
-    password, fetched = settings.secret("SMTP_PASS"), b""
-    path, command = settings.secret("SMTP_PASS_FILE").strip(), settings.secret("SMTP_PASS_COMMAND").strip()
-    try:
-        if not password and path:
-            fetched = Path(path).read_bytes()
-        elif not password and command:
-            fetched = subprocess.run(command, shell=True, capture_output=True, timeout=30, check=True).stdout
-        password = password or fetched.decode("utf-8").partition("\n")[0].rstrip("\r")
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        name = f"SMTP_PASS_FILE: {path}" if path else "SMTP_PASS_COMMAND"
-        code = getattr(error, "returncode", None)
-        what = f"exit code {code}" if code else getattr(error, "strerror", None) or type(error).__name__
-        # the error itself may show what was read
-        raise ConfigError(f"{name}: gives no password ({what})") from None
+    """SMTP_PASS, or what takes its place. Raises ConfigError."""
+    password = settings.secret("SMTP_PASS")
+    if not password.strip():
+        password = _fetched_password(settings)
     if re.search(r"(^|\.)(gmail|googlemail|google)\.com$", host, re.I):
         password = re.sub(r"\s", "", password)  # Google shows app passwords in four groups
     return password
+
+
+def _fetched_password(settings: Settings) -> str:
+    """The first line of SMTP_PASS_FILE, or of what SMTP_PASS_COMMAND prints. Raises ConfigError."""
+    path, command = settings.secret("SMTP_PASS_FILE").strip(), settings.secret("SMTP_PASS_COMMAND").strip()
+    try:
+        if path:
+            fetched = Path(path).read_bytes()
+        else:  # Its standard input is empty, for that of this program may be the mail to be sent.
+            fetched = subprocess.run(
+                command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=True
+            ).stdout
+        if line := fetched.decode("utf-8-sig").partition("\n")[0].rstrip("\r"):
+            return line
+        what = "the first line is empty"
+    except UnicodeDecodeError:
+        what = "it is not UTF-8"
+    except (OSError, subprocess.SubprocessError) as error:
+        # The text of the error itself may show what was read.
+        code = getattr(error, "returncode", None)
+        what = f"exit code {code}" if code else getattr(error, "strerror", None) or type(error).__name__
+    name = f"SMTP_PASS_FILE: {path}" if path else "SMTP_PASS_COMMAND"
+    raise ConfigError(f"{name}: gives no password ({what})")
 
 
 # ───────────────────────────────────────────── Listening ────────────────────────────────────────────
