@@ -658,56 +658,131 @@ def judge_error(step: str, error: Exception) -> Outcome:
     return Outcome(Verdict.TRY_LATER, 0, printable(detail), step, ours=step in OUR_STEPS)
 
 
-# What a person should do about it: step, host, what the reply says -> a sentence. The first that fits is said.
+# What a person can do about a failure: (step, host, what was said) -> a sentence. The first row that fits is shown.
+# The three are regular expressions, an empty one fits everything. Where the cause is not known, no row fits.
+_TRANSACTION = "mail|rcpt|data|dot"
 ADVICE = (
-    ("login", "gmail|google", r"53[45]|5\.7\.[89]",
-     "Gmail wants an app password in SMTP_PASS, not the account's own: turn on 2-step verification, then make one"
-     " under Google account, Security, App passwords."),
-    ("login", "", r"5\.7\.139|basic auth",
-     "Outlook has switched password login off: set SMTP_AUTH=xoauth2 and put an access token in SMTP_PASS"
-     " (SMTP_PASS_COMMAND can fetch it)."),
-    ("login", "", r"534|5\.7\.9|5\.7\.14",
-     "The provider wants an app password or a stronger way to log in; look in the account's security settings."),
-    ("login", "", "not supported|no suitable",
-     "The server offers no login here: use port 587 or 465, or leave SMTP_USER empty."),
-    ("", "", r"5\.4\.5|quota exceeded|daily.*limit",
-     "The provider's daily limit is used up; ALERT_DAILY_MAX and ALERT_COOLDOWN make fewer mails."),
-    ("", "", "^530",
-     "The server wants a login (or TLS) first: set SMTP_USER and SMTP_PASS, and leave SMTP_SECURITY on auto."),
-    ("login", "", "^(?!4|timed out)", "The server refused the login: check SMTP_USER and SMTP_PASS."),
-    ("", "", "^53[45]", "The server is not content with the login: check SMTP_USER and SMTP_PASS."),
-    ("tls", "", "mismatch|doesn't match|not valid for",
-     "The certificate is for another name: set SMTP_HOST to the name that stands in it."),
-    ("tls", "", "expired",
-     "The server's certificate has expired; its owner must renew it (or this machine's clock is wrong)."),
-    ("tls", "", "certificate",
-     "The certificate is signed by nobody this machine trusts: put the signer's certificate in a file and name it"
-     " in SMTP_CAFILE."),
-    ("tls|greeting", "", "wrong.version|not offered|record.layer|timed out",
-     "The server does not speak TLS in this way on this port: 465 is SMTP_SECURITY=ssl, 587 is starttls."),
+    # the way to the server
+    ("resolve", "", "temporary",
+     "This machine's DNS does not answer: check its network."),
     ("resolve", "", "",
      "The name in SMTP_HOST was not found: check its spelling, and whether this machine's DNS works."),
-    ("connect", "", "timed out", "Nobody answers. Providers often block port 25: use 587 or 465."),
+    ("connect", "", "timed out",
+     "Nobody answers. Providers often block port 25: use 587 or 465."),
     ("connect", r"localhost|127\.|::1", "refused",
      "Nothing listens there. For a test, start: python3 embedded_smtpd.py --debug"),
-    ("connect", "", "refused", "Nothing listens on that port: check SMTP_HOST and SMTP_PORT."),
-    ("connect", "", "unreachable|no route", "This machine has no way to the server: check its network."),
-    ("", "", r"5\.3\.4|^552", "The mail is too big for the server, or the mailbox is full."),
-    ("mail", "", "^5", "The server takes no mail from this sender: set SMTP_FROM to an address of the account."),
+    ("connect", "", "refused",
+     "Nothing listens on that port: check SMTP_HOST and SMTP_PORT."),
+    ("connect", "", "unreachable|no route",
+     "This machine has no way to the server: check its network."),
+    ("greeting", "", "timed out",
+     "The server did not greet in time: on port 465 it waits for TLS (SMTP_SECURITY=ssl); a slow one needs a longer"
+     " SMTP_TIMEOUT."),
+    # TLS
+    ("tls", "", "not yet valid",
+     "The certificate is not valid yet, so this machine's clock is probably wrong: set it."),
+    ("tls", "", "expired",
+     "The server's certificate has expired; its owner must renew it (or this machine's clock is wrong)."),
+    ("tls", "", "mismatch|doesn't match|not valid for",
+     "The certificate is for another name: set SMTP_HOST to the name that stands in it."),
+    ("tls", "", "(key|md|algorithm).too.(weak|small)",
+     "The key or signature of the server's certificate is too weak; its owner must make a new one (RSA of 2048 bits or"
+     " more, SHA-256)."),
+    ("tls", "", "self.signed",
+     "The certificate is signed by nobody this machine trusts: put it, or the certificate of its signer, in a file and"
+     " name the file in SMTP_CAFILE."),
+    ("tls", "", "issuer",
+     "The signer of the certificate is unknown here: install the system's certificates (package ca-certificates), or"
+     " name a file with the signer's in SMTP_CAFILE."),
+    ("tls", "", "protocol.version|unsupported.protocol|no.protocols|version.too.low|handshake.failure|legacy",
+     "The server speaks only an old form of TLS that is not safe any more; its owner must update it."),
+    ("tls", "", "wrong.version|record.layer|unexpected.message",
+     "The server does not begin with TLS on this port: 465 is SMTP_SECURITY=ssl, 587 is starttls."),
+    ("tls", "", "starttls is not offered",
+     "The server offers no STARTTLS on this port: use port 587, or 465 with SMTP_SECURITY=ssl."),
+    # EHLO
+    (f"ehlo|{_TRANSACTION}", "",
+     r"(helo|ehlo)\b.{0,50}(reject|denied|invalid|qualified|argument)|(invalid|bad|wrong).{0,20}(helo|ehlo)|\(ehlo\)",
+     "The server does not accept the name in EHLO: set SMTP_EHLO to a full name of this machine, like"
+     " relay.example.com."),
+    # login
+    ("", "", r"^538|must issue a starttls|encryption required|before starttls",
+     "The server takes a login only over TLS: set SMTP_SECURITY=starttls (or leave it on auto)."),
+    ("login", "", "too many (failed )?(login|auth)",
+     "The account was logged in to too often; that ends by itself, and ALERT_SENDERS=1 needs fewer logins."),
+    ("login", "gmail|google", r"^53[45]|\b5\.7\.[89]\b",
+     "Gmail wants an app password in SMTP_PASS, not the account's own: turn on 2-step verification, then make one"
+     " under Google account, Security, App passwords."),
+    ("login", "", r"\b5\.7\.139\b|basic auth",
+     "Outlook has switched password login off: set SMTP_AUTH=xoauth2 and put an access token in SMTP_PASS"
+     " (SMTP_PASS_COMMAND can fetch it)."),
+    ("login", "", "offers.*(xoauth2|oauthbearer)",
+     "The server takes no passwords, only access tokens: set SMTP_AUTH=xoauth2 and put a token in SMTP_PASS"
+     " (SMTP_PASS_COMMAND can fetch it)."),
+    ("login", "", "offers.*(ntlm|gssapi)",
+     "The server takes only Windows logins (NTLM, GSSAPI), which are not supported here: its owner must allow PLAIN or"
+     " LOGIN over TLS."),
+    ("login", "", "not supported|no suitable|offers none|not advertised",
+     "The server offers no login here: use port 587 or 465, or leave SMTP_USER empty."),
+    ("login", "", "^504|unrecogni[sz]ed auth",
+     "The server does not know this way to log in: leave SMTP_AUTH on auto."),
+    ("login", "", r"^534|\b5\.7\.9\b|\b5\.7\.14\b",
+     "The provider wants an app password or a stronger way to log in; look in the account's security settings."),
+    ("login", "", "^5", "The server refused the login: check SMTP_USER and SMTP_PASS."),
+    ("login", "", "smtp_pass_command",
+     "The password could not be fetched: run the command by hand, as the user of this program."),
+    # limits
+    (_TRANSACTION, "", r"\b5\.3\.4\b|too (big|large)|(size|length).{0,40}exceeds",
+     "The mail is too big for the server."),
+    (_TRANSACTION, "", r"\b[45]\.2\.2\b|over ?quota|mailbox.{0,20}full",
+     "The recipient's mailbox is full."),
+    (_TRANSACTION, "", r"\b[45]\.5\.3\b|too many recipients",
+     "The server takes fewer recipients at once: send to some of them, or to a list."),
+    ("", "", "concurrent|too many (connections|sessions)",
+     "The server allows fewer connections at once: set ALERT_SENDERS=1, and see what else uses the account."),
+    ("", "", r"\b5\.4\.5\b|\b5\.7\.233\b|limit (exceeded|reached)|exceed(ed|s) .{0,40}(limit|max|quota|threshold)"
+     "|quota exceeded|too many (messages|mails|emails)|rate limit|receiving mail (at a rate|too)",
+     "The limit on the number of mails is reached, of the account or of the mailbox; ALERT_DAILY_MAX and ALERT_COOLDOWN"
+     " make fewer mails."),
+    # who may send to whom
+    ("", "", "^530|not logged in|authentication (is )?required|must authenticate",
+     "The server wants a login first: set SMTP_USER and SMTP_PASS."),
+    ("", "", "^53[45]",
+     "The server is not content with the login: check SMTP_USER and SMTP_PASS."),
+    (_TRANSACTION, "zoho", "relaying disallowed",
+     "The account may not send from this address: set SMTP_FROM to an address of the account."),
+    (_TRANSACTION, "", r"relay(ing)? (access )?(is )?(denied|disallowed|not (allowed|permitted)|prohibited)"
+     r"|(unable|not permitted) to relay|\b5\.7\.54\b|rcpthosts",
+     "The server takes mail for other domains only after a login: set SMTP_USER and SMTP_PASS, on port 587 or 465."),
+    (_TRANSACTION, "", r"not owned|sender.{0,40}(reject|not allowed|denied|refused)|send ?as\b"
+     "|not (allowed|authori[sz]ed|permitted) to send|from address.{0,40} not|(equal|match|same as) .{0,12}auth"
+     "|address is not verified",
+     "The account may not send from this address: set SMTP_FROM to an address of the account, or SMTP_ENVELOPE_FROM,"
+     " where only the envelope matters."),
+    ("greeting|ehlo|" + _TRANSACTION, "", r"spamhaus|\b(dns|r)bl\b|(block|black) ?list|blocked using",
+     "This machine's address is on a list of senders of spam, as those of homes are: send through your provider's"
+     " server with a login (port 587 or 465)."),
+    ("data|dot", "", "spam|unsolicited|virus|malware|phish|content.{0,40}(block|reject|denied|security)",
+     "The server holds the content for spam or a danger: tell the mailbox or its owner that these mails are wanted."),
+    ("rcpt", "", r"\b5\.1\.[0-36]\b|(unknown|invalid|no such) (user|recipient|mailbox)|not exist"
+     "|(user|recipient|mailbox).{0,30}(unknown|not found|unavailable|reject|invalid|disabled)",
+     "The server does not take mail for this recipient: check the address."),
     ("greeting|ehlo", "", "^5",
      "The server turns this machine away: port 25 of a provider is for servers; use 587 or 465 with a login."),
-    ("greeting|ehlo|login|mail", "", "^4|timed out",
-     "The server is busy or wants us to come back later; that happens by itself."),
-    ("rcpt", "", "relay",
-     "The server takes no mail for others from us: log in (SMTP_USER, SMTP_PASS), or check the recipient's address."),
-    ("rcpt", "", "^55[013]", "The server does not take mail for this recipient: check the address."),
+    # what passes by itself
+    ("", "", "^4",
+     "The server wants to be asked again later; the relay does so by itself."),
+    (f"tls|ehlo|login|{_TRANSACTION}", "", "timed out",
+     "The server did not answer in time; the relay tries again by itself, and a slow server needs a longer"
+     " SMTP_TIMEOUT."),
 )  # fmt: skip
 
 
 def advice(outcome: Outcome, host: str) -> str:
-    """One sentence on what to do, or ""."""
+    """One sentence on what to do, or "". Addresses in what the server said are not looked at."""
+    said = re.sub(r"<[^>]*@[^>]*>|\S*@\S*", "", outcome.said)
     for step, where, what, sentence in ADVICE:
-        if re.search(step, outcome.step) and re.search(where, host, re.I) and re.search(what, outcome.said, re.I):
+        if re.search(step, outcome.step) and re.search(where, host, re.I) and re.search(what, said, re.I):
             return sentence
     return ""
 
