@@ -23,9 +23,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import binascii
 import contextlib
 import difflib
 import email.header
+import email.message
+import email.policy
 import email.utils
 import encodings.idna  # a lazy import fails when file descriptors have run out
 import enum
@@ -50,6 +53,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -3065,7 +3069,8 @@ def send_email(  # noqa: PLR0917  people call it with what they need, by place
     data = compose_pieces(
         subject=subject, sender=sender, to=to, cc=copies, text=body, html=html, attachments=attachments, headers=headers
     )
-    send_now(Envelope(address(sender), tuple(dict.fromkeys((*to, *copies))), data), config)
+    envelope_sender = config.envelope_from or address(sender)
+    send_now(Envelope(envelope_sender, tuple(dict.fromkeys((*to, *copies))), data), config)
 
 
 def attached(name: str, data: bytes) -> Attachment:
@@ -3128,9 +3133,12 @@ def _read_bytes(path: str) -> bytes:
 
 def command_send(args: argparse.Namespace) -> int:
     """`send`: one mail from the command line."""
+    body = args.body
+    if body is None:
+        body = "" if sys.stdin and sys.stdin.isatty() else "-"
     send_email(
         args.subject,
-        _read_bytes("-").decode("utf-8", "replace") if args.body == "-" else args.body,
+        _read_bytes("-").decode("utf-8", "replace") if body == "-" else body,
         args.to,
         args.sender,
         html=_read_bytes(args.html).decode("utf-8", "replace") if args.html else "",
@@ -3222,21 +3230,31 @@ def _request(path: Path, what: str, name: str) -> int:
     return int(done[request.suffix])
 
 
+# sendmail: what local programs write goes out as strict servers want it: domains in all addresses, ASCII alone, lines
+# of at most 998 bytes. A mail that is right already keeps every byte of its body.
+
+
 def _sendmail_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sendmail", description="Send the mail on standard input.", allow_abbrev=False
     )
-    parser.add_argument("-t", action="store_true", help="recipients from To, Cc and Bcc")
-    parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the mail")
-    parser.add_argument("-f", metavar="FROM", help="envelope sender")
-    parser.add_argument("-o", action="append", default=[], help="-oi is -i; others are taken and ignored")
-    for ignored in ("-F", "-B", "-N", "-r"):
-        parser.add_argument(ignored, help="taken and ignored")
-    for ignored in ("-v", "-bm", "-em", "-ep", "-eq"):
-        parser.add_argument(ignored, action="store_true", help="taken and ignored")
-    parser.add_argument("--env-file", metavar="FILE")
-    parser.add_argument("recipients", nargs="*", metavar="TO")
-    return parser.parse_intermixed_args(argv)
+    add = parser.add_argument
+    add("-t", action="store_true", help="recipients from To, Cc and Bcc, or from Resent-To, Resent-Cc and Resent-Bcc")
+    add("-i", action="store_true", help="a line with a single dot does not end the mail")
+    add("-f", "-r", dest="sender", metavar="FROM", help="envelope sender")
+    add("-F", dest="name", metavar="NAME", default="", help="the sender's name, where the mail has none")
+    add("-o", action="append", default=[], help="-oi is -i; others are taken and ignored")
+    add("-b", dest="mode", default="m", metavar="m", help="-bm is how it always works; other modes are refused")
+    for ignored in "BLNORVXe":
+        add(f"-{ignored}", help="taken and ignored")
+    for ignored in "GUmnv":
+        add(f"-{ignored}", action="store_true", help="taken and ignored")
+    add("--env-file", metavar="FILE")
+    add("recipients", nargs="*", metavar="TO")
+    args = parser.parse_intermixed_args(argv)
+    if args.mode != "m":
+        parser.error(f"-b{args.mode} is not supported: give a whole mail on standard input, or speak SMTP to SMTP_HOST")
+    return args
 
 
 def command_sendmail(argv: Sequence[str]) -> int:
@@ -3252,19 +3270,38 @@ def command_sendmail(argv: Sequence[str]) -> int:
     fields, body = split_fields(raw)
     names = [part.strip() for name in args.recipients for part in name.split(",") if part.strip()]
     if args.t:
-        found = [value for name, value in fields if name.lower() in ("to", "cc", "bcc")]
+        resent = [value for name, value in fields if name.lower() in ("resent-to", "resent-cc", "resent-bcc")]
+        found = resent or [value for name, value in fields if name.lower() in ("to", "cc", "bcc")]
         names += [plain for _, plain in email.utils.getaddresses(found) if plain]
-    if not owner and any("@" not in name for name in names):
-        raise ConfigError("ALERT_RECIPIENT: missing; it gets the mail for names without @, like root")
-    to = tuple(dict.fromkeys(plain for name in names for plain in ([address(name)] if "@" in name else owner)))
+    if not owner and any(is_local(name, owner) for name in names):
+        raise ConfigError("ALERT_RECIPIENT: missing; it gets the mail for users of this machine, like root")
+    meant = [owner if is_local(name, owner) else (address(name),) for name in names]
+    to = tuple(dict.fromkeys(itertools.chain(*meant)))
     if not to:
         raise ValueError("no recipient: name one, or use -t with a To header")
-    null = args.f is not None and args.f.strip("<> ") == ""
-    sender = "" if null else address(args.f if args.f and "@" in args.f else config.sender)
+    sender = config.sender if args.sender is None or is_local(args.sender, owner) else args.sender
+    null = args.sender is not None and args.sender.strip("<> ") == ""
+    envelope_sender = config.envelope_from or ("" if null else address(sender))
     shown = "undisclosed-recipients:;" if args.t else header_addresses(to)
-    data = completed(fields, body, shown, config.sender)
-    send_now(Envelope(sender, to, data, eight_bit=not all(map(bytes.isascii, data))), config)
+    data = completed(fields, body, to=shown, sender=config.sender, writer=args.name, owner=owner)
+    send_now(Envelope(envelope_sender, to, data), config)
     return EX_OK
+
+
+def is_local(text: str, owner: Collection[str]) -> bool:
+    """Does this address mean a user of this machine: without a domain, at localhost, or at this machine's name?
+
+    A machine may be named like the domain of its owner's mail; that domain's mailboxes are elsewhere.
+    """
+    domain = (email.utils.parseaddr(text)[1] or text).rpartition("@")[2].lower().rstrip(".")
+    if "@" not in text or domain == "localhost.localdomain" or is_loopback(domain.strip("[]")):
+        return True
+    if domain in {name.rpartition("@")[2].lower() for name in owner}:
+        return False
+    here = socket.gethostname().lower()
+    short = here.partition(".")[0]
+    # The full name may have to be asked of a name server, so it is the last to be looked at.
+    return domain in (here, short) or (domain.startswith(f"{short}.") and domain == socket.getfqdn().lower())
 
 
 _FIELD = rb"([!-9;-~]+)[ \t]*:([^\r]*(?:\r\n[ \t][^\r]*)*)\r\n"  # RFC 5322 2.2
@@ -3277,32 +3314,148 @@ def split_fields(raw: bytes) -> tuple[list[tuple[str, str]], bytes]:
     raw += b"" if raw.endswith(b"\r\n") else b"\r\n"
     head = re.match(b"(?:%s)*" % _FIELD, raw)
     assert head  # it matches nothing, too
-    fields = [
-        (name.decode(), value.strip().decode("utf-8", "surrogateescape")) for name, value in re.findall(_FIELD, head[0])
-    ]
+    fields = [(name.decode(), _guessed(value.strip())) for name, value in re.findall(_FIELD, head[0])]
     return fields, raw[head.end() :].removeprefix(b"\r\n")
 
 
-def completed(fields: Sequence[tuple[str, str]], body: bytes, to: str, sender: str) -> list[bytes]:
-    """A mail with what it lacks: a sender with a domain, To, Date, Message-ID, a charset; Bcc is taken out."""
-    shown = next((value for name, value in fields if name.lower() == "from"), "")
-    writer, plain = email.utils.parseaddr(one_line(shown))
-    wanted = {"To": to, "Date": email.utils.formatdate(localtime=True), "MIME-Version": "1.0"}
-    wanted["Message-ID"] = email.utils.make_msgid(domain=hostname())
-    unwanted = {"bcc"}
-    if "@" not in plain:
-        known = email.utils.formataddr((writer or plain, address(sender))) if writer or plain else sender
-        wanted["From"] = header_address(known)
-        unwanted.add("from")
-    # Strict servers refuse a line of over 998 bytes (RFC 5322 2.1.1). Broken as by Postfix, but between letters.
-    body = re.sub(rb"[^\r\n]{990}[\x80-\xbf]{0,3}+(?=[^\r\n]{4})", rb"\g<0>\r\n ", body)
-    if not body.isascii():
-        wanted |= {"Content-Type": "text/plain; charset=utf-8", "Content-Transfer-Encoding": "8bit"}
-    fields = [field for field in fields if field[0].lower() not in unwanted]
-    there = {name.lower() for name, _ in fields}
-    fields += [(name, value) for name, value in wanted.items() if name.lower() not in there]
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-    return [lines.encode("utf-8", "surrogateescape"), b"\r\n", body]
+def _guessed(text: bytes) -> str:
+    """Text whose charset nobody says: UTF-8, or else the Latin-1 of old programs."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
+
+
+WRITER_FIELDS = frozenset({"from", "sender", "resent-from", "resent-sender"})
+READER_FIELDS = frozenset({"to", "cc", "reply-to", "resent-to", "resent-cc"})
+LEFT_OUT = frozenset({"bcc", "resent-bcc", "return-path"})  # nobody is to see these, or the last server writes them
+ONCE = frozenset({"to", "cc", "subject", "date", "message-id", "in-reply-to", "references", "mime-version"}) | (
+    {"from", "sender", "reply-to", "content-type", "content-transfer-encoding"}
+)  # RFC 5322 section 3.6 and RFC 2045 section 3; Gmail refuses a second one
+
+
+def completed(
+    fields: Sequence[tuple[str, str]], body: bytes, *, to: str, sender: str, writer: str, owner: Sequence[str]
+) -> list[bytes]:
+    """The mail as it goes out, with what it lacks: From, To, Date, Message-ID, domains in its addresses.
+
+    `to` and `sender` take the place of missing ones, `writer` that of a missing name of the sender.
+    """
+    account = address(sender)
+    known: set[str] = set()
+    head: list[tuple[str, str]] = []
+    mime = ""
+    for name, value in fields:
+        key = name.lower()
+        if key in LEFT_OUT or (key in known and key in ONCE):
+            continue
+        shown = value
+        if key in WRITER_FIELDS:
+            shown = with_domains(value, [account], owner, writer)
+        elif key in READER_FIELDS:
+            shown = with_domains(value, owner or [account], owner)
+        if key in WRITER_FIELDS | READER_FIELDS and not re.search("[@:]", shown):  # it names nobody
+            continue
+        known.add(key)
+        if key.startswith("content-"):
+            mime += f"{name}: {shown}\r\n"
+        else:
+            head.append((name, shown))
+    wanted = {
+        "From": header_address(f"{writer} <{account}>" if writer else sender),
+        "To": to,
+        "Date": email.utils.formatdate(localtime=True),
+        "MIME-Version": "1.0",
+        "Message-ID": email.utils.make_msgid(domain=hostname()),
+    }
+    head += [(name, value) for name, value in wanted.items() if name.lower() not in known]
+    lines = "".join(field_line(name, value) for name, value in head)
+    return [lines.encode("ascii", "replace"), seven_bit(mime.encode("utf-8") + b"\r\n" + body)]
+
+
+def with_domains(value: str, instead: Sequence[str], owner: Sequence[str], writer: str = "") -> str:
+    """An address header in which the addresses `instead` stand for each local one, whose name stays as the name.
+
+    A header that needs no change, or holds no address (`undisclosed-recipients:;`), stays as it is.
+    """
+    found = [pair for pair in email.utils.getaddresses([value]) if pair[1]]
+    if not found or (is_fit(value.encode("utf-8")) and not any(is_local(plain, owner) for _, plain in found)):
+        return value
+    entries = []
+    for name, plain in found:
+        local = is_local(plain, owner)
+        label = name or (local and (writer or plain.partition("@")[0]))
+        entries += [f"{label} <{one}>" if label else one for one in (instead if local else [plain])]
+    return header_addresses(entries)
+
+
+LINE_MAX_BYTES = 998  # without CRLF: RFC 5322 section 2.1.1
+
+
+def is_fit(data: bytes) -> bool:
+    """ASCII, and no line too long? Then it goes out as it is."""
+    return data.isascii() and max(map(len, data.split(b"\r\n"))) <= LINE_MAX_BYTES
+
+
+def field_line(name: str, value: str) -> str:
+    """A header field with its CRLF: as it is where that is fit, else folded, with encoded words where it needs them."""
+    line = f"{name}: {value}"
+    if not is_fit(line.encode("utf-8")):
+        value = re.sub(r"\r\n(?=[ \t])", "", value)
+        words = textwrap.wrap(value, 76, break_long_words=False, break_on_hyphens=False)
+        short = value.isascii() and max(map(len, words)) < 900
+        line = f"{name}: " + ("\r\n ".join(words) if short else header_text(name, value))
+    return f"{line}\r\n"
+
+
+def seven_bit(content: bytes) -> bytes:
+    """MIME fields, an empty line and a body, where necessary with a body encoded so that any server can carry it.
+
+    Texts become quoted-printable, all else Base64, each part of a multipart for itself (RFC 2045 section 6.4).
+    """
+    if is_fit(content):
+        return content
+    message = email.message_from_bytes(content)
+    for part in message.walk():
+        _encode_fields(part)
+        if part.is_multipart():
+            part.preamble = part.epilogue = None
+            if str(part.get("Content-Transfer-Encoding", "")).lower() in ("8bit", "binary"):
+                part.replace_header("Content-Transfer-Encoding", "7bit")
+        else:
+            _encode_body(part)
+    made = message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n", max_line_length=900))
+    return made if made.endswith(b"\r\n") else made + b"\r\n"
+
+
+def _encode_fields(part: email.message.Message) -> None:
+    """Turn raw letters in the fields of a part into RFC 2231 parameters or encoded words."""
+    for name, raw in list(part.raw_items()):
+        if raw.isascii():
+            continue
+        value = re.sub(r"\r?\n(?=[ \t])", "", _guessed(raw.encode("ascii", "surrogateescape")))
+        if name.lower() not in ("content-type", "content-disposition"):
+            part.replace_header(name, header_text(name, value))
+            continue
+        part.replace_header(name, value)
+        for key, word in part.get_params([], name)[1:]:
+            if isinstance(word, str) and not word.isascii():
+                part.set_param(key, word, name, charset="utf-8")
+
+
+def _encode_body(part: email.message.Message) -> None:
+    content = part.get_payload(decode=True)
+    if is_fit(str(part.get_payload()).encode("utf-8", "replace")) or not isinstance(content, bytes):
+        return
+    if part.get_content_maintype() in ("multipart", "message"):  # it has no parts: its boundary is missing or wrong
+        del part["Content-Type"]
+    text = part.get_content_maintype() == "text"
+    if text and part.get_content_charset("us-ascii") in ("us-ascii", "ascii", "ansi_x3.4-1968", "unknown-8bit"):
+        part.set_param("charset", "utf-8" if _guessed(content).encode("utf-8") == content else "iso-8859-1")
+    encode = binascii.b2a_qp if text else base64.encodebytes
+    del part["Content-Transfer-Encoding"]
+    part["Content-Transfer-Encoding"] = "quoted-printable" if text else "base64"
+    part.set_payload(encode(content).decode("ascii"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -3323,7 +3476,7 @@ def _parser() -> argparse.ArgumentParser:
     send("--to", action="append", required=True, metavar="ADDRESS", help="may be given more than once")
     send("--cc", action="append", default=[], metavar="ADDRESS")
     send("--subject", required=True)
-    send("--body", default="", metavar="TEXT", help="- reads standard input")
+    send("--body", metavar="TEXT", help="- or nothing: standard input, unless it is a terminal")
     send("--html", metavar="FILE")
     send("--attach", action="append", default=[], metavar="FILE")
     send("--from", dest="sender", metavar="ADDRESS")
@@ -3365,6 +3518,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(exit_code(error.outcomes.values()), str(error))
     except (SpoolError, ValueError) as error:  # ValueError: an address is wrong
         fail(EX_DATAERR, str(error))
+    except RecursionError:  # of the email package
+        fail(EX_DATAERR, "the parts or comments of the mail are nested too deeply")
     except KeyboardInterrupt:
         return 130
 
