@@ -1855,7 +1855,7 @@ def run(
         on_stop_signals(server.stop)
         stack.callback(on_stop_signals, signal.SIG_IGN)  # nobody listens any more, and the interpreter would die of one
         if not args.stdio:
-            server.listeners = listen_as_set(settings, args.debug)
+            server.listeners = listen_as_set(settings, args.debug, server.bell)
         if courier:
             courier.start()
             stack.callback(courier.stop)
@@ -1872,13 +1872,13 @@ def on_stop_signals(act: Callable[..., object] | signal.Handlers) -> None:
         signal.signal(name, act)
 
 
-def listen_as_set(settings: Settings, debug: bool) -> list[socket.socket]:
-    """Listen where the settings say. Raises ConfigError."""
+def listen_as_set(settings: Settings, debug: bool, stopping: socket.socket) -> list[socket.socket]:
+    """Listen where the settings say; on nothing if `stopping` becomes readable first. Raises ConfigError."""
     variable, default = ("--port", 1025) if debug else ("DEVICE_PORT", 2525)
     host = settings.read("DEVICE_HOST", smtp.host_name, "localhost")
     number = settings.read(variable, smtp.port, default)
     try:
-        sockets = smtp.listen(host, number, BACKLOG)
+        sockets = smtp.when_possible(lambda: smtp.listen(host, number, BACKLOG), stopping, "DEVICE_HOST") or []
     except (OSError, UnicodeError) as error:  # UnicodeError: no name looks like that
         where = f"cannot listen on '{printable(host)}' port {number}"
         raise ConfigError(f"DEVICE_HOST, {variable}: {where}: {getattr(error, 'strerror', error)}") from None

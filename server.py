@@ -1502,7 +1502,11 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
         signal.signal(name, lambda *_: None)
     threading.stack_size(THREAD_STACK_BYTES)
     allow_files(config.max_connections + OTHER_FILES)
-    outbox = Outbox(config.spool, schema=WATCH_SCHEMA, size_max=config.spool_max)
+    outbox = smtp.when_possible(
+        lambda: Outbox(config.spool, schema=WATCH_SCHEMA, size_max=config.spool_max), stopping, "ALERT_SPOOL"
+    )
+    if outbox is None:
+        return smtp.EX_OK
     courier = smtp.Courier(
         outbox,
         Alerts(config),
@@ -1515,7 +1519,7 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     )
     watch = Watch(config, outbox)
     relay = Relay(config, outbox, watch, courier.ring)
-    relay.listen()
+    smtp.when_possible(relay.listen, stopping, "ALERT_HOST")
     courier.start()
     relay.start()
     diary = Diary(config.summary_at, time.time(), outbox)

@@ -45,6 +45,7 @@ import mimetypes
 import os
 import random
 import re
+import select
 import shutil
 import smtplib
 import socket
@@ -967,6 +968,33 @@ def listen(host: str, port: int, backlog: int, tries: int = 9) -> list[socket.so
     if not sockets:
         raise missing
     return sockets
+
+
+START_RETRY_S = 2.0
+
+
+def when_possible(start: Callable[[], T], stopping: socket.socket, setting: str) -> T | None:
+    """What `start` returns, once it does not raise what heals itself after a machine has booted.
+
+    That is an address that DHCP has not given yet, a name that no name server tells yet, and a folder on a disk that
+    is mounted later. Logged once, with the name of the setting. None when `stopping` becomes readable meanwhile; any
+    other error is raised.
+    """
+    waiting = False
+    while True:
+        try:
+            return start()
+        except (OSError, SpoolError) as error:
+            cause = error.__cause__ or error
+            later = isinstance(cause, socket.gaierror | FileNotFoundError)
+            if not later and getattr(cause, "errno", 0) != errno.EADDRNOTAVAIL:
+                raise
+            if not waiting:
+                words = error.strerror if isinstance(error, OSError) else error
+                log.warning("cannot start yet: %s: %s; trying again until it works", setting, words)
+            waiting = True
+        if select.select([stopping], [], [], START_RETRY_S)[0]:
+            return None
 
 
 def log_listening(logger: logging.Logger, sockets: Iterable[socket.socket]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -499,6 +501,51 @@ def test_a_server_context_that_cannot_be_made_names_the_variables_and_the_file(
         with pytest.raises(ConfigError, match=r"^X_CERT") as caught:
             smtp.server_tls(*arguments, names="X_CERT")
         assert wrong in str(caught.value), arguments
+
+
+# what heals itself
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"), OSError(errno.EADDRNOTAVAIL, "Cannot assign"),
+        smtp.SpoolError("/mnt/usb/alerts.db: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_what_a_machine_gets_later_is_waited_for_and_said_once(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(smtp, "START_RETRY_S", 0.001)
+    if isinstance(error, smtp.SpoolError):
+        error.__cause__ = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    troubles = [error] * 3
+
+    def start() -> str:
+        if troubles:
+            raise troubles.pop()
+        return "started"
+
+    stopping, other = socket.socketpair()
+    with stopping, other:
+        assert smtp.when_possible(start, stopping, "ALERT_HOST") == "started"
+        assert [line.partition(": ")[2].partition(":")[0] for line in caplog.messages] == ["ALERT_HOST"]
+        troubles += [error] * 1000
+        other.send(b"!")
+        assert smtp.when_possible(start, stopping, "ALERT_HOST") is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EADDRINUSE, "in use"), PermissionError(errno.EACCES, "no"), smtp.SpoolBusy("another process has it")],
+)
+def test_what_does_not_heal_itself_ends_the_start(error: Exception) -> None:
+    def start() -> None:
+        raise error
+
+    stopping, other = socket.socketpair()
+    with stopping, other, pytest.raises(type(error)):
+        smtp.when_possible(start, stopping, "ALERT_HOST")
 
 
 # logging

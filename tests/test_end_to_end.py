@@ -330,6 +330,27 @@ def test_a_wrong_setting_stops_the_start_with_78_and_names_it(start: Any, enviro
     assert "hunter2" not in "".join(process.log)
 
 
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"ALERT_HOST": "192.0.2.1", "ALERT_TOKEN": "x"}, "cannot start yet: ALERT_HOST: "),
+        ({"ALERT_HOST": "nowhere.invalid", "ALERT_TOKEN": "x"}, "cannot start yet: ALERT_HOST: "),
+        pytest.param(
+            {"ALERT_SPOOL": "/proc/nothing/alerts.db"}, "cannot start yet: ALERT_SPOOL: ",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which nobody makes folders"),
+        ),
+        ({"SMTP_HOST": "mail.example.com", "SMTP_USER": "me", "SMTP_PASS_COMMAND": "exit 6", "ALERT_RECIPIENT": "a@b.c"},
+         "listening on"),
+    ],
+)  # fmt: skip
+def test_what_heals_itself_after_the_machine_has_booted_does_not_end_the_start(
+    start: Any, environ: dict[str, str], said: str
+) -> None:
+    process = start("server.py", "--port", "0", **environ)
+    until(lambda: said in "".join(process.log))
+    assert process.running and process.end() == 0
+
+
 @pytest.mark.parametrize("program", ["server.py", "embedded_smtpd.py"])
 def test_a_misspelled_setting_is_told_of_at_the_start(start: Any, tmp_path: Path, program: str) -> None:
     (tmp_path / ".env").write_text("SMTP_PASSWORD=hunter2\n")
