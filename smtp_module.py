@@ -1152,7 +1152,7 @@ class SMTPClient:
                 self._report("login", f"{user} ({mechanism})")
                 return True
             refused[mechanism] = ReplyError(*reply)
-            wrong_password = reply.code == 535 and mechanism != "CRAM-MD5"
+            wrong_password = reply.code in (534, 535) and mechanism != "CRAM-MD5"
             if wrong_password or not 500 <= reply.code < 600:  # Each further guess could lock the account.
                 break
         raise list(refused.values())[-1]
@@ -2330,7 +2330,7 @@ def after_attempt(  # noqa: PLR0917
     strip = has_pictures and delivery.max_bytes != 0
     strip = strip and (outcome.too_big or data_failures >= 2 or (at_data and aged >= STRIP_AFTER_S))
     delay = backoff(tries - 1, rules.first, rules.longest)
-    if refused:
+    if refused and not (at_data and has_pictures and delivery.max_bytes != 0):  # Without its picture it may be accepted.
         delay = max(delay, min(REFUSED_PAUSE_S, rules.refused_after))
     if outcome.step == "dot" and not outcome.code and data_failures >= 2:  # The server may have it each time.
         delay = max(delay, UNANSWERED_PAUSE_S)
