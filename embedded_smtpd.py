@@ -1278,7 +1278,7 @@ class Device:
                 answer = self.carry_out(db, request)
         except Refused as refusal:
             log.warning("refused %s", command)
-            with contextlib.suppress(smtp.SpoolError), self.outbox.transaction(durable=False) as db:
+            with contextlib.suppress(smtp.SpoolError), self.outbox.transaction() as db:
                 self.journal(db, request, f"refused: {refusal}", refused=True)
             raise
         log.info("%s: %s", command, answer.result if answer else "came again, not carried out twice")
@@ -1305,7 +1305,7 @@ class Device:
         if to:
             data = self.reply(db, request, answer)
             self.outbox.check_room(len(data))
-            self.outbox.add(db, smtp.NewItem(f"reply-{seq}", to, data))
+            self.outbox.add(db, smtp.NewEntry(f"reply-{seq}", "reply", to, data))
         self.report_every = self.parameters(db, request.now)["report_every"]
         return answer
 
@@ -1481,11 +1481,11 @@ class Device:
         with self.outbox.transaction() as db:
             db.execute("INSERT OR REPLACE INTO parameters VALUES ('reported', ?)", (str(now),))
             subject, headers = f"{self.parameters(db, now)['name']}: report", {"Auto-Submitted": "auto-generated"}
-            waiting = "SELECT count(*) FROM items WHERE settled IS NULL AND lane = ? AND id LIKE 'report-%'"
+            waiting = "SELECT count(*) FROM entries WHERE finished_at IS NULL AND kind = 'report' AND source = ?"
             for to in (to for to in self.report_to if db.execute(waiting, (to,)).fetchone()[0] < REPORTS_WAITING):
                 answer = self.tell_status(db, now, to, not self.policy.secret)
                 data = self.write(db, now, to, subject, answer, headers=headers)
-                self.outbox.add(db, smtp.NewItem(f"report-{int(now * 1000)}-{to}", to, data))
+                self.outbox.add(db, smtp.NewEntry(f"report-{int(now * 1000)}-{to}", "report", to, data))
         self.ring()
 
 
@@ -1554,18 +1554,21 @@ COMMANDS = {
 
 
 class Replies:
-    """The owner of the outbox of replies (smtp_module's Owner): every item is one mail to its lane, at once."""
+    """The owner of the outbox of replies: every entry is one mail to its source, at once."""
 
     window, limit = 0.0, 0
 
-    def plan(self, waiting: Iterable[smtp.Waiting], sent: smtp.History, now: float, most: int) -> smtp.Plan:
-        return smtp.Plan([smtp.Draft((item.seq,), (item.lane,)) for item in itertools.islice(waiting, most)])
+    def plan(
+        self, waiting: Iterable[smtp.PendingEntry], sent: smtp.History, now: float, most: int
+    ) -> smtp.Plan:
+        free = (entry for entry in waiting if entry.source not in sent.paused)
+        return smtp.Plan([smtp.DueMessage((entry.seq,), (entry.source,)) for entry in itertools.islice(free, most)])
 
-    def recipients(self, lane: str) -> tuple[str, ...]:
-        return (lane,)
+    def recipients(self, kind: str, source: str) -> tuple[str, ...]:
+        return (source,)
 
-    def render(self, mail: smtp.Mail, items: Sequence[smtp.Item]) -> smtp.Envelope:
-        return smtp.Envelope("", mail.recipients, [item.payload for item in items])
+    def render(self, delivery: smtp.Delivery, entries: Sequence[smtp.Entry]) -> smtp.Message:
+        return smtp.Message("", [entry.payload for entry in entries], entries[0].kind)
 
 
 # ────────────────────────────────────────── Debug receiver ──────────────────────────────────────────
@@ -1755,9 +1758,9 @@ class CameraMails(Replies):
         payload = json.dumps(event).encode("ascii")
         self.outbox.check_room(len(payload))  # a disk that is full to the brim could not note what was handed over
         with self.outbox.transaction() as db:
-            if known and db.execute("SELECT 1 FROM items WHERE id = ?", (event["id"],)).fetchone():
+            if known and db.execute("SELECT 1 FROM entries WHERE id = ?", (event["id"],)).fetchone():
                 return ACCEPTED
-            self.outbox.add(db, smtp.NewItem(event["id"], "relay", payload, fresh=True))
+            self.outbox.add(db, smtp.NewEntry(event["id"], event["event"], "relay", payload, unique=True))
         log.info("%s of %s from %s", event["event"], event["camera"], peer)
         self.ring()
         return ACCEPTED
@@ -1783,14 +1786,8 @@ class RelayTransport:
             except OSError as error:
                 raise smtp.Unavailable(self._later("connect", error)) from None
 
-    def deliver(
-        self, envelopes: Iterable[smtp.Envelope], wanted: Callable[[], bool]
-    ) -> Iterator[dict[str, smtp.Outcome]]:
-        for envelope in envelopes:
-            yield dict.fromkeys(envelope.recipients, self._hand_over(envelope)) if wanted() else {}
-
-    def _hand_over(self, envelope: smtp.Envelope) -> smtp.Outcome:
-        event = json.loads(b"".join(envelope.data)) | ({"token": self.token} if self.token else {})
+    def send(self, prepared: smtp.PreparedMessage, following: object = None) -> smtp.Outcome:
+        event = json.loads(b"".join(prepared.message.data)) | ({"token": self.token} if self.token else {})
         try:
             said = self._ask(event)
             if said.get("error") == "too_large" and event.pop("image_b64", None):
@@ -1822,7 +1819,7 @@ class RelayTransport:
         """The relay is in trouble: what comes next goes over a new connection."""
         self.close()
         words = f"relay {self.host}:{self.port}: {why}"
-        return smtp.Outcome(smtp.Verdict.TRY_LATER, detail=words, step=step, ours=True)
+        return smtp.Outcome(smtp.Verdict.TRY_LATER, detail=words, step=step, about_us=True)
 
     def close(self) -> None:
         if self.file is not None:
@@ -1859,8 +1856,8 @@ def run(
         if courier:
             courier.start()
             stack.callback(courier.stop)
-        smtp.notify("READY=1")
-        stack.callback(smtp.notify, "STOPPING=1")
+        smtp.systemd_notify("READY=1")
+        stack.callback(smtp.systemd_notify, "STOPPING=1")
         if args.stdio:
             attend(Link(Stdio(), "127.0.0.1", server))
         else:
@@ -1926,8 +1923,11 @@ def run_device(settings: Settings, args: argparse.Namespace, policy: Policy, rul
         device.sender = settings.read("SMTP_FROM", str, mailboxes[0])
         device.report_to = settings.read("DEVICE_REPORT_TO", addresses, policy.operators)
         advise = functools.partial(smtp.advice, host=config.host)
-        courier = smtp.Courier(outbox, Replies(), lambda: smtp.SMTPTransport(config), advise=advise)
-        device.ring = courier.ring
+        keep_open_s = 1.0 if config.debug else smtp.KEEP_OPEN_S
+        courier = smtp.Courier(
+            outbox, Replies(), lambda: smtp.SMTPClient(config), keep_open_s=keep_open_s, advise=advise
+        )
+        device.ring = courier.notify
         rules = replace(rules, mailbox=lambda address: address.lower() in known)
         run(settings, args, policy, rules, device, courier=courier)
 
@@ -1941,10 +1941,11 @@ def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, r
     relay = functools.partial(RelayTransport, host, number, settings.secret("ALERT_TOKEN").strip())
     with contextlib.closing(Outbox(settings.read("DEVICE_STATE", folder, STATE) / "to-relay.db")) as outbox:
         app = CameraMails(outbox)
-        courier = smtp.Courier(outbox, app, relay, retry_first=1, retry_max=30, max_age=math.inf)
-        app.ring = courier.ring
-        rules = replace(rules, lenient=True, any_login=not rules.user)
-        run(settings, args, policy, rules, app, courier=courier)
+        retry = smtp.RetryRules(first=1, longest=30, max_age=math.inf, refused_after=0, pause_recipients=False)
+        courier = smtp.Courier(outbox, app, relay, rules=retry)
+        app.ring = courier.notify
+        session_rules = replace(rules, lenient=True, any_login=not rules.user)
+        run(settings, args, policy, session_rules, app, courier=courier)
 
 
 def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> None:

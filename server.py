@@ -54,7 +54,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import smtp_module as smtp
-from smtp_module import ConfigError, Draft, Envelope, History, Item, Mail, NewItem, Outbox, Plan, Settings, Waiting
+from smtp_module import (
+    ConfigError,
+    Delivery,
+    DueMessage,
+    History,
+    Message,
+    NewEntry,
+    Outbox,
+    PendingEntry,
+    Plan,
+    Settings,
+)  # fmt: skip
 
 try:
     import resource
@@ -219,6 +230,7 @@ class RelayConfig:
     retry_first_s: float = setting("ALERT_RETRY_FIRST", positive(smtp.duration), 5.0)
     retry_max_s: float = setting("ALERT_RETRY_MAX", positive(smtp.duration), 3600.0)
     max_age_s: float = setting("ALERT_MAX_AGE", positive(smtp.duration), 5 * smtp.DAY_S)
+    refused_after_s: float = setting("ALERT_REFUSED_AFTER", smtp.duration, smtp.DAY_S)
     daily_max: int = setting("ALERT_DAILY_MAX", smtp.whole(0, 1_000_000), 0)
     priority: tuple[str, ...] = setting("ALERT_PRIORITY", listed(",", event_pattern), PRIORITY)
     quiet: frozenset[int] = setting("ALERT_QUIET", quiet_rules, frozenset())
@@ -246,6 +258,9 @@ class RelayConfig:
         if (key or client_ca) and not cert:
             raise ConfigError(f"ALERT_TLS_CERT: missing, though {names[1 if key else 2]} is set")
         tls = smtp.server_tls(cert, key, client_ca, names=", ".join(names)) if cert else None
+        longest = max(len(names) for names in (values["recipients"], *(one.recipients for one in values["routes"])))
+        if 0 < values["daily_max"] < longest:
+            raise ConfigError(f"ALERT_DAILY_MAX: an alert to {longest} recipients is {longest} mails; give at least that")
         token = settings.secret("ALERT_TOKEN").strip()
         return cls(**values, token=token, tls=tls, client_ca=bool(client_ca), sender=mail.sender)
 
@@ -269,7 +284,7 @@ class Refusal(Exception):
 class Event(NamedTuple):
     """A checked event. `item` is what the spool keeps; `warning` says what became of a wrong picture."""
 
-    item: NewItem
+    item: NewEntry
     camera: str
     name: str
     warning: str = ""
@@ -399,10 +414,11 @@ def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
     return Event(spooled(content, now, wished, base64_text), content["camera"], content["event"], warning)
 
 
-def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: bytes | None = None) -> NewItem:
-    """What the spool keeps of an event; alerts of one event and one camera share a lane."""
-    lane, payload = f"{content['event']} {content['camera']}", _encode(content).encode("utf-8")
-    return NewItem(wished or secrets.token_hex(12), lane, payload, picture, now, fresh=not wished)
+def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: bytes | None = None) -> NewEntry:
+    """What the spool keeps of an event."""
+    payload = _encode(content).encode("utf-8")
+    name = wished or secrets.token_hex(12)
+    return NewEntry(name, content["event"], content["camera"], payload, picture, now, unique=not wished)
 
 
 def _matching(pattern: re.Pattern[str], sentence: str) -> Callable[[object], str]:
@@ -491,7 +507,7 @@ def picture_name(name: object, kind: str) -> str:
     return clean if known else f"{clean or 'picture'}.{kind.replace('jpeg', 'jpg')}"
 
 
-def answer(receipt: smtp.Receipt, event: Event) -> bytes:
+def answer(receipt: smtp.PutResult, event: Event) -> bytes:
     """The line that answers an accepted event."""
     line = f'{{"ok": true, "id": "{receipt.id}", "status": "{"queued" if receipt.new else "duplicate"}"'
     warnings = [event.warning] if event.warning else []
@@ -692,7 +708,7 @@ Entry = Event | Heartbeat | Ping | Refusal
 class Relay:
     """The accepting side: listeners, connections, and the way from lines to answers."""
 
-    def __init__(self, config: RelayConfig, outbox: Outbox, watch: Watch, ring: Callable[[], object]) -> None:
+    def __init__(self, config: RelayConfig, outbox: Outbox, watch: CameraMonitor, ring: Callable[[], object]) -> None:
         self.config, self._outbox, self._watch, self._ring = config, outbox, watch, ring
         self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
         self._connections = weakref.WeakSet[Connection]()  # each lives as long as its thread
@@ -734,7 +750,7 @@ class Relay:
             log.exception("a line could not be read")
             return Refusal("bad_event", "the line could not be read")
 
-    def _journal(self, events: Sequence[Event]) -> Sequence[smtp.Receipt | Refusal]:
+    def _journal(self, events: Sequence[Event]) -> Sequence[smtp.PutResult | Refusal]:
         if not events:
             return ()
         try:
@@ -766,7 +782,7 @@ class Relay:
         """The machine's memory or its threads have run out, which is the same: a thread needs a stack."""
         self._complain("memory", "out of memory or threads: connections are turned away, and have to come again")
 
-    def _answer(self, entry: Entry, receipts: Iterator[smtp.Receipt | Refusal]) -> bytes:
+    def _answer(self, entry: Entry, receipts: Iterator[smtp.PutResult | Refusal]) -> bytes:
         if isinstance(entry, Event):
             receipt = next(receipts)
             return refusal_line(receipt) if isinstance(receipt, Refusal) else answer(receipt, entry)
@@ -868,27 +884,28 @@ class Relay:
 
 
 # ───────────────────────────────────────────── Plan ─────────────────────────────────────────────────
-# Pure: what waits, what was sent, the configuration and the time in; the mails that are due out. No plan is
-# stored, so a changed recipient, route or quiet hour counts for what waits, too.
+# Pure: what waits, what was sent, the configuration and the time in; the messages that are due out. No plan is stored,
+# so a changed recipient, route or quiet hour counts for what waits, too.
 
 SUMMARY = "daily:summary"  # the event name of the relay's own daily mail; no client can send a colon
 LATE_S = 3600.0  # where mails are counted, what is later than this, and than its window, comes as a digest
+OVERDUE_S = 5.0  # what has waited this much longer than its window was held up by the server, not by the window
 
 
-def plan(config: RelayConfig, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
-    """The mails that are due now, and when to look again.
+def plan(config: RelayConfig, waiting: Iterable[PendingEntry], sent: History, now: float, most: int) -> Plan:
+    """The messages that are due now, and when to look again.
 
     Single alerts go oldest first. Looking stops at `most` of them; then no digest is made yet, since more may
     belong to it.
     """
-    desk = _Desk(config, sent, now)
-    for row in waiting:
-        desk.place(row)
-        if len(desk.drafts) >= most:
-            return Plan(desk.drafts, now if desk.groups else desk.wake, desk.why)
-    for (kind, to), rows in desk.groups.items():
-        desk.draft(kind, to, rows)
-    return Plan(desk.drafts, desk.wake, desk.why)
+    planner = Planner(config, sent, now)
+    for entry in waiting:
+        planner.assign(entry)
+        if len(planner.due) >= most:
+            return Plan(planner.due, now if planner.digests else planner.wake, planner.why)
+    for (kind, to), entries in planner.digests.items():
+        planner.add(kind, to, entries)
+    return Plan(planner.due, planner.wake, planner.why)
 
 
 def route(config: RelayConfig, event: str, camera: str) -> tuple[str, ...]:
@@ -913,84 +930,91 @@ def quiet_hours(minutes: Container[int], now: float) -> tuple[float, float]:
     return ended.timestamp(), ends.timestamp() if left else now
 
 
-class _Desk:
+class Planner:
     """One run of the plan: what it has decided so far."""
 
     def __init__(self, config: RelayConfig, sent: History, now: float) -> None:
         self._config, self._sent, self._now = config, sent, now
-        self.drafts: list[Draft] = []
-        self.groups: dict[tuple[str, tuple[str, ...]], list[Waiting]] = {}  # digests, by kind and recipients
-        self._joined: dict[str, str] = {}  # lane -> kind of the digest that holds its alerts
-        self._began = ChainMap[str, float]({}, sent.lanes)  # when the last mail of a lane began, this run's too
+        self.due: list[DueMessage] = []
+        self.digests: dict[tuple[str, tuple[str, ...]], list[PendingEntry]] = {}  # by kind and recipients
+        self._joined: dict[tuple[str, str], str] = {}  # group: kind of the digest that its alerts go with
+        self._began = ChainMap[tuple[str, str], float]({}, sent.groups)  # when the last mail of a group was created
+        self._used = 0  # deliveries that this run has decided on
         self.wake: float | None = None
         self.why = ""
         self._quiet_ended, self._quiet_until = quiet_hours(config.quiet, now) if config.quiet else (-math.inf, now)
-        # Mails of the last 24 hours; of a clock that was set back, none from further ahead than that.
+        # Deliveries of the last 24 hours; of a clock that was set back, none from further ahead than that.
         self._times = sorted(when for when in sent.times if now - smtp.DAY_S < when <= now + smtp.DAY_S)
-        self._back = (self._times[0] if self._times else now) + smtp.DAY_S
+        self._budget_resets_at = (self._times[0] if self._times else now) + smtp.DAY_S
 
-    def place(self, row: Waiting) -> None:
-        """Draft the row alone, put it into the digest that it belongs to, or hold it."""
-        event, camera = row.lane.split(" ", 1)
-        to = tuple(name for name in route(self._config, event, camera) if name not in row.taken)
+    def assign(self, entry: PendingEntry) -> None:
+        """Make the alert a mail of its own, put it into the digest that it belongs to, or hold it."""
+        event, group = entry.kind, (entry.kind, entry.source)
+        to = tuple(name for name in route(self._config, event, entry.source) if name not in entry.served)
+        if to and self._sent.paused.issuperset(to):
+            return None  # It stays free to become part of a digest; the plan is made anew when the pause is over.
         urgent = event == SUMMARY or _matches(event, self._config.priority)
         if not urgent and self._now < self._quiet_until:
             return self._hold(self._quiet_until, "quiet hours")
-        kind = "" if event == SUMMARY else self._late(row, urgent)
-        if kind == "spread":  # what its lane has begun a digest with goes with that, whatever is left for others
-            kind = self._joined.get(row.lane, kind)
+        kind = "" if event == SUMMARY else self._late(entry, urgent)
+        if kind == "paced":  # What its group has begun a digest with goes with that, whatever is left for others.
+            kind = self._joined.get(group, kind)
         if not kind and self._config.cooldown_s and event != SUMMARY:
-            began = self._began.get(row.lane, math.inf)
+            began = self._began.get(group, math.inf)
             ends = began + self._config.cooldown_s if began <= self._now else -math.inf  # or the clock was set back
             if self._now < ends:
                 return self._hold(ends, "cooldown")
-            kind = self._joined.get(row.lane) or (row.lane if row.arrived < ends else "")
-        if (kind, to) in self.groups:
-            self._join(kind, to, row)
-        elif kind == "spread" and not urgent and (due := self._digest_due(row)) > self._now:
-            self._hold(due, "half of the daily limit is used: digests only")
-        elif self._left() <= 0:
-            self._hold(self._back, "the daily limit is used up")
+            kind = self._joined.get(group) or ("window" if entry.arrived < ends else "")
+        if kind == "window":
+            kind = f"window {event} {entry.source}"
+        if (kind, to) in self.digests:
+            self._join(kind, to, entry)
+        elif kind == "paced" and not urgent and (when := self._digest_due(entry)) > self._now:
+            self._hold(when, "half of the daily limit is used: digests only")
+        elif self._left() < max(1, len(to)):
+            self._hold(self._budget_resets_at, "the daily limit is used up")
         elif kind:
-            self._join(kind, to, row)
+            self._join(kind, to, entry)
         else:
-            self._began[row.lane] = self._now
-            self.draft("", to, [row])
+            self._began[group] = self._now
+            self.add("", to, [entry])
 
-    def _late(self, row: Waiting, urgent: bool) -> str:
-        """The digest of what had to wait: for the daily limit, or for the end of quiet hours."""
-        night = not urgent and row.arrived < self._quiet_ended
+    def _late(self, entry: PendingEntry, urgent: bool) -> str:
+        """The digest of what had to wait: for the daily limit, for the end of quiet hours, or for the server."""
+        waited, cooldown = self._now - entry.arrived, self._config.cooldown_s
+        night = not urgent and entry.arrived < self._quiet_ended
         if most := self._config.daily_max:
             scarce = self._left() <= most / 2
-            late = self._now - row.arrived > max(LATE_S, self._config.cooldown_s)
+            late = waited > max(LATE_S, cooldown)
             if (scarce and late) if urgent else (scarce or late or night):
-                return "spread"  # the night's, too: two kinds would be two mails
-        return "quiet" if night else ""
+                return "paced"  # the night's, too: two kinds would be two mails
+        if night:
+            return "quiet"
+        return "overdue" if cooldown and waited > cooldown + min(OVERDUE_S, cooldown) else ""
 
     # the daily limit
 
     def _left(self) -> float:
-        """Mails that may still go in these 24 hours."""
+        """Deliveries that may still go in these 24 hours."""
         if not self._config.daily_max:
             return math.inf
-        used = len(self._times) + self._sent.pending + len(self.drafts) + len(self.groups)
-        return self._config.daily_max - used
+        return self._config.daily_max - len(self._times) - self._sent.untried - self._used
 
-    def _digest_due(self, row: Waiting) -> float:
+    def _digest_due(self, entry: PendingEntry) -> float:
         """When the next digest goes: at most half of what remained at half-time, evenly over the time that is left.
 
         The rest stays free for priority alerts, but behind them nothing waits for more than a day.
         """
         most = self._config.daily_max
         spare = self._left() - math.ceil(most / 4)
-        if self._left() > most / 2 or self._now - row.arrived > smtp.DAY_S:
+        if self._left() > most / 2 or self._now - entry.arrived > smtp.DAY_S:
             return self._now
         if spare <= 0:
-            return self._back
+            return self._budget_resets_at
         half = math.ceil(most / 2)
         used = self._times[half - 1] if len(self._times) >= half else self._now
-        began = min(self._now, max(used, self._sent.kinds.get("spread", used)))
-        return began + (self._back - began) / spare
+        began = min(self._now, max(used, self._sent.kinds.get("paced", used)))
+        return began + (self._budget_resets_at - began) / spare
 
     # what is decided
 
@@ -998,29 +1022,32 @@ class _Desk:
         if self.wake is None or until < self.wake:
             self.wake, self.why = until, why
 
-    def _join(self, kind: str, to: tuple[str, ...], row: Waiting) -> None:
-        rows = self.groups.setdefault((kind, to), [])
-        rows.append(row)
-        self._joined[row.lane] = kind
-        if len(rows) == DIGEST_MAX:
-            self.draft(kind, to, self.groups.pop((kind, to)))
+    def _join(self, kind: str, to: tuple[str, ...], entry: PendingEntry) -> None:
+        if (kind, to) not in self.digests:
+            self._used += len(to)
+        entries = self.digests.setdefault((kind, to), [])
+        entries.append(entry)
+        self._joined[entry.kind, entry.source] = kind
+        if len(entries) == DIGEST_MAX:
+            self.add(kind, to, self.digests.pop((kind, to)))
 
-    def draft(self, kind: str, to: tuple[str, ...], rows: Sequence[Waiting]) -> None:
-        """A mail is due."""
-        word = "spread" if kind == "spread" else "digest" if len(rows) > 1 else "alert"
-        lanes = tuple(dict.fromkeys(row.lane for row in rows))
-        self.drafts.append(Draft(tuple(row.seq for row in rows), to, word, lanes))
+    def add(self, kind: str, to: tuple[str, ...], entries: Sequence[PendingEntry]) -> None:
+        """A message is due."""
+        self._used += 0 if kind else len(to)
+        word = "paced" if kind == "paced" else "digest" if len(entries) > 1 else "alert"
+        groups = tuple(dict.fromkeys((entry.kind, entry.source) for entry in entries))
+        self.due.append(DueMessage(tuple(entry.seq for entry in entries), to, word, groups))
 
 
 # ───────────────────────────────────────────── Watch ────────────────────────────────────────────────
 # Silence is an event, and so is a day. Silence is measured by the monotonic clock, so that no clock step accuses a
 # camera; wall clock is only what people read, and the hour of the daily mail.
 
-WATCH_SCHEMA = """
+CAMERA_SCHEMA = """
 CREATE TABLE IF NOT EXISTS cameras(camera TEXT PRIMARY KEY, seen REAL NOT NULL, silent INTEGER NOT NULL);
 """
-WATCH_TICK_S = 1.0
-WATCH_SAVE_S = 5.0
+MONITOR_TICK_S = 1.0
+MONITOR_SAVE_S = 5.0
 
 
 @dataclass
@@ -1032,11 +1059,11 @@ class Camera:
     seen: float  # wall clock
 
 
-class Watch:
+class CameraMonitor:
     """Who was heard when, and who is silent. Survives a restart through the spool."""
 
     def __init__(self, config: RelayConfig, outbox: Outbox) -> None:
-        """A relay that was itself away accuses nobody: every camera's time begins anew."""
+        """A relay that was itself down accuses nobody: every camera's time begins anew."""
         self._expect, self._outbox = config.expect, outbox
         self._lock = threading.Lock()
         self._cameras: dict[str, Camera] = {}
@@ -1081,15 +1108,15 @@ class Watch:
         """
         with self._lock:
             away, self._ticked = mono - self._ticked, mono
-            if away > 5 * WATCH_TICK_S:  # we were stopped ourselves: nobody could be heard meanwhile
+            if away > 5 * MONITOR_TICK_S:  # The relay itself was stopped: nobody could be heard meanwhile.
                 for camera in self._cameras.values():
                     camera.heard = min(mono, camera.heard + away)
             late = {name for name, camera in self._cameras.items() if mono - camera.heard > camera.limit}
             gone, back = late - self._silent.keys(), self._silent.keys() - late
             raised = bool(gone or back)
-            if not (raised or (self._unsaved and (last or mono - self._saved > WATCH_SAVE_S))):
+            if not (raised or (self._unsaved and (last or mono - self._saved > MONITOR_SAVE_S))):
                 return False
-            with self._outbox.transaction(durable=raised) as db:
+            with self._outbox.transaction() as db:
                 for name in back:
                     seconds = round(self._cameras[name].seen - self._silent[name])
                     self._outbox.add(db, _relay_alert("CAMERA_RECONNECTED", name, now, gone_s=max(0, seconds)))
@@ -1103,17 +1130,17 @@ class Watch:
             return raised
 
 
-def _relay_alert(event: str, camera: str, now: float, **more: object) -> NewItem:
+def _relay_alert(event: str, camera: str, now: float, **more: object) -> NewEntry:
     return spooled({"event": event, "camera": camera, **more}, now, f"relay-{secrets.token_hex(10)}")
 
 
-class Diary:
+class DailySummary:
     """The daily mail: once a day, also when the relay was off at the hour, but not for the day before it began."""
 
     def __init__(self, at: int | None, now: float, outbox: Outbox) -> None:
         self._at, self._outbox = at, outbox
-        ((last,),) = outbox.rows("SELECT max(id) FROM items WHERE id >= 'summary/2' AND id < 'summary/3'")
-        self._written = dt.date.fromisoformat(last[8:18]) if last else self._day(now)
+        last = outbox.status().get("summary")  # the day of the last one
+        self._written = dt.date.fromisoformat(last) if last else self._day(now)
 
     def _day(self, now: float) -> dt.date:
         """The last day whose hour has passed."""
@@ -1122,25 +1149,27 @@ class Diary:
         return moment.date() if passed else moment.date() - dt.timedelta(days=1)
 
     def tick(self, now: float, silent: Sequence[str]) -> bool:
-        """Write the day's mail if it is due; True if it was. Raises SpoolError; then it is due again."""
+        """Put the day's mail if it is due; True if it was. Raises SpoolError; then it is due again."""
         day = self._day(now)
         due = self._at is not None and day > self._written
         if due:
-            self._outbox.put([self._summary(day, now, silent)])
+            entry = self._summary(now, silent)
+            with self._outbox.transaction() as db:
+                self._outbox.add(db, entry)
+                self._outbox.store_status(db, summary=str(day))
         if due or self._written > day + dt.timedelta(days=1):  # the clock was ahead by days
             self._written = day
         return due
 
-    def _summary(self, day: dt.date, now: float, silent: Sequence[str]) -> NewItem:
+    def _summary(self, now: float, silent: Sequence[str]) -> NewEntry:
         """What was received, what waits, what failed, who is silent."""
-        with self._outbox.transaction(durable=False) as db:
-            lanes = db.execute(
-                "SELECT lane, count(*) FROM items WHERE arrived > ? AND lane NOT LIKE ? GROUP BY lane ORDER BY 2 DESC",
-                (now - smtp.DAY_S, f"{SUMMARY} %"),
-            ).fetchall()
-        meta = {"received": sum(number for _, number in lanes), "lanes": lanes[:20], "silent": silent}
-        meta |= {"why": self._outbox.untold()[1], **self._outbox.counts()}
-        return spooled({"event": SUMMARY, "camera": "relay", "meta": meta}, now, f"summary/{day}")
+        groups = self._outbox.rows(
+            "SELECT kind, source, count(*) FROM entries WHERE arrived > ? AND kind != ? GROUP BY kind, source"
+            " ORDER BY 3 DESC", now - smtp.DAY_S, SUMMARY,
+        )  # fmt: skip
+        meta = {"received": sum(number for *_, number in groups), "lanes": groups[:20], "silent": silent}
+        meta |= {"why": self._outbox.unreported()[1], **self._outbox.counts()}
+        return spooled({"event": SUMMARY, "camera": "relay", "meta": meta}, now)
 
 
 # ───────────────────────────────────────────── Render ───────────────────────────────────────────────
@@ -1212,7 +1241,7 @@ class Shown(NamedTuple):
     offset: str
 
     @classmethod
-    def of(cls, item: Item) -> Shown:
+    def of(cls, item: smtp.Entry) -> Shown:
         content = _decode(item.payload.decode("utf-8"))
         moment = content.get("timestamp") or dt.datetime.fromtimestamp(item.arrived, dt.UTC).isoformat()
         here = dt.datetime.fromisoformat(moment).astimezone()
@@ -1254,13 +1283,13 @@ class Alerts:
         self._address = smtp.address(config.sender)
         self._domain = self._address.rpartition("@")[2]
 
-    def plan(self, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
+    def plan(self, waiting: Iterable[PendingEntry], sent: History, now: float, most: int) -> Plan:
         return plan(self._config, waiting, sent, now, most)
 
-    def recipients(self, lane: str) -> tuple[str, ...]:
-        return route(self._config, *lane.split(" ", 1))
+    def recipients(self, kind: str, source: str) -> tuple[str, ...]:
+        return route(self._config, kind, source)
 
-    def render(self, mail: Mail, items: Sequence[Item]) -> Envelope:
+    def render(self, mail: Delivery, items: Sequence[smtp.Entry]) -> Message:
         """The mail as it goes out."""
         shown = [Shown.of(item) for item in items]
         if shown[0].event == SUMMARY:
@@ -1269,8 +1298,8 @@ class Alerts:
             letter = self._alert(mail, shown[0])
         else:
             letter = self._digest(mail, sorted(shown, key=lambda one: one.moment))
-        if mail.failed:
-            letter.notes.append((f"{self._words['failed'].format(count=mail.failed)}\n{mail.why}", RED))
+        if mail.reports:
+            letter.notes.append((f"{self._words['failed'].format(count=len(mail.reports))}\n{mail.why}", RED))
         data = smtp.compose_pieces(
             sender=self._config.sender,
             to=mail.recipients,
@@ -1281,9 +1310,11 @@ class Alerts:
             message_id=smtp.message_id(letter.key, self._address),
             headers={"Auto-Submitted": "auto-generated", **letter.headers},
         )
-        return Envelope(self._address, mail.recipients, data)
+        first = shown[0]
+        about = f"{first.event} {first.camera}" if len(shown) == 1 else f"a digest of {len(shown)} alerts"
+        return Message(self._address, data, about)
 
-    def _alert(self, mail: Mail, shown: Shown) -> Letter:
+    def _alert(self, mail: Delivery, shown: Shown) -> Letter:
         words, content = self._words, shown.content
         rows = [
             (words["event"], shown.event),
@@ -1300,7 +1331,7 @@ class Alerts:
         if link := content.get("image_url", ""):
             rows.append((words["link"], link))
         pictures = self._pictures(mail, [shown])
-        lost = "image" in content and not pictures and ("too_big" if mail.bare else "damaged")
+        lost = "image" in content and not pictures and ("too_big" if mail.max_bytes == 0 else "damaged")
         if why := content.get("dropped") or lost:
             rows.append((words["dropped"], words[why]))
         thread = hashlib.sha256(f"{shown.camera}\n{shown.day}".encode()).hexdigest()[:32]
@@ -1315,9 +1346,9 @@ class Alerts:
             headers={"X-Alert-Id": shown.id, "References": f"<{thread}@{self._domain}>"},
         )
 
-    def _pictures(self, mail: Mail, newest: Iterable[Shown]) -> list[tuple[str, smtp.Attachment]]:
+    def _pictures(self, mail: Delivery, newest: Iterable[Shown]) -> list[tuple[str, smtp.Attachment]]:
         """The first few that there are, with their captions."""
-        if mail.bare:
+        if mail.max_bytes == 0:
             return []
         found = ((one, picture) for one in newest if (picture := one.picture()))
         captioned = []
@@ -1337,7 +1368,7 @@ class Alerts:
         unit, size = next((unit, size) for unit, size in units if seconds >= 2 * size or size == 1)
         return f"{seconds / size:.0f} {unit}"
 
-    def _digest(self, mail: Mail, shown: Sequence[Shown]) -> Letter:
+    def _digest(self, mail: Delivery, shown: Sequence[Shown]) -> Letter:
         words, first, last, count = self._words, shown[0], shown[-1], len(shown)
         cameras, events = _few(one.camera for one in shown), _few(one.event for one in shown)
         letter = Letter(
@@ -1355,13 +1386,13 @@ class Alerts:
         )
         if count > DIGEST_ROWS:
             letter.notes.append((words["more"].format(shown=DIGEST_ROWS, count=count), GREY))
-        if mail.bare and any("image" in one.content for one in shown):
+        if mail.max_bytes == 0 and any("image" in one.content for one in shown):
             letter.notes.append((f"{words['dropped']}: {words['too_big']}", GREY))
         return letter
 
     def _summary(self, shown: Shown) -> Letter:
         words, meta = self._words, shown.content["meta"]
-        lanes = [(*lane.split(" ", 1), number) for lane, number in meta["lanes"]]
+        lanes = meta["lanes"]
         return Letter(
             subject=f"DVR summary: {shown.day} - {meta['received']} alerts, {meta['queued']} waiting,"
             f" {meta['failed']} failed, {len(meta['silent'])} silent",
@@ -1503,41 +1534,41 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     threading.stack_size(THREAD_STACK_BYTES)
     allow_files(config.max_connections + OTHER_FILES)
     outbox = smtp.when_possible(
-        lambda: Outbox(config.spool, schema=WATCH_SCHEMA, size_max=config.spool_max), stopping, "ALERT_SPOOL"
+        lambda: Outbox(config.spool, schema=CAMERA_SCHEMA, size_max=config.spool_max), stopping, "ALERT_SPOOL"
     )
     if outbox is None:
         return smtp.EX_OK
+    rules = smtp.RetryRules(config.retry_first_s, config.retry_max_s, config.max_age_s, config.refused_after_s)
     courier = smtp.Courier(
         outbox,
         Alerts(config),
-        lambda: smtp.SMTPTransport(mail),
+        lambda: smtp.SMTPClient(mail),
         senders=config.senders,
-        retry_first=config.retry_first_s,
-        retry_max=config.retry_max_s,
-        max_age=config.max_age_s,
+        rules=rules,
+        keep_open_s=1.0 if mail.debug else smtp.KEEP_OPEN_S,  # the debug receiver serves one at a time
         advise=lambda outcome: smtp.advice(outcome, mail.host),
     )
-    watch = Watch(config, outbox)
-    relay = Relay(config, outbox, watch, courier.ring)
+    monitor = CameraMonitor(config, outbox)
+    relay = Relay(config, outbox, monitor, courier.notify)
     smtp.when_possible(relay.listen, stopping, "ALERT_HOST")
     courier.start()
     relay.start()
-    diary = Diary(config.summary_at, time.time(), outbox)
-    smtp.notify("READY=1")
-    while not select.select([stopping], [], [], WATCH_TICK_S)[0]:
+    summary = DailySummary(config.summary_at, time.time(), outbox)
+    smtp.systemd_notify("READY=1")
+    while not select.select([stopping], [], [], MONITOR_TICK_S)[0]:
         try:
-            raised = watch.tick(time.monotonic(), time.time())
-            if diary.tick(time.time(), watch.silent()) or raised:
-                courier.ring()
+            raised = monitor.tick(time.monotonic(), time.time())
+            if summary.tick(time.time(), monitor.silent()) or raised:
+                courier.notify()
         except smtp.SpoolError as error:
             log.error("%s", error)
     log.info("stopping")
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)  # a second one must not end what the first has begun
-    smtp.notify("STOPPING=1")
+    smtp.systemd_notify("STOPPING=1")
     relay.stop(STOP_S)
     with contextlib.suppress(smtp.SpoolError):
-        watch.tick(time.monotonic(), time.time(), last=True)
+        monitor.tick(time.monotonic(), time.time(), last=True)
     courier.stop(STOP_S)
     outbox.close()
     return smtp.EX_OK

@@ -25,6 +25,7 @@ import argparse
 import base64
 import binascii
 import contextlib
+import datetime as dt
 import difflib
 import email.header
 import email.message
@@ -36,6 +37,7 @@ import errno
 import functools
 import glob
 import hashlib
+import hmac
 import ipaddress
 import itertools
 import json
@@ -47,7 +49,6 @@ import random
 import re
 import select
 import shutil
-import smtplib
 import socket
 import sqlite3
 import ssl
@@ -58,7 +59,7 @@ import textwrap
 import threading
 import time
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,23 +81,34 @@ TIMEOUT_S = 30.0
 FINAL_DOT_TIMEOUT_S = 600.0  # RFC 5321 4.5.3.2.6: a shorter wait makes duplicates
 ATTEMPT_S, SLOWEST_BYTES_S = 600.0, 10_000  # a login, or a mail up to its dot, is given up after this and its size
 REPLY_MAX_BYTES, REPLY_MAX_LINES = 64 * 1024, 1000  # a reply that goes on for ever must not fill the memory
-LINGER_S = 1.0  # a connection is kept this long after the last mail: the next server may serve one at a time
-PROBE_MAX_S = 60.0  # an unreachable server is tried at least once a minute: a router comes back unannounced
-TICK_S = 0.5  # requests of the command line and retries are noticed within this
-HOUSEKEEPING_S = 60.0
-BRISK_S, BATCH_S = 0.25, 1.0  # a batch that goes out within this is quick; after this others may take what is left
-BATCH_MAILS = 64  # mails frozen by one commit
-TOLD = 20  # mails that one line of the log tells of
-BUSY_S = 5  # what another program does with the database is waited for
-ROOM_S = 0.25  # the room on the disk is looked at no more often, while there is plenty
-PAGE_ROWS = 40  # read at once: a batch and a little more, for what is not used is read again
-TICK_SLOTS, TICK_BYTES = 4096, 16  # as many as 64 senders can have sent and not settled; none lies in two sectors
+SMALL_MAIL_BYTES = 10_000  # a server that refuses a MAIL with this SIZE does not do so because of the size
+PIECE_BYTES = 76 * 1000  # Base64 is cut in pieces of a thousand lines: a larger buffer may have to be mapped
+
 DAY_S = 86400.0
 LONGEST_S = 20 * DAY_S  # a socket cannot wait longer than 24 days
-MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
+MEMORY_S = 7 * DAY_S  # the deduplication window: how long the ids of what has ended are remembered
+PAGE_BYTES = 8192  # of the database
+COMMIT_MAX_BYTES = 16 << 20  # what threads put together
+CHECKPOINT_BYTES = 4 << 20  # the write-ahead log is copied into the database when it is longer
+VACUUM_MIN_BYTES = 64 << 20  # more unused room than this is given back at the start
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
-DISK_RESERVE_BYTES = 16 << 20  # nothing new is accepted when less is free: deliveries must be written down, too
-PIECE = 76 * 1000  # Base64 is cut in pieces of so many bytes, a thousand lines: a larger buffer may have to be mapped
+DISK_RESERVE_BYTES = 16 << 20  # nothing new is accepted when less is free: outcomes must be written, too
+BUSY_S = 5  # what another program does with the database is waited for
+PAGE_ROWS = 40  # read at once; what a plan does not use is read again
+
+FILL = 16  # deliveries that are created at once, if each has one recipient
+UNWRITTEN_MAX, UNWRITTEN_S = 16, 1.0  # outcomes are written when they are so many, or so old
+JOIN_AFTER_S = 0.25  # another sender joins when no delivery has gone for so long
+KEEP_OPEN_S = 30.0  # a connection is kept so long after its last mail
+FAILURES_TO_PAUSE, SUCCESSES_TO_FORGET = 3, 10
+LOGIN_PAUSE_S = 60.0  # the first pause after a refused login: providers lock accounts that try too often
+PROBE_MAX_S = 60.0  # a server that does not answer is tried at least this often: a router comes back unannounced
+REFUSED_PAUSE_S = 300.0  # a refused delivery is not tried sooner
+UNANSWERED_PAUSE_S = 3600.0  # nor is one whose final dot was twice not answered: the server may have it
+STRIP_AFTER_S = 3600.0  # pictures are left out of what is deferred at or after DATA for so long
+TICK_S = 0.5  # requests of the command line are noticed within this
+HOUSEKEEPING_S = 60.0
+CLOCK_STEP_S = 60.0  # a clock that moves by more against the monotonic one was set
 
 T = TypeVar("T")
 log = logging.getLogger("mail")
@@ -108,7 +120,7 @@ log = logging.getLogger("mail")
 SETTINGS = tuple(  # of all the programs, for one .env may serve them all
     """
     ALERT_COOLDOWN ALERT_DAILY_MAX ALERT_EXPECT ALERT_HOST ALERT_IDLE_TIMEOUT ALERT_LANG ALERT_MAX_AGE
-    ALERT_MAX_CONNECTIONS ALERT_MAX_LINE ALERT_PORT ALERT_PRIORITY ALERT_QUIET ALERT_RECIPIENT ALERT_RETRY_FIRST
+    ALERT_MAX_CONNECTIONS ALERT_MAX_LINE ALERT_PORT ALERT_PRIORITY ALERT_QUIET ALERT_RECIPIENT ALERT_REFUSED_AFTER ALERT_RETRY_FIRST
     ALERT_RETRY_MAX ALERT_ROUTES ALERT_SENDERS ALERT_SPOOL ALERT_SPOOL_MAX ALERT_SUMMARY_AT ALERT_TLS_CERT
     ALERT_TLS_CLIENT_CA ALERT_TLS_KEY ALERT_TOKEN
     SMTP_AUTH SMTP_CAFILE SMTP_EHLO SMTP_ENVELOPE_FROM SMTP_FROM SMTP_HOST SMTP_PASS SMTP_PASS_COMMAND SMTP_PASS_FILE
@@ -439,8 +451,8 @@ _THOUSAND_LINES = struct.Struct("76s" * 1000)
 
 def wrap_base64(text: bytes) -> list[bytes]:
     """Base64 in lines of 76 characters (RFC 2045 6.8), as pieces of whole lines, each ended by CRLF."""
-    whole_pieces = len(text) - len(text) % PIECE
-    pieces = [b"\r\n".join((*_THOUSAND_LINES.unpack_from(text, at), b"")) for at in range(0, whole_pieces, PIECE)]
+    whole_pieces = len(text) - len(text) % PIECE_BYTES
+    pieces = [b"\r\n".join((*_THOUSAND_LINES.unpack_from(text, at), b"")) for at in range(0, whole_pieces, PIECE_BYTES)]
     rest = [text[at : at + 76] for at in range(whole_pieces, len(text), 76)]
     return [*pieces, b"\r\n".join((*rest, b""))] if rest else pieces
 
@@ -576,11 +588,11 @@ def compose(**parts: Any) -> bytes:
 
 
 # ───────────────────────────────────────────── Outcome ──────────────────────────────────────────────
-# Whatever happens to a mail ends as one of three verdicts a recipient. Decided here, acted on in the courier.
+# Whatever happens to a delivery ends in one of three verdicts. They are decided here and acted on in the courier.
 
 
 class Verdict(enum.Enum):
-    """What became of a mail for one recipient."""
+    """What became of a delivery."""
 
     SENT = "sent"
     TRY_LATER = "try later"
@@ -589,18 +601,20 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verdict with the server's code and words.
+    """A verdict with the server's code (0: it gave none) and its words.
 
-    `ours`: the trouble is about us and not about the mail, so everything waits. `too_big`: it may go without
-    pictures. `step` is where it happened: resolve connect tls greeting ehlo login mail rcpt data dot.
+    `step` is where it happened: resolve connect tls greeting ehlo login mail rcpt data dot.
+    `about_us`: the trouble is about this machine, its account or the server, not about one mail or recipient.
+    `too_big`: a smaller mail may be accepted, one of up to `size_limit` bytes if the server has named a limit.
     """
 
     verdict: Verdict
     code: int = 0
     detail: str = ""
     step: str = ""
-    ours: bool = False
+    about_us: bool = False
     too_big: bool = False
+    size_limit: int = 0
 
     @property
     def said(self) -> str:
@@ -618,36 +632,44 @@ class Unavailable(Exception):
         self.outcome = outcome
 
 
-HUNG_UP = (ConnectionError, smtplib.SMTPServerDisconnected, ssl.SSLEOFError)  # SSLEOFError: TLS says it so in a write
-OUR_STEPS = frozenset({"resolve", "connect", "tls", "greeting", "ehlo", "login", "mail"})
+class ReplyError(Exception):
+    """A reply that ends the dialogue: a refusal on the way in, a 421, or something that is no reply (code -1)."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code} {text}")
+        self.code, self.text = code, text
 
 
-def judge(step: str, code: int, reply: bytes | str) -> Outcome:
-    """The verdict for a reply code at a step. Anything that is not a clear yes or no is a later."""
+STEPS_BEFORE_MAIL = frozenset({"resolve", "connect", "tls", "greeting", "ehlo", "login"})
+STEPS_ABOUT_US = STEPS_BEFORE_MAIL | {"mail"}
+HUNG_UP = (ConnectionError, ssl.SSLEOFError)  # a write over TLS reports the end of the connection as SSLEOFError
+
+
+def judge(step: str, code: int, text: str) -> Outcome:
+    """The verdict for a reply at a step. Anything that is not a clear yes or no is TRY_LATER."""
     if 200 <= code < 400:
-        return _yes(step, code)
-    words = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else reply
-    detail = printable(" ".join(words.split()))
+        return _accepted(step, code)
+    detail = printable(" ".join(text.split()))
     enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", detail)
     status = enhanced[0] if enhanced else ""
     if code == 552 and step == "rcpt" and not status:  # old servers mean "too many recipients" (RFC 5321 4.5.3.1.10)
         return Outcome(Verdict.TRY_LATER, code, detail, step)
     if status == "5.3.4" or (code == 552 and status != "5.2.2"):
         return Outcome(Verdict.REFUSED, code, detail, step, too_big=True)
-    ours = step in OUR_STEPS or code in (530, 534, 535) or status == "5.4.5"
-    refused = 500 <= code < 600 and not ours
-    return Outcome(Verdict.REFUSED if refused else Verdict.TRY_LATER, code, detail, step, ours)
+    about_us = step in STEPS_ABOUT_US or code in (530, 534, 535) or status == "5.4.5"
+    refused = 500 <= code < 600 and not about_us
+    return Outcome(Verdict.REFUSED if refused else Verdict.TRY_LATER, max(code, 0), detail, step, about_us)
 
 
 @functools.lru_cache(maxsize=64)
-def _yes(step: str, code: int) -> Outcome:
+def _accepted(step: str, code: int) -> Outcome:
     return Outcome(Verdict.SENT, code, "", step)
 
 
 def judge_error(step: str, error: Exception) -> Outcome:
-    """The verdict for an exception at a step: a later, with words that a person understands."""
-    if isinstance(error, smtplib.SMTPResponseException):
-        return judge(step, error.smtp_code, error.smtp_error)
+    """The verdict for an exception at a step: TRY_LATER, with words that a person understands."""
+    if isinstance(error, ReplyError):
+        return judge(step, error.code, error.text)
     if isinstance(error, ssl.SSLCertVerificationError):
         step, detail = "tls", f"certificate: {error.verify_message}"
     elif isinstance(error, HUNG_UP):
@@ -660,7 +682,7 @@ def judge_error(step: str, error: Exception) -> Outcome:
         step, detail = "resolve", f"name not found ({error.strerror})"
     else:
         detail = f"{getattr(error, 'strerror', None) or error}"
-    return Outcome(Verdict.TRY_LATER, 0, printable(detail), step, ours=step in OUR_STEPS)
+    return Outcome(Verdict.TRY_LATER, 0, printable(detail), step, about_us=step in STEPS_ABOUT_US)
 
 
 # What a person can do about a failure: (step, host, what was said) -> a sentence. The first row that fits is shown.
@@ -1059,409 +1081,33 @@ def close_gently(sock: socket.socket, linger_s: float) -> None:
         sock.close()
 
 
-# ───────────────────────────────────────────── Transport ────────────────────────────────────────────
+# ───────────────────────────────────────────── SMTP client ──────────────────────────────────────────
+# Written by hand: every reply is bounded in size, and in time from the first wait to its last byte, which smtplib's
+# are not. One transaction has one recipient, and so one outcome.
 
 
-class Envelope(NamedTuple):
-    """One transaction: who sends ("" is the null sender), who receives, and the mail in pieces of whole lines.
-
-    `eight_bit`: it is not all ASCII, as what this module composes is.
-    """
+class Message(NamedTuple):
+    """A mail as it goes out. `sender` is the envelope's ("" is the null sender), `data` 7-bit text in pieces of whole
+    lines, `about` what the log calls it."""
 
     sender: str
-    recipients: tuple[str, ...]
     data: Sequence[bytes]
-    eight_bit: bool = False
+    about: str = ""
 
 
-class Transport(Protocol):
-    """What a courier delivers through."""
+class PreparedMessage:
+    """A message to one recipient, ready for the wire: dot-stuffed, its length known."""
 
-    def open(self) -> None:
-        """Connect, if not connected. Raises Unavailable."""
-
-    def deliver(self, envelopes: Iterable[Envelope], wanted: Callable[[], bool]) -> Iterator[dict[str, Outcome]]:
-        """One transaction each, in order; for each an outcome a recipient. Trouble of network or server is an outcome,
-        never raised. `wanted` is asked when an envelope's turn comes; one that is not is left out, with no outcome."""
-
-    def close(self) -> None:
-        """End the connection politely, if there is one."""
-
-
-class Dialogue(smtplib.SMTP):
-    """smtplib's EHLO and login, with every reply bounded in size, and in time from its first wait to its last byte.
-
-    smtplib's own time-out starts anew with each byte, and its replies have no end. `step` says how far it came.
-    """
-
-    def __init__(self, config: SMTPConfig, report: Callable[[str, str], None]) -> None:
-        super().__init__(local_hostname="localhost", timeout=config.timeout_s)  # without a host it does not connect
-        self.step = "resolve"
-        self.patience_s = config.timeout_s  # for one reply
-        self.deadline = time.monotonic() + ATTEMPT_S  # for all of them, and for what is sent
-        self.dirty = False  # a transaction was left open: RSET comes first
-        self._config, self._report = config, report
-        self._lines: deque[bytes] = deque()  # received, whole
-        self._rest = b""  # and the beginning of the next one
-        self._masked = False
-
-    def begin(self) -> None:
-        """Connect, EHLO, TLS and login, as configured. Raises what smtplib, ssl and socket raise."""
-        self.sock = self._connected()
-        if self._config.security == "ssl":
-            self._start_tls()
-        self.step = "greeting"
-        code, words = self.getreply()
-        if code != 220:
-            raise smtplib.SMTPConnectError(code, words)
-        self._report("greeting", words.decode("utf-8", "replace"))
-        self._hello()
-        if self._config.security == "starttls":
-            self.step = "tls"
-            if not self.has_extn("starttls"):
-                raise ssl.SSLError(1, "STARTTLS is not offered by the server")
-            code, words = self.docmd("STARTTLS")
-            if code != 220:
-                raise smtplib.SMTPResponseException(code, words)
-            self._lines.clear()  # nothing said in the clear counts after the handshake (CVE-2011-0411)
-            self._rest = b""
-            self._start_tls()
-            self._hello()
-        self._report("ehlo", " ".join(sorted(name.upper() for name in self.esmtp_features)) or "HELO")
-        if self._config.user:
-            self._login()
-
-    def _connected(self) -> socket.socket:
-        config = self._config
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
-        self._report("resolve", ", ".join(sorted({str(info[4][0]) for info in found})))
-        self.step = "connect"
-        sock = socket.create_connection((config.host, config.port), config.timeout_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        here, peer = sock.getsockname()[0], sock.getpeername()[0]
-        self.local_hostname = hostname() if "." in hostname() else f"[{'IPv6:' * (':' in here)}{here}]"
-        self._report("connect", f"{peer} port {config.port}")
-        if config.user and config.security == "none" and not is_loopback(peer):
-            sock.close()
-            raise OSError(f"the password would go in the clear to {peer}; use SMTP_SECURITY=starttls or ssl")
-        return sock
-
-    def _start_tls(self) -> None:
-        self.step = "tls"
-        context, sock = self._config.tls(), self.sock
-        assert context is not None and sock is not None
-        sock.settimeout(self._config.timeout_s)
-        self.sock = wrapped = context.wrap_socket(sock, server_hostname=self._config.host)
-        self._report("tls", f"{wrapped.version()}, certificate valid for {self._config.host}")
-
-    def _hello(self) -> None:
-        self.step = "ehlo"
-        self.does_esmtp, self.helo_resp, self.ehlo_resp, self.esmtp_features = False, None, None, {}
-        self.ehlo_or_helo_if_needed()
-
-    def _login(self) -> None:
-        self.step = "login"
-        user, password = self._config.user, self._config.password()
-        self._masked = True
-        try:
-            if self._config.auth == "xoauth2":  # developers.google.com/workspace/gmail/imap/xoauth2-protocol
-                token = f"user={user}\1auth=Bearer {password}\1\1"
-                self.auth("XOAUTH2", lambda challenge=None: token if challenge is None else "")
-            else:
-                self.login(user, password)
-        finally:
-            self._masked = False
-        self._report("login", user)
-
-    def write(self, pieces: Sequence[bytes]) -> None:
-        """Send pieces; small ones as one packet."""
-        assert self.sock is not None
-        if sum(map(len, pieces)) < PIECE:
-            pieces = [b"".join(pieces)]
-        try:
-            for piece in pieces:
-                self.sock.settimeout(max(0.001, min(self._config.timeout_s, self.deadline - time.monotonic())))
-                self.sock.sendall(piece)
-        except HUNG_UP:  # a server that hangs up in the middle of a mail has often said why
-            self.patience_s = 1.0
-
-    def putcmd(self, cmd: str, args: str = "") -> None:
-        if self._config.trace:
-            shown = f"{cmd} {args}".strip()
-            masked = re.sub(r"^(AUTH +[^ ]+)?.*", r"\1 ****", shown).strip()
-            self._config.trace(f"C: {masked if self._masked else shown}")
-        super().putcmd(cmd, args)
-
-    def getreply(self) -> tuple[int, bytes]:
-        """One whole reply. What is no reply raises SMTPResponseException, and so does 421, which ends a connection."""
-        until = min(time.monotonic() + self.patience_s, self.deadline)
-        lines: list[bytes] = []
-        for _ in range(REPLY_MAX_LINES):
-            while not self._lines:
-                self._receive(until)
-            line = self._lines.popleft()
-            lines.append(line[4:].strip())
-            if self._config.trace:
-                self._config.trace(f"S: {line.decode('utf-8', 'replace').rstrip()}")
-            if not line[:3].isdigit():
-                raise smtplib.SMTPResponseException(-1, f"not an SMTP reply: {line[:80]!r}")
-            if line[3:4] != b"-":
-                code, words = int(line[:3]), b"\n".join(lines)
-                if code == 421:
-                    raise smtplib.SMTPResponseException(code, words)
-                return code, words
-        raise smtplib.SMTPResponseException(-1, "a reply without end")
-
-    def _receive(self, until: float) -> None:
-        if self.sock is None:
-            raise smtplib.SMTPServerDisconnected("not connected")
-        if (left := until - time.monotonic()) <= 0:
-            raise TimeoutError
-        self.sock.settimeout(left)
-        chunk = self.sock.recv(8192)
-        if not chunk:
-            raise smtplib.SMTPServerDisconnected("closed")
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        self._lines.extend(lines)
-        if len(self._rest) > REPLY_MAX_BYTES:
-            raise smtplib.SMTPResponseException(-1, "a reply without end")
-
-
-class OutOfStep(OSError):
-    """The server has lost what came together with a final dot, or answers what it was not asked."""
-
-
-TROUBLE = (OSError, smtplib.SMTPException, ValueError)  # all that a dialogue raises
-
-
-class Parcel:
-    """An envelope made ready for the wire: dot-stuffed, its length known."""
-
-    def __init__(self, envelope: Envelope) -> None:
-        self.envelope = envelope
-        small = sum(map(len, envelope.data)) < PIECE
-        self.pieces = dot_stuffed([b"".join(envelope.data)] if small else envelope.data)
+    def __init__(self, message: Message, recipient: str) -> None:
+        self.message, self.sender, self.recipient = message, message.sender, recipient
+        small = sum(map(len, message.data)) < PIECE_BYTES
+        self.pieces = dot_stuffed([b"".join(message.data)] if small else message.data)
         self.length = sum(map(len, self.pieces))
-
-    def commands(self, smtp: Dialogue) -> list[str]:
-        """MAIL with what the server understands, RCPT… and DATA."""
-        parameters = f" SIZE={self.length}" * smtp.has_extn("size")
-        parameters += " BODY=8BITMIME" * (self.envelope.eight_bit and smtp.has_extn("8bitmime"))
-        recipients = [f"RCPT TO:<{name}>" for name in self.envelope.recipients]
-        return [f"MAIL FROM:<{self.envelope.sender}>{parameters}", *recipients, "DATA"]
-
-
-class Lookahead:
-    """Parcels, made one or two before their turn: while the server works on another."""
-
-    def __init__(self, envelopes: Iterable[Envelope]) -> None:
-        self._source = map(Parcel, envelopes)
-        self._made: deque[Parcel] = deque()
-        self._trouble: Exception | None = None
-
-    def see(self, number: int) -> Parcel | None:
-        """The next parcel (1), or the one after it (2)."""
-        try:
-            if len(self._made) < number and not self._trouble:  # else they were no longer in step with their owner's
-                self._made.extend(itertools.islice(self._source, number - len(self._made)))
-        except Exception as error:  # another mail is under way, whose outcome must be heard first
-            self._trouble = error
-        return self._made[number - 1] if len(self._made) >= number else None
-
-    def take(self) -> Parcel | None:
-        """The next parcel, which is no longer ahead."""
-        if self.see(1):
-            return self._made.popleft()
-        if self._trouble:
-            raise self._trouble
-        return None
-
-
-class SMTPTransport:
-    """One connection to the configured server, kept while there is work."""
-
-    def __init__(self, config: SMTPConfig, report: Callable[[str, str], None] = lambda step, words: None) -> None:
-        self._config, self._report = config, report
-        self._smtp: Dialogue | None = None
-        self._begun: Parcel | None = None  # its commands went with the dot of the one before
-        self._begins_early = True
-
-    def open(self) -> None:
-        """Connect and log in, unless connected. Raises Unavailable."""
-        if self._smtp is not None:
-            return
-        smtp = Dialogue(self._config, self._report)
-        try:
-            smtp.begin()
-        except (*TROUBLE, ConfigError) as error:  # ConfigError: the password's file or command failed just now
-            smtp.close()
-            raise Unavailable(replace(judge_error(smtp.step, error), ours=True)) from None
-        self._smtp = smtp
-
-    def deliver(
-        self, envelopes: Iterable[Envelope], wanted: Callable[[], bool] = lambda: True
-    ) -> Iterator[dict[str, Outcome]]:
-        """One transaction each. The commands of the next mail go with the final dot of this one where the server
-        offers PIPELINING (RFC 2920 3.1), and the mail after it is asked for while the server works."""
-        ahead = Lookahead(envelopes)
-        try:
-            while parcel := ahead.take():
-                if wanted():
-                    yield self._delivered(parcel, ahead)
-                else:
-                    self._give_up()
-                    yield {}
-        finally:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """What was begun early is not wanted any more, and the server waits for its content."""
-        if self._begun:
-            self._drop()
-
-    def _delivered(self, parcel: Parcel, ahead: Lookahead) -> dict[str, Outcome]:
-        """A kept connection that the server has closed meanwhile is opened anew, once."""
-        kept = self._smtp is not None
-        try:
-            self.open()
-            return self._transaction(parcel, ahead)
-        except Unavailable as error:
-            outcome = error.outcome
-        except TROUBLE as error:
-            assert self._smtp is not None
-            step = self._smtp.step
-            if self._begun is parcel and isinstance(error, TimeoutError | OutOfStep):
-                self._begins_early = False
-            self._drop()
-            if kept and step == "mail":
-                return self._delivered(parcel, ahead)
-            outcome = judge_error(step, error)
-        except BaseException:  # replies may be under way that belong to nobody
-            self._drop()
-            raise
-        return dict.fromkeys(parcel.envelope.recipients, outcome)
-
-    def _transaction(self, parcel: Parcel, ahead: Lookahead) -> dict[str, Outcome]:
-        smtp = self._smtp
-        assert smtp is not None
-        smtp.step, smtp.patience_s = "mail", self._config.timeout_s
-        smtp.deadline = time.monotonic() + ATTEMPT_S + parcel.length / SLOWEST_BYTES_S
-        if too_big := self._too_big(parcel):
-            return dict.fromkeys(parcel.envelope.recipients, too_big)
-        if smtp.dirty:
-            smtp.docmd("RSET")
-        smtp.dirty = True
-        if self._begun is not parcel and smtp.has_extn("pipelining"):
-            smtp.write([self._packet(parcel)])
-        ahead.see(1)
-        outcomes, data = self._addressed(smtp, parcel)
-        if self._begun is parcel and smtp.step == "mail" and data.code in (500, 503):
-            raise OutOfStep("commands were lost")
-        self._begun = None
-        taken = [name for name, outcome in outcomes.items() if outcome.verdict is Verdict.SENT]
-        if data.code == 354 and not taken:
-            data = judge("dot", *smtp.docmd("."))
-            smtp.dirty = False
-        elif data.code == 354:
-            data = self._content(smtp, parcel, ahead)
-        return outcomes | dict.fromkeys(taken, data)
-
-    def _too_big(self, parcel: Parcel) -> Outcome | None:
-        assert self._smtp is not None
-        limit = self._smtp.esmtp_features.get("size", "")
-        if not limit.isdigit() or not 0 < int(limit[:18]) < parcel.length:
-            return None
-        return judge("mail", 552, f"5.3.4 {parcel.length} bytes, the server takes {limit[:18]}")
-
-    def _packet(self, parcel: Parcel) -> bytes:
-        """All the commands that begin a transaction."""
-        assert self._smtp is not None
-        commands = parcel.commands(self._smtp)
-        if trace := self._config.trace:
-            for command in commands:
-                trace(f"C: {command}")
-        return "".join(f"{command}\r\n" for command in commands).encode("ascii")
-
-    def _content(self, smtp: Dialogue, parcel: Parcel, ahead: Lookahead) -> Outcome:
-        """The mail, the dot, and with it what begins the next transaction; the outcome of the dot."""
-        if self._config.trace:
-            self._config.trace(f"C: ({parcel.length} bytes of mail, then the dot)")
-        following = ahead.see(1) if self._begins_early and smtp.has_extn("pipelining") else None
-        if following and not self._too_big(following):
-            self._begun = following
-        last = b".\r\n" + (self._packet(following) if self._begun and following else b"")
-        smtp.step, smtp.patience_s = "dot", FINAL_DOT_TIMEOUT_S
-        smtp.write([*parcel.pieces, last])
-        ahead.see(2)
-        smtp.deadline = math.inf  # the answer to the dot has a patience of its own
-        code, words = smtp.getreply()
-        if 300 <= code < 400:
-            raise OutOfStep(f"{code} after the mail")
-        smtp.dirty = False
-        return judge("dot", code, words)
-
-    def _addressed(self, smtp: Dialogue, parcel: Parcel) -> tuple[dict[str, Outcome], Outcome]:
-        """The outcome of MAIL and RCPT for each recipient, and that of DATA; 354: the server waits for the mail.
-
-        After a refusal the rest is only asked if it is under way already.
-        """
-        names, together = parcel.envelope.recipients, smtp.has_extn("pipelining")
-        there = itertools.islice(iter(smtp.getreply, None), len(names) + 2)
-        replies = there if together else map(smtp.docmd, parcel.commands(smtp))
-        mail = judge("mail", *next(replies))
-        if mail.verdict is not Verdict.SENT:
-            rest = [mail]
-            try:
-                rest += [judge("data", *reply) for reply in replies] if together else []
-            except TROUBLE:  # a server that hangs up after its no has said enough
-                self._drop()
-            return dict.fromkeys(names, mail), rest[-1]
-        smtp.step = "rcpt"
-        outcomes = {name: judge("rcpt", *next(replies)) for name in names}
-        if not together and all(outcome.verdict is not Verdict.SENT for outcome in outcomes.values()):
-            return outcomes, mail
-        smtp.step = "data"
-        code, words = next(replies)
-        if code != 354 and code < 400:
-            raise OutOfStep(f"{code} to DATA")
-        return outcomes, judge("data", code, words)
-
-    def verify(self, recipient: str = "") -> Outcome:
-        """Would the server take a mail from us (to `recipient`)? Nothing is sent. Raises Unavailable."""
-        self.open()
-        smtp = self._smtp
-        assert smtp is not None
-        smtp.dirty = True
-        sender = address(self._config.sender)
-        steps = [("mail", "sender", f"MAIL FROM:<{sender}>", sender)]
-        steps += [("rcpt", "recipient", f"RCPT TO:<{recipient}>", recipient)] if recipient else []
-        for smtp.step, name, command, words in steps:
-            try:
-                outcome = judge(smtp.step, *smtp.docmd(command))
-            except TROUBLE as error:
-                outcome = judge_error(smtp.step, error)
-            if outcome.verdict is not Verdict.SENT:
-                break
-            self._report(name, words)
-        return outcome
-
-    def close(self) -> None:
-        """QUIT. Whatever the server makes of it changes nothing that it has accepted."""
-        if self._smtp is not None:
-            self._smtp.patience_s = min(2.0, self._config.timeout_s)
-            with contextlib.suppress(*TROUBLE):
-                self._smtp.docmd("QUIT")
-            self._drop()
-
-    def _drop(self) -> None:
-        if self._smtp is not None:
-            self._smtp.close()
-            self._smtp = self._begun = None
 
 
 def dot_stuffed(pieces: Sequence[bytes]) -> list[bytes]:
     """RFC 5321 4.5.2: a line that begins with a dot gets another. The last line gets its end."""
-    # Base64 has no dots, and looking for one byte is quick
+    # Base64 has no dots, and looking for one byte is quick.
     stuffed = [piece.replace(b"\r\n.", b"\r\n..") if b"." in piece else piece for piece in pieces]
     stuffed = [b"." + piece if piece.startswith(b".") else piece for piece in stuffed]
     if not stuffed or not stuffed[-1].endswith(b"\r\n"):
@@ -1469,43 +1115,558 @@ def dot_stuffed(pieces: Sequence[bytes]) -> list[bytes]:
     return stuffed
 
 
+class Reply(NamedTuple):
+    """A reply of the server; the lines of its text are joined by LF."""
+
+    code: int
+    text: str
+
+
+class SMTPConnection:
+    """One connection: commands out, replies in. Raises OSError (TimeoutError past a deadline) and ReplyError."""
+
+    def __init__(self, sock: socket.socket, timeout_s: float, trace: Callable[[str], None] | None) -> None:
+        self.sock, self._timeout_s, self._trace = sock, timeout_s, trace
+        self.reply_timeout = timeout_s  # for one reply
+        self.deadline = time.monotonic() + ATTEMPT_S  # for all replies, and for what is sent
+        self.extensions: dict[str, str] = {}  # of EHLO, by their keywords in upper case
+        self.needs_rset = False  # a transaction was left open: RSET comes first
+        self.mails = 0  # that it has carried
+        self._lines: deque[bytes] = deque()  # received whole
+        self._rest = b""  # the beginning of the next line
+
+    def start_tls(self, context: ssl.SSLContext, host: str) -> str:
+        """Shake hands and verify the certificate; the version of TLS. What was received in the clear is forgotten
+        (CVE-2011-0411)."""
+        self._lines.clear()
+        self._rest = b""
+        self.sock.settimeout(self._timeout_s)
+        self.sock = wrapped = context.wrap_socket(self.sock, server_hostname=host)
+        return str(wrapped.version())
+
+    def trace(self, line: str) -> None:
+        """Show a line of the dialogue, if somebody wants to see it."""
+        if self._trace:
+            self._trace(line)
+
+    def command(self, line: str, shown: str = "") -> Reply:
+        """Send a command and wait for its reply; `shown` stands in the trace for a line that holds a secret."""
+        self.write([self.line(line, shown)])
+        return self.reply()
+
+    def line(self, line: str, shown: str = "") -> bytes:
+        """A command as it goes over the wire. Raises ValueError where it would be more than one."""
+        if re.search(r"[\r\n\0]", line):
+            raise ValueError("a command holds a line break")
+        self.trace(f"C: {shown or line}")
+        return f"{line}\r\n".encode("ascii", "strict")
+
+    def write(self, pieces: Sequence[bytes]) -> None:
+        """Send pieces; small ones as one packet."""
+        if sum(map(len, pieces)) < PIECE_BYTES:
+            pieces = [b"".join(pieces)]
+        try:
+            for piece in pieces:
+                self.sock.settimeout(max(0.001, min(self._timeout_s, self.deadline - time.monotonic())))
+                self.sock.sendall(piece)
+        except HUNG_UP:  # A server that hangs up in the middle of a mail has often said why.
+            self.reply_timeout = 1.0
+
+    def reply(self) -> Reply:
+        """One whole reply. What is no reply raises ReplyError, and so does 421, which ends a connection."""
+        until = min(time.monotonic() + self.reply_timeout, self.deadline)
+        texts: list[bytes] = []
+        for _ in range(REPLY_MAX_LINES):
+            while not self._lines:
+                self._receive(until)
+            line = self._lines.popleft()
+            texts.append(line[4:].strip())
+            if self._trace:
+                self._trace(f"S: {line.decode('utf-8', 'replace').rstrip()}")
+            if not line[:3].isdigit():
+                raise ReplyError(-1, f"not an SMTP reply: {line[:80]!r}")
+            if line[3:4] != b"-":
+                code, text = int(line[:3]), b"\n".join(texts).decode("utf-8", "replace")
+                if code == 421:
+                    raise ReplyError(code, text)
+                return Reply(code, text)
+        raise ReplyError(-1, "a reply without end")
+
+    def _receive(self, until: float) -> None:
+        if (left := until - time.monotonic()) <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+        chunk = self.sock.recv(8192)
+        if not chunk:
+            raise ConnectionResetError("closed")
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        self._lines.extend(lines)
+        if len(self._rest) > REPLY_MAX_BYTES:
+            raise ReplyError(-1, "a reply without end")
+
+    def close(self) -> None:
+        """Close the socket, without a word."""
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+TROUBLE = (OSError, ReplyError, ValueError)  # all that a dialogue raises
+PROPER_RCPT_REFUSALS = frozenset({450, 451, 452, 550, 551, 552, 553})  # RFC 5321 4.3.2
+
+
+class Transport(Protocol):
+    """What a courier delivers through."""
+
+    def open(self) -> None:
+        """Connect, unless connected. Raises Unavailable."""
+
+    def send(self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]) -> Outcome:
+        """Deliver one message. Trouble of network or server is an outcome, never raised. `following` may be called
+        once, for the message that will be sent next."""
+
+    def close(self) -> None:
+        """End the connection politely, if there is one."""
+
+
+def _nothing_follows() -> None:
+    return None
+
+
+class SMTPClient:
+    """Delivers to the configured server, over one connection that is kept while there is work.
+
+    What it learns of the server it keeps for the next connection: the address that greeted, the mechanism of AUTH that
+    worked, and whether commands may be sent in groups (RFC 2920).
+    """
+
+    def __init__(self, config: SMTPConfig, report: Callable[[str, str], None] = lambda step, words: None) -> None:
+        self._config, self._report = config, report
+        self._connection: SMTPConnection | None = None
+        self._step = ""  # how far the dialogue has come
+        self._begun: PreparedMessage | None = None  # its commands went with the final dot of the one before
+        self._lock_step = False  # groups of commands went wrong with this server
+        self._good_address: Any = None
+        self._good_mechanism = ""
+
+    # opening a connection
+
+    def open(self) -> None:
+        """Connect and log in, unless connected. Raises Unavailable."""
+        if self._connection is not None:
+            return
+        self._step = "resolve"
+        try:
+            self._connection = self._logged_in()
+        except (*TROUBLE, ConfigError) as error:  # ConfigError: the password's file or command failed just now
+            outcome = judge_error(self._step, error)
+            raise Unavailable(replace(outcome, verdict=Verdict.TRY_LATER, about_us=True, too_big=False)) from None
+
+    def _logged_in(self) -> SMTPConnection:
+        """A connection on which mail can be sent. Where the server hangs up on one mechanism of AUTH, the next one is
+        tried on a new connection."""
+        refused: dict[str, Exception] = {}
+        while True:
+            connection = self._greeted()
+            try:
+                self._hello(connection)
+                if self._config.security == "starttls":
+                    self._start_tls(connection)
+                    self._hello(connection)
+                self._report("ehlo", " ".join(sorted(connection.extensions)) or "HELO")
+                if not self._config.user or self._log_in(connection, refused):
+                    return connection
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
+
+    def _greeted(self) -> SMTPConnection:
+        """A connection to the first address of the host that greets with 220; the one that did last time comes first.
+
+        The addresses share the time for connecting, so that one that swallows packets does not cost the others'.
+        """
+        config = self._config
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        found = list(dict.fromkeys(found))
+        found.sort(key=lambda info: info[4] != self._good_address)
+        self._report("resolve", ", ".join(sorted({str(info[4][0]) for info in found})))
+        trouble: Exception = OSError("the name has no address")
+        step = "connect"
+        for family, kind, protocol, _, where in found:
+            self._step = "connect"
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(config.timeout_s / len(found))
+                sock.connect(where)
+                connection = SMTPConnection(sock, config.timeout_s, config.trace)
+                self._greet(connection)
+            except TROUBLE as error:
+                sock.close()
+                if not isinstance(trouble, ReplyError):  # a server's own words say the most
+                    trouble, step = error, self._step
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                self._good_address = where
+                return connection
+        self._step = step
+        raise trouble
+
+    def _greet(self, connection: SMTPConnection) -> None:
+        config, sock = self._config, connection.sock
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer = sock.getpeername()[0]
+        self._report("connect", f"{peer} port {config.port}")
+        if config.user and config.security == "none" and not is_loopback(peer):
+            raise OSError(f"the password would go in the clear to {peer}; use SMTP_SECURITY=starttls or ssl")
+        if config.security == "ssl":
+            self._shake_hands(connection)
+        self._step = "greeting"
+        greeting = connection.reply()
+        if greeting.code != 220:
+            raise ReplyError(*greeting)
+        self._report("greeting", greeting.text)
+
+    def _start_tls(self, connection: SMTPConnection) -> None:
+        self._step = "tls"
+        if "STARTTLS" not in connection.extensions:
+            raise ssl.SSLError(1, "STARTTLS is not offered by the server")
+        reply = connection.command("STARTTLS")
+        if reply.code != 220:
+            raise ReplyError(*reply)
+        self._shake_hands(connection)
+
+    def _shake_hands(self, connection: SMTPConnection) -> None:
+        self._step = "tls"
+        context = self._config.tls()
+        assert context is not None
+        version = connection.start_tls(context, self._config.host)
+        self._report("tls", f"{version}, certificate valid for {self._config.host}")
+
+    def _hello(self, connection: SMTPConnection) -> None:
+        """EHLO, or HELO where that is unknown; notes the extensions."""
+        self._step = "ehlo"
+        here = connection.sock.getsockname()[0]
+        literal = f"[{'IPv6:' * (':' in here)}{here.partition('%')[0]}]"
+        name = self._config.ehlo or (hostname() if "." in hostname() else literal)
+        connection.extensions = {}
+        reply = connection.command(f"EHLO {name}")
+        if reply.code == 250:
+            for line in reply.text.split("\n")[1:]:
+                keyword, _, parameters = line.replace("=", " ", 1).partition(" ")  # `AUTH=LOGIN` is an old spelling
+                known = connection.extensions.get(keyword.upper(), "")
+                connection.extensions[keyword.upper()] = f"{known} {parameters.upper()}".strip()
+        elif (reply := connection.command(f"HELO {name}")).code != 250:
+            raise ReplyError(*reply)
+
+    # AUTH (RFC 4954)
+
+    def _log_in(self, connection: SMTPConnection, refused: dict[str, Exception]) -> bool:
+        """Log in with the first mechanism that works. False: the server hung up on one, and others are left to be
+        tried on a new connection. Raises what the server said to the last one."""
+        self._step = "login"
+        user, password = self._config.user, self._config.password()
+        wanted = [name for name in self._mechanisms(connection) if name not in refused]
+        for mechanism in wanted:
+            try:
+                reply = self._authenticate(connection, mechanism, user, password)
+            except (*HUNG_UP, ReplyError) as error:
+                refused[mechanism] = error
+                if mechanism == wanted[-1]:
+                    raise
+                return False
+            if reply.code == 235:
+                self._good_mechanism = mechanism
+                self._report("login", f"{user} ({mechanism})")
+                return True
+            refused[mechanism] = ReplyError(*reply)
+            wrong_password = reply.code in (534, 535) and mechanism != "CRAM-MD5"
+            if wrong_password or not 500 <= reply.code < 600:  # Each further guess could lock the account.
+                break
+        raise list(refused.values())[-1]
+
+    def _mechanisms(self, connection: SMTPConnection) -> list[str]:
+        """Those to try, in order: what worked before, then the simplest. CRAM-MD5 comes last, because servers that
+        store hashes of passwords offer it and cannot do it. Raises ReplyError where there are none."""
+        if self._config.auth != "auto":
+            return [self._config.auth.upper()]
+        offered = connection.extensions.get("AUTH", "").split()
+        known = [name for name in ("PLAIN", "LOGIN", "CRAM-MD5") if name in offered]
+        if not known:
+            raise ReplyError(-1, f"no suitable login: the server offers {' '.join(offered) or 'none'}")
+        return sorted(known, key=lambda name: name != self._good_mechanism)
+
+    def _authenticate(self, connection: SMTPConnection, mechanism: str, user: str, password: str) -> Reply:
+        """The last reply to one mechanism. PLAIN and XOAUTH2 send their answer with the command, unless the server
+        refuses it there; LOGIN never does, because some servers ask for the name all the same."""
+        whole = {"PLAIN": f"\0{user}\0{password}", "XOAUTH2": f"user={user}\1auth=Bearer {password}\1\1"}
+        if mechanism in whole:
+            initial = base64.b64encode(whole[mechanism].encode("utf-8", "surrogateescape")).decode("ascii")
+            reply = connection.command(f"AUTH {mechanism} {initial}", f"AUTH {mechanism} ****")
+            if reply.code == 334:  # XOAUTH2 tells with 334 why a token is refused; an empty answer ends it.
+                return connection.command("")
+            if not 500 <= reply.code <= 504:
+                return reply
+        reply = connection.command(f"AUTH {mechanism}")
+        for number in range(2):
+            if reply.code != 334:
+                break
+            challenge = base64.b64decode(reply.text)
+            if mechanism == "CRAM-MD5":  # RFC 2195
+                answer = f"{user} {hmac.new(password.encode('utf-8'), challenge, 'md5').hexdigest()}"
+            else:
+                answer = whole.get(mechanism) or (password if number or b"pass" in challenge.lower() else user)
+            encoded = base64.b64encode(answer.encode("utf-8", "surrogateescape")).decode("ascii")
+            reply = connection.command(encoded, "****")
+        return reply
+
+    # transactions
+
+    def send(
+        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None] | None = None
+    ) -> Outcome:
+        """One transaction. The commands of the message that `following` gives go with the final dot of this one where
+        the server offers PIPELINING (RFC 2920 3.1).
+
+        It is begun again, once each, on a new connection where a kept one has come to its end (some servers limit the
+        mails of one by a 4xx to MAIL), and in lock step where commands that were sent in a group went wrong.
+        """
+        following = following or _nothing_follows
+        if self._begun not in (None, message):  # The server waits for the content of another mail.
+            self._drop()
+        outcome = Outcome(Verdict.TRY_LATER)
+        for _ in range(3):
+            kept = self._connection
+            worn = kept is not None and kept.mails > 0
+            outcome, desync = self._attempt(message, following)
+            if outcome.verdict is Verdict.SENT:
+                break
+            if desync and not self._lock_step:
+                self._lock_step = True
+                self._drop()
+                if self._step == "dot" and outcome.code < 500:  # The server may have the mail.
+                    break
+                following = _nothing_follows  # It may have been called already.
+            elif kept and self._step == "mail" and not outcome.too_big and (worn or outcome.code in (0, 421)):
+                self._drop()
+            else:
+                break
+        return outcome
+
+    def _attempt(
+        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]
+    ) -> tuple[Outcome, bool]:
+        """One transaction; and whether what went wrong may have come from sending commands in a group."""
+        grouped = False
+        try:
+            self.open()
+            self._step = "mail"
+            if too_big := self._beyond_size(message):
+                return too_big, False
+            grouped = self._may_group()
+            outcome = self._transaction(message, following, grouped)
+            broken = outcome.code >= 500 and not (self._step == "rcpt" and outcome.code in PROPER_RCPT_REFUSALS)
+        except Unavailable as error:
+            return error.outcome, False
+        except TROUBLE as error:
+            outcome = judge_error(self._step, error)
+            broken = isinstance(error, TimeoutError) or (isinstance(error, ReplyError) and error.code != 421)
+            grouped = grouped and (self._step != "dot" or self._begun is not None)
+            self._drop()
+        except BaseException:  # Replies may be under way that belong to nobody.
+            self._drop()
+            raise
+        else:
+            grouped = grouped and (self._step != "dot" or self._begun is not None)
+        return outcome, grouped and broken
+
+    def _may_group(self) -> bool:
+        assert self._connection is not None
+        return "PIPELINING" in self._connection.extensions and not self._lock_step
+
+    def _beyond_size(self, message: PreparedMessage) -> Outcome | None:
+        """The refusal of a message that is larger than the server's SIZE (RFC 1870)."""
+        assert self._connection is not None
+        limit = self._connection.extensions.get("SIZE", "")
+        if not limit.isdigit() or not 0 < int(limit[:18]) < message.length:
+            return None
+        outcome = judge("mail", 552, f"5.3.4 {message.length} bytes, the server takes {limit[:18]}")
+        return replace(outcome, size_limit=int(limit[:18]))
+
+    def _envelope_commands(self, message: PreparedMessage) -> list[str]:
+        assert self._connection is not None
+        size = f" SIZE={message.length}" if "SIZE" in self._connection.extensions else ""
+        return [f"MAIL FROM:<{message.sender}>{size}", f"RCPT TO:<{message.recipient}>", "DATA"]
+
+    def _group(self, message: PreparedMessage) -> bytes:
+        """All the commands that begin a transaction, in one packet."""
+        assert self._connection is not None
+        return b"".join(map(self._connection.line, self._envelope_commands(message)))
+
+    def _transaction(
+        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None], grouped: bool
+    ) -> Outcome:
+        connection, begun = self._connection, self._begun is not None
+        assert connection is not None
+        self._begun = None
+        connection.reply_timeout = self._config.timeout_s
+        connection.deadline = time.monotonic() + ATTEMPT_S + message.length / SLOWEST_BYTES_S
+        if connection.needs_rset:
+            connection.command("RSET")
+        connection.needs_rset = True
+        if grouped and not begun:
+            connection.write([self._group(message)])
+        for step, command in zip(("mail", "rcpt", "data"), self._envelope_commands(message), strict=True):
+            self._step = step
+            reply = connection.reply() if grouped or begun else connection.command(command)
+            if reply.code < 400 and reply.code // 100 != (3 if step == "data" else 2):
+                raise ReplyError(-1, f"{reply.code} to {command[:4]}")
+            if reply.code >= 400:
+                return self._refused(message, step, reply, grouped or begun)
+        return self._content(message, following, grouped)
+
+    def _refused(self, message: PreparedMessage, step: str, reply: Reply, grouped: bool) -> Outcome:
+        """The outcome of a transaction that a command ended; reads what else belongs to it."""
+        outcome = judge(step, *reply)
+        if grouped:
+            self._read_rest({"mail": 2, "rcpt": 1, "data": 0}[step])
+        if step == "mail" and message.length > SMALL_MAIL_BYTES and not (grouped and reply.code >= 500):
+            return self._about_size(message, outcome)
+        return outcome
+
+    def _read_rest(self, number: int) -> None:
+        """Read the replies to the rest of a group. A server that hangs up after its no has said enough."""
+        assert self._connection is not None
+        try:
+            for _ in range(number):
+                if self._connection.reply().code == 354:  # It waits for a mail without recipients: this is its end.
+                    self._connection.command(".")
+        except TROUBLE:
+            self._drop()
+
+    def _about_size(self, message: PreparedMessage, outcome: Outcome) -> Outcome:
+        """A MAIL that tells a SIZE was refused, in whatever words (Courier's are `534 SIZE=Message too big`). Whether
+        that was about the size is found out by the MAIL of a small one."""
+        assert self._connection is not None
+        if "SIZE" not in self._connection.extensions:
+            return outcome
+        for _ in range(2):  # The server may have hung up.
+            try:
+                self.open()
+                bare = self._connection.command(f"MAIL FROM:<{message.sender}> SIZE={SMALL_MAIL_BYTES}")
+            except (Unavailable, *TROUBLE):
+                self._drop()
+                continue
+            if bare.code == 250:
+                verdict = Verdict.REFUSED if outcome.code >= 500 else Verdict.TRY_LATER
+                return replace(outcome, verdict=verdict, about_us=False, too_big=verdict is Verdict.REFUSED)
+            break
+        return outcome
+
+    def _content(
+        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None], grouped: bool
+    ) -> Outcome:
+        """The mail, the dot, and with it what begins the next transaction; the outcome of the dot."""
+        connection = self._connection
+        assert connection is not None
+        connection.trace(f"C: ({message.length} bytes of mail, then the dot)")
+        last = b".\r\n"
+        if grouped and (next_one := following()) and not self._beyond_size(next_one):
+            self._begun = next_one
+            last += self._group(next_one)
+        self._step, connection.reply_timeout = "dot", FINAL_DOT_TIMEOUT_S
+        connection.write([*message.pieces, last])
+        connection.deadline = math.inf  # The answer to the dot has a time of its own.
+        reply = connection.reply()
+        if reply.code < 400 and reply.code // 100 != 2:
+            raise ReplyError(-1, f"{reply.code} after the mail")
+        connection.needs_rset = False
+        connection.mails += 1
+        return judge("dot", *reply)
+
+    def verify(self, recipient: str) -> Outcome:
+        """Would the server take a mail from us to this recipient? Nothing is sent. Raises Unavailable."""
+        self.open()
+        connection = self._connection
+        assert connection is not None
+        sender = address(self._config.sender)
+        outcome = Outcome(Verdict.SENT)
+        steps = (("mail", "sender", f"MAIL FROM:<{sender}>", sender), ("rcpt", "recipient", f"RCPT TO:<{recipient}>", recipient))
+        for self._step, name, command, words in steps:
+            try:
+                if connection.needs_rset and self._step == "mail":
+                    connection.command("RSET")
+                connection.needs_rset = True
+                outcome = judge(self._step, *connection.command(command))
+            except TROUBLE as error:
+                self._drop()
+                return judge_error(self._step, error)
+            if outcome.verdict is not Verdict.SENT:
+                break
+            self._report(name, words)
+        return outcome
+
+    def close(self) -> None:
+        """QUIT. Whatever the server makes of it changes nothing that it has accepted."""
+        if self._connection is not None:
+            if self._begun is None:
+                self._connection.reply_timeout = min(2.0, self._config.timeout_s)
+                self._connection.deadline = time.monotonic() + ATTEMPT_S
+                with contextlib.suppress(*TROUBLE):
+                    self._connection.command("QUIT")
+            self._drop()
+
+    def _drop(self) -> None:
+        """Close the connection without a word."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self._begun = None
+
+
 # ───────────────────────────────────────────── Outbox ───────────────────────────────────────────────
-# A durable queue in one SQLite file that does not know what it carries. One process owns a file, one connection
-# does every write and checkpoint (SQLite before 3.51.3 can corrupt a WAL file that two connections write).
-# Beside it lie its lock, the pictures and, for a moment, the numbers of mails that were sent and are not settled yet.
+# A durable queue in one SQLite file that does not know what it carries. One process owns a file, and one connection
+# does every write and checkpoint (SQLite before 3.51.3 can corrupt a WAL file that two connections write). Beside the
+# database lie SQLite's own files and the lock.
+#
+# An entry:     waiting --create--> sending --its last delivery has ended--> sent, or failed if one of them failed
+#               failed --retry--> waiting            waiting, sending, failed --drop--> dropped
+# A delivery:   open --finish--> sent, failed or dropped
 
-WAITING, FROZEN, SENT, FAILED, DROPPED = range(5)  # of an item; a mail is FROZEN, then SENT or FAILED
-
+SCHEMA_VERSION = 2
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS items(     -- one row a life; what is settled keeps its id and loses its payload
-  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, lane TEXT NOT NULL, arrived REAL NOT NULL,
-  state INTEGER NOT NULL DEFAULT 0, settled REAL, error TEXT,
-  taken TEXT,                         -- who has it already, though it failed for others
-  told INTEGER NOT NULL DEFAULT 0,    -- the mail that tells of this failure
-  sum BLOB NOT NULL, payload BLOB,
-  picture_sum BLOB, picture_at INTEGER, picture_size INTEGER);  -- in the file of pictures
-CREATE INDEX IF NOT EXISTS items_open ON items(state, seq) WHERE settled IS NULL;
-CREATE INDEX IF NOT EXISTS items_settled ON items(settled, state) WHERE settled IS NOT NULL;
-CREATE INDEX IF NOT EXISTS items_untold ON items(seq) WHERE state = 3 AND told = 0;
-CREATE TABLE IF NOT EXISTS mails(     -- a mail whose sending has begun: it stays the same mail
-  mail INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, items TEXT NOT NULL, recipients TEXT NOT NULL,
-  failed INTEGER NOT NULL, why TEXT NOT NULL, begun REAL NOT NULL, next REAL NOT NULL,
-  state INTEGER NOT NULL DEFAULT 1, tries INTEGER NOT NULL DEFAULT 0, waited REAL NOT NULL DEFAULT 0,
-  bare INTEGER NOT NULL DEFAULT 0, taken TEXT NOT NULL DEFAULT '[]', refused TEXT NOT NULL DEFAULT '{}',
-  error TEXT, settled REAL);
-CREATE INDEX IF NOT EXISTS mails_due ON mails(next) WHERE state = 1;
-CREATE INDEX IF NOT EXISTS mails_settled ON mails(settled) WHERE settled IS NOT NULL;
-CREATE TABLE IF NOT EXISTS notes(name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS entries(  -- what has ended keeps its id for the deduplication window, without its payload
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, source TEXT NOT NULL,
+  arrived REAL NOT NULL, state TEXT NOT NULL DEFAULT 'waiting', finished_at REAL,
+  open INTEGER NOT NULL DEFAULT 0,      -- deliveries of it that have not ended
+  failed INTEGER NOT NULL DEFAULT 0,    -- deliveries of it that failed since it last waited
+  served TEXT,                          -- recipients who have it, or have an open delivery of it, since a retry
+  error TEXT, reported INTEGER NOT NULL DEFAULT 0,  -- why it was refused or failed; whether a mail has said so
+  checksum BLOB NOT NULL, picture_checksum BLOB, payload BLOB);
+CREATE INDEX IF NOT EXISTS entries_state ON entries(state);
+CREATE INDEX IF NOT EXISTS entries_finished ON entries(finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS entries_unreported ON entries(seq) WHERE error IS NOT NULL AND reported = 0;
+CREATE TABLE IF NOT EXISTS pictures(seq INTEGER PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS deliveries(  -- one message to one recipient
+  number INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, entries TEXT NOT NULL, recipient TEXT NOT NULL,
+  recipients TEXT NOT NULL,             -- all of the message, for its To header
+  created_at REAL NOT NULL, state TEXT NOT NULL DEFAULT 'open', finished_at REAL,
+  next_try REAL NOT NULL, tries INTEGER NOT NULL DEFAULT 0, tried_at REAL NOT NULL DEFAULT 0,
+  first_failed REAL,                    -- when its first try failed
+  data_failures INTEGER NOT NULL DEFAULT 0,  -- at or after DATA, by a 5xx, a cut or silence
+  max_bytes INTEGER,                    -- the mail may not be larger; 0: it goes without pictures
+  error TEXT);
+CREATE INDEX IF NOT EXISTS deliveries_open ON deliveries(next_try) WHERE state = 'open';
+CREATE INDEX IF NOT EXISTS deliveries_finished ON deliveries(finished_at) WHERE finished_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS status(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
-SHOWN = "SELECT picture_sum, picture_at, picture_size FROM items WHERE settled IS NULL AND picture_size"
-UNTOLD = """SELECT count(*), max(seq), (SELECT group_concat(error, '; ') FROM
-  (SELECT DISTINCT error FROM items WHERE state = 3 AND told = 0 LIMIT 3)) FROM items WHERE state = 3 AND told = 0"""
+UNREPORTED = "error IS NOT NULL AND reported = 0 AND state IN ('waiting', 'sending', 'failed')"
 SEQS = "seq IN (SELECT value FROM json_each(?))"
 NO_ROOM = re.compile("is full|No space left|too large|quota exceeded")  # as SQLite and the system say it
 
 
 class SpoolError(Exception):
-    """The disk failed or the file is damaged; nothing was accepted."""
+    """The disk failed, or the file is damaged or gone; nothing was accepted."""
 
 
 # No file can be made there, today or tomorrow: the cause of a SpoolError at the start that is about its setting.
@@ -1525,335 +1686,118 @@ class SpoolBusy(SpoolError):
 
 
 class Damaged(Exception):
-    """A row does not match its checksum; `seq` says which."""
+    """An entry does not match its checksum; `seq` says which."""
 
     def __init__(self, seq: int) -> None:
-        super().__init__(f"row {seq} is damaged")
+        super().__init__(f"entry {seq} is damaged")
         self.seq = seq
 
 
 @dataclass(frozen=True)
-class NewItem:
-    """Something to carry. `lane` is what its owner groups by; `fresh` ids were made just now and need no look-up."""
+class NewEntry:
+    """Something to deliver. Its group, which an owner plans by, is its `kind` and its `source`: of an alert, the event
+    and the camera. `unique`: its id was made just now, so that no duplicate is looked for."""
 
     id: str
-    lane: str
+    kind: str
+    source: str
     payload: bytes
     picture: bytes | None = None
     arrived: float = field(default_factory=time.time)
-    fresh: bool = False
+    unique: bool = False
 
 
-class Receipt(NamedTuple):
-    """What became of a put: `new` is False for a duplicate; `id` differs where the wished one meant something else."""
+class PutResult(NamedTuple):
+    """`new` is False for a duplicate; `id` differs from the wished one where that meant something else."""
 
     id: str
     new: bool
 
 
-class Waiting(NamedTuple):
-    """A light row of what waits, for planning. `taken`: recipients who have it already."""
+class PendingEntry(NamedTuple):
+    """What a plan sees of an entry that waits. `served`: recipients who have it already."""
 
     seq: int
     id: str
-    lane: str
+    kind: str
+    source: str
     arrived: float
-    taken: frozenset[str] = frozenset()
+    served: frozenset[str] = frozenset()
 
 
-class Item(NamedTuple):
-    """A row with its payload, for rendering. `picture()` loads the picture when it is needed; None: there is none (any
-    more)."""
+class Entry(NamedTuple):
+    """An entry with its payload, for rendering. `picture()` loads the picture; None: there is none, or none that can be
+    read any more."""
 
     seq: int
     id: str
-    lane: str
+    kind: str
+    source: str
     arrived: float
     payload: bytes
     picture: Callable[[], bytes | None] = lambda: None
+    has_picture: bool = False
 
 
-class Draft(NamedTuple):
-    """A mail that is due: which items, to whom, and its owner's own word for how to render it."""
+class DueMessage(NamedTuple):
+    """A mail that is due: which entries, to whom, and its owner's own word for what kind of mail it is. `groups` are
+    those of its entries."""
 
-    items: tuple[int, ...]
+    entries: tuple[int, ...]
     recipients: tuple[str, ...]
     kind: str = ""
-    lanes: tuple[str, ...] = ()
+    groups: tuple[tuple[str, str], ...] = ()
 
 
-class Mail(NamedTuple):
-    """A frozen mail. `bare`: without pictures. `failed`, `why`: alerts that failed, which this mail tells of.
+class Delivery(NamedTuple):
+    """One message to one recipient. `recipients` are all of the message. Times are Unix time.
 
-    `recipients` are those who are left, `taken` and `refused` those who are done; `waited` is the sum of its own
-    delays in seconds: its age, which no jump of the clock changes.
+    `max_bytes`: the mail may not be larger (None: no limit; 0: it goes without pictures), because of `error`, the
+    server's last words. `refused`: they were a 5xx. `reports`, `why`: entries that were refused or failed, which this
+    mail reports.
     """
 
     number: int
     kind: str
-    items: tuple[int, ...]
+    entries: tuple[int, ...]
+    recipient: str
     recipients: tuple[str, ...]
-    failed: int = 0
-    why: str = ""
     tries: int = 0
-    waited: float = 0.0
-    bare: bool = False
-    taken: tuple[str, ...] = ()
-    refused: Mapping[str, str] = {}
-    state: int = FROZEN
-    next: float = 0.0
+    tried_at: float = 0.0
+    first_failed: float | None = None
+    data_failures: int = 0
+    max_bytes: int | None = None
     error: str | None = None
+    state: str = "open"
+    next_try: float = 0.0
+    refused: bool = False
+    reports: tuple[int, ...] = ()
+    why: str = ""
+
+
+COLUMNS = "number, kind, entries, recipient, recipients, tries, tried_at, first_failed, data_failures, max_bytes, error"
 
 
 @dataclass
 class History:
-    """What was sent: when mails of the last day went, how many are under way, when a lane or kind last began."""
+    """What was sent: when deliveries of the last day were accepted, how many open ones were never tried, and when a
+    message of each group and kind was last created. `paused` are the recipients to whom nothing can go now."""
 
-    times: deque[float] = field(default_factory=deque)
-    pending: int = 0
-    lanes: dict[str, float] = field(default_factory=dict)
+    times: Sequence[float] = ()
+    untried: int = 0
+    groups: dict[tuple[str, str], float] = field(default_factory=dict)
     kinds: dict[str, float] = field(default_factory=dict)
-
-
-class Place(NamedTuple):
-    """A picture's SHA-256, and where it lies in the file of pictures; the size is 0 where there is none."""
-
-    sum: bytes | None = None
-    at: int = 0
-    size: int = 0
+    paused: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False)
-class _Ticket:
-    items: Sequence[NewItem]
-    places: Sequence[Place]  # one an item
-    receipts: list[Receipt] | None = None
+class _Put:
+    """What one thread wants to put, and what became of it."""
+
+    entries: Sequence[NewEntry]
+    size: int
+    results: list[PutResult] | None = None
     error: Exception | None = None
-
-
-class SideFile:
-    """A file beside the database, held open; one that was removed or moved is made anew."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()  # never held during a commit
-        self._file = self._opened()
-
-    def _opened(self) -> int:
-        return os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-
-    def renew(self) -> None:
-        """Make the file anew if it was removed, moved or replaced. Raises OSError; then it is tried again next time."""
-        if file_identity(self._path) != file_identity(self._file):
-            with self._lock:
-                anew = self._opened()
-                try:
-                    self._rescue(anew)
-                except BaseException:
-                    os.close(anew)
-                    os.unlink(self._path)  # half of it keeps the room that the log needs
-                    raise
-                os.close(self._file)
-                self._file = anew
-
-    def _rescue(self, anew: int) -> None:
-        """Copy what is worth it."""
-
-    def _write(self, file: int, at: int, data: bytes) -> None:
-        while data:
-            written = pwrite(file, data, at)
-            data, at = data[written:], at + written
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            os.close(self._file)
-            self._file = -1  # the number may soon be another file's
-
-
-def _seek_and_write(file: int, data: bytes, at: int) -> int:
-    os.lseek(file, at, os.SEEK_SET)
-    return os.write(file, data)
-
-
-pwrite: Callable[[int, bytes, int], int] = getattr(os, "pwrite", _seek_and_write)  # Windows has none
-
-
-class Ticks(SideFile):
-    """Mails that are over, until the next commit settles them.
-
-    Those that everybody has are also ticked off in a file, so that the end of the process repeats none of them. Its
-    slots are written again and again: what stood there was settled long ago, and no mail's number is given twice.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._slot = -1
-        self._waiting: deque[tuple[Mail, float]] = deque()
-
-    def add(self, mail: Mail, now: float) -> bool:
-        """Remember it; True if it could be ticked off."""
-        with self._lock:
-            self._waiting.append((mail, now))
-            if mail.state != SENT:
-                return False
-            with contextlib.suppress(OSError):
-                self._slot = (self._slot + 1) % TICK_SLOTS
-                self._write(self._file, self._slot * TICK_BYTES, b"%015d\n" % mail.number)
-                return True
-        return False
-
-    def waiting(self) -> tuple[tuple[Mail, float], ...]:
-        """Mails to settle, and when they were over, oldest first."""
-        with self._lock:
-            return tuple(self._waiting)
-
-    def settled(self, number: int) -> None:
-        """So many of them, the oldest, are settled."""
-        with self._lock:
-            for _ in range(number):
-                self._waiting.popleft()
-
-    def numbers(self) -> list[int]:
-        """The mails that were ticked off before this start, settled or not."""
-        return [int(number) for number in re.findall(rb"(\d{15})\n", Path(self._path).read_bytes())]
-
-    def clear(self) -> None:
-        """Forget what is in the file."""
-        os.ftruncate(self._file, 0)
-
-
-class Pictures(SideFile):
-    """The pictures of what waits. SQLite would write each of them twice, page by page.
-
-    A row says where its picture lies. The place is free again once the end of that row is on disk, and no earlier: a
-    power cut could bring the row back.
-    """
-
-    def __init__(self, path: str, used: Iterable[Place]) -> None:
-        super().__init__(path)
-        sync_folder(path)
-        self._syncing = threading.Lock()
-        self._written = self._synced = self._failed = 0  # numbers of the last write, the last on disk, the last lost
-        self._end = 0
-        self._gaps: list[tuple[int, int]] = []  # start and end of what is free before the end
-        for place in sorted(used, key=lambda place: place.at):
-            if place.at > self._end:
-                self._gaps.append((self._end, place.at))
-            self._end = max(self._end, place.at + place.size)
-        if (size := os.fstat(self._file).st_size) > self._end:  # what a killed owner had no time to cut off
-            self._gaps.append((self._end, size))
-            self._end = size
-
-    def _opened(self) -> int:
-        """Locked: who removes the spool's lock to start a second relay shall not have two that know of free places."""
-        return lock_file(Path(self._path)) if fcntl else super()._opened()
-
-    def write(self, pictures: Sequence[bytes | None]) -> list[Place]:
-        """Put them where there is room; they are on disk when this returns. Raises OSError; then nothing was kept."""
-        if not any(pictures):
-            return [Place()] * len(pictures)
-        sums = [hashlib.sha256(picture).digest() if picture else None for picture in pictures]
-        places: list[Place] = []
-        try:
-            with self._lock:
-                for picture, digest in zip(pictures, sums, strict=True):
-                    places.append(Place(digest, self._reserved(len(picture)), len(picture)) if picture else Place())
-                    self._write(self._file, places[-1].at, picture or b"")
-                self._written += 1
-                number = self._written
-            self._sync(number)
-        except BaseException:
-            self.free(places)
-            raise
-        return places
-
-    def _sync(self, number: int) -> None:
-        """One sync does for all that was written before it began. So does its failure: the next one would succeed, and
-        what the first has lost would stay lost (wiki.postgresql.org/wiki/Fsync_Errors)."""
-        with self._syncing:
-            if self._failed < number and self._synced < number:
-                upto = self._written
-                try:
-                    sync(self._file)
-                except OSError:
-                    self._failed = upto
-                    raise
-                self._synced = upto
-            if self._failed >= number:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    def _reserved(self, size: int) -> int:
-        """Where so many bytes have room: in the first gap that is large enough, or at the end. Raises OSError."""
-        for number, (start, end) in enumerate(self._gaps):
-            if end - start >= size:
-                self._gaps[number] = (start + size, end)
-                return start
-        self._check_disk(size)
-        self._end += size
-        return self._end - size
-
-    def _check_disk(self, size: int) -> None:
-        """Raises OSError unless there is room for so many bytes more, and to spare: rows may use more of the disk.
-
-        A picture that waits at the end of the file keeps all that is free before it from the rows.
-        """
-        with contextlib.suppress(FileNotFoundError):  # the folder was removed, which is noticed elsewhere
-            disk = shutil.disk_usage(os.path.dirname(self._path) or ".")
-            if disk.free - size < 2 * reserve(disk):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def read(self, place: Place) -> bytes:
-        """The picture. Raises OSError, also if it is not the one that was written there."""
-        with self._lock, open(self._file, "rb", closefd=False) as file:  # os.read may stop early
-            file.seek(place.at)
-            picture = file.read(place.size)
-        if hashlib.sha256(picture).digest() != place.sum:
-            raise OSError(errno.EIO, "damaged on disk")
-        return picture
-
-    def free(self, places: Iterable[Place]) -> None:
-        """These places may be used again."""
-        with self._lock:
-            gaps: list[tuple[int, int]] = []
-            for start, end in sorted((*self._gaps, *((place.at, place.at + place.size) for place in places))):
-                if gaps and gaps[-1][1] == start:
-                    gaps[-1] = gaps[-1][0], end
-                elif start < end:
-                    gaps.append((start, end))
-            if gaps and gaps[-1][1] == self._end:
-                self._end = gaps.pop()[0]
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._file, self._end)
-            self._gaps = gaps
-
-    def used(self) -> int:
-        """Bytes in use."""
-        with self._lock:
-            return self._end - sum(end - start for start, end in self._gaps)
-
-    def _rescue(self, anew: int) -> None:
-        self._check_disk(self._end)
-        with open(self._file, "rb", closefd=False) as source, open(anew, "wb", closefd=False) as copy:
-            source.seek(0)
-            shutil.copyfileobj(source, copy)
-        sync(anew)
-        sync_folder(self._path)
-
-
-def sync(file: int) -> None:
-    """What was written to the file is on disk when this returns. Raises OSError."""
-    getattr(os, "fdatasync", os.fsync)(file)
-
-
-def sync_folder(path: str) -> None:
-    """The name of the file is on disk when this returns."""
-    with contextlib.suppress(OSError):  # Windows opens no folder
-        folder = os.open(Path(path).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class Outbox:
@@ -1864,43 +1808,35 @@ class Outbox:
         self.path = Path(path)
         self._schema, self._size_max = SCHEMA + schema, size_max
         self._lock = threading.RLock()
-        self._gathered: deque[_Ticket] = deque()
-        self._over: list[Place] = []  # of rows that have ended, which is not surely on disk
-        self._room = self._room_until = 0.0
+        self._puts: deque[_Put] = deque()
+        self._ended: list[tuple[Delivery, float]] = []  # attempts whose outcome is not written yet, and when they ended
+        self._gone = False  # the file was removed or replaced
         self.closed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._owned = lock_file(Path(f"{self.path}.lock"))
+            self._lock_file = lock_file(Path(f"{self.path}.lock"))
         except OSError as error:
             raise SpoolError(f"{self.path}: {error.strerror}") from error
         try:
-            with contextlib.ExitStack() as undo:
-                undo.callback(os.close, self._owned)
-                self._db = self._open_sound()
-                undo.callback(self._db.close)
-                self._pictures = Pictures(f"{self.path}.pictures", itertools.starmap(Place, self._db.execute(SHOWN)))
-                undo.callback(self._pictures.close)
-                self._ticks = Ticks(f"{self.path}.sent")
-                undo.callback(self._ticks.close)
-                self._read_ticks()
-                undo.pop_all()
-        except (sqlite3.Error, OSError) as error:
-            raise SpoolError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from error
+            self._db = self._open_sound()
+        except BaseException as error:
+            os.close(self._lock_file)
+            if isinstance(error, sqlite3.Error | OSError):
+                raise SpoolError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from error
+            raise
 
     def close(self) -> None:
-        """Close the database and let go of the lock."""
+        """Close the database and release the lock."""
         with self._lock:
             if not self.closed:
                 self.closed = True
                 self._db.close()
-                self._ticks.close()
-                self._pictures.close()
-                os.close(self._owned)
+                os.close(self._lock_file)
 
-    # opening, damage, loss
+    # opening
 
     def _open_sound(self) -> sqlite3.Connection:
-        """The database, if it is sound; else it is moved aside, what can be read is saved, and the log says so."""
+        """The database, if it is sound; else it is moved aside, what can be read is copied, and the log says so."""
         existed = self.path.exists()
         if existed and not self.path.stat().st_size:
             log.error("the spool %s was empty: what it held is lost", self.path)
@@ -1909,107 +1845,102 @@ class Outbox:
         except sqlite3.DatabaseError as error:
             if not existed or isinstance(error, sqlite3.OperationalError):
                 raise
-        aside = self._move_aside("damaged")
-        db = self._open()
-        salvage(aside, db)
-        self._recount(db)
-        found = f"{self._counts[WAITING]} alerts that wait and {self._counts[FAILED]} that failed were saved"
-        log.error("the spool %s was damaged and moved to %s; %s", self.path, aside, found)
-        return db
-
-    def _move_aside(self, why: str) -> Path:
-        aside = Path(f"{self.path}.{why}-{time.time_ns()}")
+        aside = Path(f"{self.path}.damaged-{time.time_ns()}")
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
-        return aside
+        db = self._open()
+        salvage(aside, db)
+        states = dict(db.execute("SELECT state, count(*) FROM entries GROUP BY state"))
+        waiting = states.get("waiting", 0) + states.get("sending", 0)
+        found = f"{waiting} alerts that wait and {states.get('failed', 0)} that failed were saved"
+        log.error("the spool %s was damaged and moved to %s; %s", self.path, aside, found)
+        return db
 
     def _open(self) -> sqlite3.Connection:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        identity = file_identity(file)  # before SQLite opens it: what takes its place from here on is noticed
+        self._identity = file_identity(file)  # before SQLite opens it: what takes its place from here on is noticed
         os.close(file)
         db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
-            small = self.path.stat().st_size < CHECKED_MAX_BYTES
-            if small and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            if self.path.stat().st_size < CHECKED_MAX_BYTES and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("damaged")
-            db.execute("PRAGMA secure_delete=OFF")  # Debian's default writes zeros over all that was sent
+            db.execute(f"PRAGMA page_size={PAGE_BYTES}")  # of a new file
+            db.execute("PRAGMA secure_delete=OFF")  # Debian's default writes zeros over all that was sent.
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
-            log_pages = reserve(shutil.disk_usage(self.path.parent)) // 4 // pragma(db, "page_size")
-            db.execute(f"PRAGMA wal_autocheckpoint={min(1000, max(1, log_pages))}")  # it grows on a full disk, too
             if pragma(db, "synchronous") != 2:
                 raise sqlite3.OperationalError("synchronous=FULL was not taken")
+            page = pragma(db, "page_size")
+            log_pages = min(CHECKPOINT_BYTES, reserve(shutil.disk_usage(self.path.parent)) // 4) // page
+            db.execute(f"PRAGMA wal_autocheckpoint={max(1, log_pages)}")
+            self._replace_old_tables(db)
             db.executescript(self._schema)
-            db.execute(f"SELECT count(*) FROM ({SHOWN})")  # reads what waits, in a large spool too
-            with contextlib.suppress(sqlite3.OperationalError):  # a full disk
-                db.execute("PRAGMA wal_checkpoint")  # what a killed owner has settled is on disk from here on
-            self._recount(db)
+            db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            db.execute("SELECT sum(length(checksum)) FROM entries WHERE finished_at IS NULL").fetchone()  # reads them
+            waits = db.execute("SELECT 1 FROM entries WHERE finished_at IS NULL LIMIT 1").fetchone()
+            if not waits and pragma(db, "freelist_count") * page > VACUUM_MIN_BYTES:
+                with contextlib.suppress(sqlite3.OperationalError):  # A full disk has no room for the copy.
+                    db.execute("VACUUM")
         except BaseException:
             db.close()
             raise
-        self._durable, self._identity = True, identity
         return db
 
-    def _rescue(self) -> None:
-        """The file was removed or replaced under us; our connection still has it all: write it out anew."""
-        log.error("the spool %s was removed while in use; it is written anew", self.path)
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = Path(f"{self.path}.lock")
-        if file_identity(lock) is None:
-            held, self._owned = self._owned, lock_file(lock)
-            os.close(held)
-        anew = Path(f"{self.path}.rescued")
-        anew.unlink(missing_ok=True)
-        os.close(os.open(anew, os.O_RDWR | os.O_CREAT, 0o600))
-        with contextlib.closing(sqlite3.connect(anew)) as copy:
-            self._db.backup(copy)
-        self._move_aside("removed")
-        os.replace(anew, self.path)
-        self._identity = file_identity(self.path)
-        self._db.close()  # before the new one opens: closing removes the -wal file by its name
-        self._db = self._open()
+    def _replace_old_tables(self, db: sqlite3.Connection) -> None:
+        """Drop the tables of version 1.0 of this file, if nothing waits in them. Raises SpoolError."""
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'items'").fetchone():
+            return
+        (number,) = db.execute("SELECT count(*) FROM items WHERE settled IS NULL").fetchone()
+        if number:
+            raise SpoolError(
+                f"{self.path}: made by version 1.0, which has {number} mails in it that are not sent; let that version"
+                " send or drop them, or move the file away"
+            )
+        for table in ("items", "mails", "notes"):
+            db.execute(f"DROP TABLE IF EXISTS {table}")
+        for suffix in (".pictures", ".sent", ".answer"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
     # the one way to the database
 
     @contextlib.contextmanager
-    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """BEGIN IMMEDIATE … COMMIT, one thread at a time; on disk when it is left, all or nothing.
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """BEGIN IMMEDIATE ... COMMIT for the owner's changes, one thread at a time; on disk when it is left, all or
+        nothing. Raises SpoolError; then nothing was done."""
+        with self._transaction() as db:
+            self._check_file()
+            yield db
 
-        With `durable=False` the commit survives the end of the process, but a power cut may undo it (until
-        the next durable one). Raises SpoolError; then nothing was done.
-        """
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that also writes the outcomes that are not written yet."""
         with self._lock:
-            known = len(self._over)
             try:
-                if durable:
-                    if file_identity(self.path) != self._identity:  # never acknowledge into an unlinked file
-                        self._rescue()
-                    with contextlib.suppress(OSError):  # what waits may go out; `put` takes no more
-                        self._pictures.renew()
-                    self._ticks.renew()
-                if durable != self._durable:
-                    self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-                    self._durable = durable
-                changes = self._db.total_changes
                 self._db.execute("BEGIN IMMEDIATE")
-                over = self._ticks.waiting()
-                self._settle(over)
+                ended = len(self._ended)
+                self._write_outcomes()
                 yield self._db
                 self._db.execute("COMMIT")
-                self._ticks.settled(len(over))
-                if durable and self._over and self._db.total_changes > changes:  # else nothing was synced
-                    self._pictures.free(self._over)
-                    self._over = []
+                del self._ended[:ended]
             except BaseException as error:
-                del self._over[known:]
                 with contextlib.suppress(sqlite3.Error):
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
-                    self._recount(self._db)
                 if isinstance(error, sqlite3.Error | OSError):
                     self._fail(error)
                 raise
+
+    def _check_file(self) -> None:
+        """Raises SpoolError when the file was removed or replaced: what is put into it would end with this process."""
+        if file_identity(self.path) != self._identity:
+            if not self._gone:
+                self._gone = True
+                log.error(
+                    "the spool %s was removed or replaced: nothing new is accepted. What waits still goes out: stop this"
+                    " program only when a ping or the log says that nothing waits, then start it again", self.path,
+                )  # fmt: skip
+            raise SpoolError(f"{self.path}: the file was removed or replaced")
 
     def rows(self, sql: str, *values: object) -> list[Any]:
         """The rows of a query, outside any transaction. Raises SpoolError."""
@@ -2021,385 +1952,426 @@ class Outbox:
 
     def _fail(self, error: Exception) -> NoReturn:
         """What the database raises becomes a SpoolError; after damage it is opened anew."""
-        if re.search("malformed|not a database|closed database", str(error)) and not self.closed:
+        if re.search("malformed|not a database|closed database", str(error)) and not (self.closed or self._gone):
             with contextlib.suppress(sqlite3.Error, OSError):
                 self._db.close()
                 self._db = self._open_sound()
-                self._ticks.clear()  # it may count from 1 again
         full = bool(NO_ROOM.search(str(error)))
         if full or "disk I/O" in str(error):  # so says SQLite of a log that may not grow
-            self._reclaim()
+            self._empty_log()
         raise (DiskFull if full else SpoolError)(f"{self.path}: {error}") from error
+
+    def _empty_log(self) -> None:
+        """Free the room that the write-ahead log takes. Who reads the database meanwhile is not waited for: everybody
+        would wait for him."""
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA busy_timeout=0")
+            try:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout={BUSY_S * 1000}")
 
     # putting
 
-    def put(self, items: Sequence[NewItem]) -> list[Receipt]:
-        """Add items; when this returns they are on disk. Threads that arrive meanwhile share the next commit.
+    def put(self, entries: Sequence[NewEntry]) -> list[PutResult]:
+        """Add entries; when this returns they are on disk. Threads that arrive meanwhile share the next commit.
 
         The same id with the same content is a duplicate; with other content it gets a suffix. Raises SpoolError.
         """
-        ticket = _Ticket(items, self._laid_down([item.picture for item in items]))
-        self._gathered.append(ticket)
-        with self._lock:  # whoever gets it commits all that gathered; the others find their tickets done
-            if ticket.receipts is None and ticket.error is None:
-                self._commit([self._gathered.popleft() for _ in range(len(self._gathered))])
-        if ticket.receipts is None:
-            if any(place.size for place in ticket.places):
-                with self._lock:
-                    self._over += ticket.places  # its rows may stand in the log, and come back with it
-                    self._reclaim()
+        mine = _Put(entries, sum(len(entry.payload) + len(entry.picture or b"") for entry in entries))
+        self._puts.append(mine)
+        while mine.results is None and mine.error is None:
+            with self._lock:  # Whoever gets it commits for all; the others find that theirs is done.
+                if mine.results is None and mine.error is None:
+                    self._commit(self._gathered())
+        if mine.error:
             try:
-                raise ticket.error or SpoolError("interrupted")
+                raise mine.error
             finally:
-                ticket.error = None  # else the two keep each other alive, and all that stands on the stack
-        shown = zip(ticket.places, ticket.receipts, strict=True)
-        if unused := [place for place, receipt in shown if place.size and not receipt.new]:
-            self._pictures.free(unused)
-        return ticket.receipts
+                mine.error = None  # Else the two keep each other alive, and all that stands on the stack.
+        assert mine.results is not None
+        return mine.results
 
-    def _laid_down(self, pictures: Sequence[bytes | None], again: bool = True) -> Sequence[Place]:
-        """The pictures on disk, each by the thread that brings it."""
-        if size := sum(len(picture or b"") for picture in pictures):
-            self.check_room(0, size)
-        try:
-            return self._pictures.write(pictures)
-        except OSError as error:
-            with self._lock:
-                if again and NO_ROOM.search(str(error)):
-                    self._reclaim()
-                    return self._laid_down(pictures, again=False)
-                self._fail(error)
+    def _gathered(self) -> list[_Put]:
+        """What has gathered, oldest first, up to COMMIT_MAX_BYTES."""
+        puts = [self._puts.popleft()]
+        size = puts[0].size
+        while self._puts and size + self._puts[0].size <= COMMIT_MAX_BYTES:
+            puts.append(self._puts.popleft())
+            size += puts[-1].size
+        return puts
 
-    def _commit(self, tickets: Sequence[_Ticket]) -> None:
+    def _commit(self, puts: Sequence[_Put]) -> None:
+        """Store them in one transaction, or note why not. What is wrong with one costs only itself."""
         try:
-            self.check_room(sum(len(item.payload) for ticket in tickets for item in ticket.items))
+            self.check_room(sum(put.size for put in puts))
             with self.transaction() as db:
-                self._pictures.renew()
-                done = [list(map(self.add, itertools.repeat(db), one.items, one.places)) for one in tickets]
-        except Exception as error:
-            alone = len(tickets) == 1 or (isinstance(error, SpoolError) and not isinstance(error, SpoolFull))
-            for ticket in tickets:
-                ticket.error = error
-                if not alone:  # what is wrong with one costs only itself
-                    self._commit([ticket])
+                done = [[self.add(db, entry) for entry in put.entries] for put in puts]
+        except BaseException as error:
+            alone = len(puts) == 1 or (isinstance(error, SpoolError) and not isinstance(error, SpoolFull))
+            for put in puts:
+                if alone or not isinstance(error, Exception):
+                    put.error = error if isinstance(error, Exception) else SpoolError("interrupted")
+                else:
+                    self._commit([put])
+            if not isinstance(error, Exception):
+                raise
         else:
-            for ticket, receipts in zip(tickets, done, strict=True):
-                ticket.receipts = receipts
+            for put, results in zip(puts, done, strict=True):
+                put.results = results
 
-    def check_room(self, rows: int, pictures: int = 0) -> None:
-        """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them.
+    def add(self, db: sqlite3.Connection, entry: NewEntry) -> PutResult:
+        """Add an entry inside a transaction."""
+        checksum = hashlib.sha256(entry.payload).digest()
+        picture_checksum = hashlib.sha256(entry.picture).digest() if entry.picture else None
+        name = entry.id
+        while not entry.unique:
+            known = db.execute("SELECT checksum, picture_checksum FROM entries WHERE id = ?", (name,)).fetchone()
+            if known is None:
+                break
+            if known == (checksum, picture_checksum) or name != entry.id:
+                return PutResult(name, new=False)
+            digest = hashlib.sha256(checksum + (picture_checksum or b"")).hexdigest()
+            name = f"{entry.id[:115]}-{digest[:12]}"
+        row = (name, entry.kind, entry.source, entry.arrived, checksum, picture_checksum, entry.payload)
+        seq = db.execute(
+            "INSERT INTO entries(id, kind, source, arrived, checksum, picture_checksum, payload)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)", row,
+        ).lastrowid  # fmt: skip
+        if entry.picture:
+            db.execute("INSERT INTO pictures VALUES (?, ?)", (seq, entry.picture))
+        return PutResult(name, new=True)
 
-        An eighth of what was found may be used up, and ROOM_S may pass, before the next look.
-        """
-        self._room -= 4 * (rows + pictures)  # rows take more than what they hold
-        if self._room > 0 and time.monotonic() < self._room_until:
-            return
-        spare, disk = self._spare(rows, pictures)
+    def check_room(self, size: int) -> None:
+        """Raises SpoolFull unless there is room for so many bytes, and for writing down what becomes of them."""
+        spare, disk = self._spare(size)
         if min(spare, disk) < 0:
-            self._reclaim()
-            spare, disk = self._spare(rows, pictures)
+            self._empty_log()
+            spare, disk = self._spare(size)
         if spare < 0:
             raise SpoolFull(f"{self.path}: no more than {self._size_max} bytes are allowed, and they are used")
         if disk < 0:
             raise DiskFull(f"{self.path}: the disk is full")
-        self._room, self._room_until = min(spare, disk) / 8, time.monotonic() + ROOM_S
 
-    def _spare(self, rows: int, pictures: int) -> tuple[float, float]:
+    def _spare(self, size: int) -> tuple[float, float]:
         """Bytes left after so many more: of what the spool may take, and of the disk.
 
-        Rows are written twice, into the log and then into the database, which may have unused room. Pictures see to
-        the disk themselves.
+        What is put is written twice, into the log and then into the database, which may have unused room.
         """
-        pages, free, page = (
-            self.rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
-        )
-        used = (pages - free) * page + self._pictures.used()
-        spare = math.inf if self._size_max is None else self._size_max - used - rows - pictures
+        pages, free, page = (self.rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size"))
+        spare = math.inf if self._size_max is None else self._size_max - (pages - free) * page - size
         try:
-            disk, waits = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
-        except FileNotFoundError:  # nothing was written yet, or the folder was removed, which is noticed elsewhere
+            disk, in_log = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
+        except FileNotFoundError:  # Nothing was written yet, or the folder was removed, which is noticed elsewhere.
             return spare, 0
-        return spare, disk.free - reserve(disk) - rows - max(0, waits + rows - free * page)
+        return spare, disk.free - reserve(disk) - size - max(0, in_log + size - free * page)
 
-    def _reclaim(self) -> None:
-        """Free what the log holds for nothing, and the places of pictures whose end is on disk when it is empty.
-
-        Who reads the database meanwhile is not waited for: everybody would wait for him.
-        """
-        with self._lock, contextlib.suppress(sqlite3.Error):
-            self._db.execute("PRAGMA busy_timeout=0")
-            try:
-                busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            finally:
-                self._db.execute(f"PRAGMA busy_timeout={BUSY_S * 1000}")
-            if not busy:
-                self._pictures.free(self._over)
-                self._over = []
-
-    def add(self, db: sqlite3.Connection, item: NewItem, place: Place = Place()) -> Receipt:  # noqa: B008
-        """Add an item inside a transaction; `place` is where its picture lies."""
-        sums = hashlib.sha256(item.payload).digest(), place.sum
-        name = item.id
-        while not item.fresh:
-            known = db.execute("SELECT sum, picture_sum FROM items WHERE id = ?", (name,)).fetchone()
-            if known is None:
-                break
-            if known == sums or name != item.id:
-                return Receipt(name, new=False)
-            name = f"{item.id[:115]}-{hashlib.sha256(sums[0] + (sums[1] or b'')).hexdigest()[:12]}"
-        db.execute(
-            "INSERT INTO items(id, lane, arrived, payload, sum, picture_sum, picture_at, picture_size)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (name, item.lane, item.arrived, item.payload, sums[0], *place),
-        )  # fmt: skip
-        self._counts[WAITING] += 1
-        return Receipt(name, new=True)
+    def half_full(self) -> bool:
+        """Is more than half of what the spool may take in use?"""
+        return self._size_max is not None and self._spare(0)[0] < self._size_max / 2
 
     # planning
 
-    def waiting(self, after: int = 0) -> Iterator[Waiting]:
-        """What waits and is in no mail yet, oldest first, page by page, without payloads."""
-        sql = "SELECT seq, id, lane, arrived, taken FROM items WHERE settled IS NULL AND state = 0 AND seq > ?"
+    def pending(self, after: int = 0) -> Iterator[PendingEntry]:
+        """What waits, oldest first, page by page, without payloads."""
+        sql = "SELECT seq, id, kind, source, arrived, served FROM entries WHERE state = 'waiting' AND seq > ?"
         while True:
             page = self.rows(f"{sql} ORDER BY seq LIMIT {PAGE_ROWS}", after)
-            for seq, name, lane, arrived, taken in page:
-                yield Waiting(seq, name, lane, arrived, frozenset(json.loads(taken) if taken else ()))
-                after = seq
+            yield from map(_pending, page)
             if len(page) < PAGE_ROWS:
                 return
+            after = page[-1][0]
 
-    def newest(self) -> int:
-        """The row number of the newest item."""
-        return int(self.rows("SELECT max(seq) FROM items")[0][0] or 0)
+    def newest(self, number: int) -> list[PendingEntry]:
+        """The newest that wait, newest first."""
+        sql = "SELECT seq, id, kind, source, arrived, served FROM entries WHERE state = 'waiting'"
+        return [_pending(row) for row in self.rows(f"{sql} ORDER BY seq DESC LIMIT ?", number)]
 
-    def begun(self, since: float) -> History:
-        """When mails of each lane and kind last began, since then."""
+    def history(self, since: float) -> History:
+        """When a message of each group and kind was last created, since then."""
         history = History()
-        for kind, lane, when in self.rows(
-            "SELECT mails.kind, items.lane, mails.begun FROM mails, json_each(mails.items) AS one"
-            " JOIN items ON items.seq = one.value WHERE mails.begun > ? ORDER BY mails.begun", since,
+        for kind, group_kind, source, when in self.rows(
+            "SELECT deliveries.kind, entries.kind, source, created_at FROM deliveries, json_each(deliveries.entries) AS one"
+            " JOIN entries ON seq = one.value WHERE created_at > ? ORDER BY created_at", since,
         ):  # fmt: skip
-            history.kinds[kind] = history.lanes[lane] = when
+            history.kinds[kind] = history.groups[group_kind, source] = when
         return history
 
-    def budget(self, now: float, limit: int) -> tuple[deque[float], int]:
-        """When the newest `limit` mails of the last day went, and how many are under way.
+    def budget(self, now: float, limit: int) -> tuple[list[float], int]:
+        """When the newest `limit` deliveries of the last day were accepted, and how many open ones were never tried.
 
-        Some may be over since `now`, or the clock was set back: those of the next day count, too.
+        Some may have ended since `now`, or the clock was set back: those of the next day count, too.
         """
-        sql = "SELECT settled FROM mails WHERE settled > ? AND settled <= ? AND taken != '[]'"
-        with self._lock:  # a commit between the two would count its mails in neither
-            rows = self.rows(f"{sql} ORDER BY settled DESC LIMIT ?", now - DAY_S, now + DAY_S, limit)
-            pending = self.rows("SELECT count(*) FROM mails WHERE state = 1")[0][0]
-        return deque(when for (when,) in reversed(rows)), pending
+        sql = "SELECT finished_at FROM deliveries WHERE finished_at > ? AND finished_at <= ? AND state = 'sent'"
+        with self._lock:
+            self.flush()
+            rows = self.rows(f"{sql} ORDER BY finished_at DESC LIMIT ?", now - DAY_S, now + DAY_S, limit)
+            untried = self.rows("SELECT count(*) FROM deliveries WHERE state = 'open' AND tried_at = 0")[0][0]
+        return [when for (when,) in reversed(rows)], untried
 
-    def freeze(self, drafts: Sequence[Draft], now: float) -> list[Mail]:
-        """Make each draft a mail, durably: from now on, whatever happens, it is the same mail.
+    def create(self, due: Sequence[DueMessage], now: float) -> list[Delivery]:
+        """Make deliveries of what is due, durably: from now on each is the same message, whatever happens.
 
-        What waits no longer is left out. The first of them tells of the failures that nobody was told of.
+        Entries that wait no longer are left out.
         """
-        mails: list[Mail] = []
-        with self.transaction() as db:
-            failed, _, why = db.execute(UNTOLD).fetchone()
-            wanted = json.dumps([seq for draft in drafts for seq in draft.items])
-            mark = f"UPDATE items SET state = 1 WHERE state = 0 AND {SEQS} RETURNING seq"
-            marked = {seq for (seq,) in db.execute(mark, (wanted,))}
-            for draft in drafts:
-                items = tuple(seq for seq in draft.items if seq in marked)
-                marked.difference_update(items)
-                if not items:
-                    continue
-                number = db.execute(
-                    "INSERT INTO mails(kind, items, recipients, failed, why, begun, next) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (draft.kind, json.dumps(items), json_list(draft.recipients), failed, why or "", now, now),
-                ).lastrowid
-                if failed:
-                    db.execute("UPDATE items SET told = ? WHERE state = 3 AND told = 0", (number,))
-                mails.append(Mail(number or 0, draft.kind, items, draft.recipients, failed, why or ""))
-                failed, why = 0, ""
-        return mails
+        created: list[Delivery] = []
+        with self._transaction() as db:
+            for message in due:
+                number = len(message.recipients)
+                sql = f"UPDATE entries SET state = 'sending', open = open + ? WHERE state = 'waiting' AND {SEQS}"
+                found = {seq for (seq,) in db.execute(f"{sql} RETURNING seq", (number, json.dumps(message.entries)))}
+                entries = tuple(seq for seq in message.entries if seq in found)
+                lists = json.dumps(entries), json.dumps(message.recipients)
+                for recipient in message.recipients if entries else ():
+                    row = (message.kind, lists[0], recipient, lists[1], now, now)
+                    sql = "INSERT INTO deliveries(kind, entries, recipient, recipients, created_at, next_try)"
+                    cursor = db.execute(f"{sql} VALUES (?, ?, ?, ?, ?, ?)", row)
+                    created.append(
+                        Delivery(cursor.lastrowid or 0, message.kind, entries, recipient, message.recipients)
+                    )
+                if not number:
+                    self._end_entries(db, entries, now)  # Nobody is left who should get them.
+        return created
 
-    def due(self, now: float, latest: float, busy: Collection[int], most: int) -> list[Mail]:
-        """Frozen mails to try again now. One that is due later than `latest` is due now: the clock was set back."""
-        taken = {*busy, *(mail.number for mail, _ in self._ticks.waiting())}
-        found = self._mails("(next <= ? OR next > ?) ORDER BY next LIMIT ?", now, latest, most + len(taken))
-        return [mail for mail in found if mail.number not in taken][:most]
+    def due(
+        self, now: float, known: Collection[int], troubled: Collection[str], most: int, room: float
+    ) -> tuple[list[Delivery], float]:
+        """Open deliveries whose time has come, and when to ask again: not those that are `known`, not those of
+        `troubled` recipients, and of those that were tried before no more than there is `room` for."""
+        known = {*known, *(delivery.number for delivery, _ in self._ended)}
+        others = "FROM deliveries WHERE state = 'open' AND recipient NOT IN (SELECT value FROM json_each(?))"
+        names, limit = json.dumps(list(troubled)), most + len(known)
+        with self._lock:
+            sql = f"SELECT {COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
+            rows = self.rows(sql, names, now, limit)
+            ((later,),) = self.rows(f"SELECT min(next_try) {others} AND next_try > ?", names, now)
+        found = [delivery for delivery in map(_delivery, rows) if delivery.number not in known][:most]
+        untried = [delivery for delivery in found if not delivery.tried_at]
+        tried = [delivery for delivery in found if delivery.tried_at]
+        allowed = tried[: int(max(0, min(room, most)))]
+        left_out = len(rows) == limit or len(allowed) < len(tried)
+        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf)
 
-    def _mails(self, which: str, *values: object) -> list[Mail]:
-        sql = "SELECT mail, kind, items, recipients, failed, why, tries, waited, bare, taken, refused FROM mails"
-        return [
-            Mail(number, kind, tuple(json.loads(items)), tuple(json.loads(to)), failed, why, tries, waited, bool(bare),
-                 tuple(json.loads(taken)), json.loads(refused))
-            for number, kind, items, to, failed, why, tries, waited, bare, taken, refused
-            in self.rows(f"{sql} WHERE state = 1 AND {which}", *values)
-        ]  # fmt: skip
+    def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
+        """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
+        sql = f"SELECT {COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ? AND next_try <= ?"
+        ended = {delivery.number for delivery, _ in self._ended}
+        rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT ?", recipient, now, 1 + len(ended))
+        return next((delivery for delivery in map(_delivery, rows) if delivery.number not in ended), None)
 
-    # rendering and settling
+    # delivering
 
-    def load(self, mail: Mail) -> list[Item]:
-        """The items of a mail that are still in it, each verified against its checksum. Raises Damaged."""
-        sql = "SELECT id, lane, arrived, payload, sum, picture_sum, picture_at, picture_size FROM items"
-        sql += " WHERE seq = ? AND state = 1"
-        items = []
-        for seq in mail.items:
-            for name, lane, arrived, payload, wanted, *shown in self.rows(sql, seq):
-                if type(payload) is not bytes or hashlib.sha256(payload).digest() != wanted:
+    def load(self, delivery: Delivery) -> list[Entry]:
+        """The entries of a delivery that are still in it, each verified against its checksum. Raises Damaged."""
+        sql = "SELECT id, kind, source, arrived, payload, checksum, picture_checksum FROM entries"
+        sql += " WHERE seq = ? AND state IN ('sending', 'waiting')"
+        entries = []
+        for seq in delivery.entries:
+            for name, kind, source, arrived, payload, checksum, shown in self.rows(sql, seq):
+                if type(payload) is not bytes or hashlib.sha256(payload).digest() != checksum:
                     raise Damaged(seq)
-                load = functools.partial(self._picture, seq, Place(*shown)) if shown[0] else lambda: None
-                items.append(Item(seq, name, lane, arrived, payload, load))
-        return items
+                load = functools.partial(self._picture, seq, shown) if shown else lambda: None
+                entries.append(Entry(seq, name, kind, source, arrived, payload, load, shown is not None))
+        return entries
 
-    def _picture(self, seq: int, place: Place) -> bytes | None:
+    def _picture(self, seq: int, checksum: bytes) -> bytes | None:
         """The picture; None if it cannot be read any more: its mail goes without it."""
         try:
-            return self._pictures.read(place)
-        except OSError as error:
-            if self.rows("SELECT 1 FROM items WHERE seq = ? AND state = 1", seq):  # else it was dropped meanwhile
-                log.error("%s: the picture of row %d is left out: %s", self.path, seq, error.strerror)
+            for (data,) in self.rows("SELECT data FROM pictures WHERE seq = ?", seq):
+                if hashlib.sha256(data).digest() == checksum:
+                    return bytes(data)
+                log.error("%s: the picture of entry %d is damaged and is left out", self.path, seq)
+        except SpoolError as error:
+            log.error("the picture of entry %d is left out: %s", seq, error)
         return None
 
-    def untold(self) -> tuple[int, str]:
-        """How many alerts failed without anybody having been told, and why (the first three reasons)."""
-        ((number, _, why),) = self.rows(UNTOLD)
-        return number, why or ""
+    def unreported(self, but: Collection[int] = ()) -> tuple[tuple[int, ...], str]:
+        """The entries that were refused or failed without a mail that said so, and why (the first three reasons)."""
+        rows = [row for row in self.rows(f"SELECT seq, error FROM entries WHERE {UNREPORTED}") if row[0] not in but]
+        reasons = dict.fromkeys(error for _, error in rows)
+        return tuple(seq for seq, _ in rows), "; ".join(list(reasons)[:3])
 
-    def settle(self, mail: Mail, now: float) -> bool:
-        """How an attempt ended: the next commit writes it down. Needs no disk sync: a power cut at worst makes the
-        attempt happen again.
+    def finish(self, delivery: Delivery, now: float) -> None:
+        """Note how an attempt ended; the next commit writes it. `flush` should follow soon."""
+        with self._lock:
+            self._ended.append((delivery, now))
 
-        True: everybody has the mail, and it is ticked off in a file beside the spool, so that the end of this
-        process repeats nothing. Else `flush` should follow.
-        """
-        return self._ticks.add(mail, now)
+    def unwritten(self) -> int:
+        """How many outcomes are not written yet."""
+        return len(self._ended)
 
     def flush(self) -> None:
-        """Write down what was settled. Raises SpoolError; then it stays noted."""
-        if self._ticks.waiting():
-            with self.transaction(durable=False):
+        """Write the outcomes. Raises SpoolError; then they stay noted."""
+        if self._ended:
+            with self._transaction():
                 pass
 
-    def _read_ticks(self) -> None:
-        """What the last owner had no time to settle."""
-        for number in self._ticks.numbers():
-            for mail in self._mails("mail = ?", number):
-                sent = mail._replace(state=SENT, recipients=(), taken=(*mail.taken, *mail.recipients))
-                self._ticks.add(sent, time.time())
-        with contextlib.suppress(SpoolError):  # a full disk; then the next commit that succeeds settles them
-            self.flush()
-            self._ticks.clear()
+    def _write_outcomes(self) -> None:
+        db = self._db
+        for delivery, now in self._ended:
+            row = (
+                delivery.state, delivery.next_try, delivery.tries, delivery.tried_at, delivery.first_failed,
+                delivery.data_failures, delivery.max_bytes, delivery.error, None if delivery.state == "open" else now,
+            )  # fmt: skip
+            changed = db.execute(
+                "UPDATE deliveries SET state = ?, next_try = ?, tries = ?, tried_at = ?, first_failed = ?,"
+                " data_failures = ?, max_bytes = ?, error = ?, finished_at = ? WHERE number = ? AND state = 'open'",
+                (*row, delivery.number),
+            ).rowcount
+            if not changed:  # It was dropped meanwhile.
+                continue
+            entries, who = json.dumps(delivery.entries), f"{delivery.recipient}: "
+            if delivery.refused or delivery.state == "failed":
+                db.execute(f"UPDATE entries SET error = ? WHERE {SEQS}", (who + (delivery.error or ""), entries))
+            elif delivery.state == "sent" and delivery.error:  # What it was refused for is over.
+                db.execute(f"UPDATE entries SET error = NULL WHERE substr(error, 1, ?) = ? AND {SEQS}",
+                           (len(who), who, entries))
+            if delivery.state != "open":
+                failed = delivery.state == "failed"
+                db.execute(f"UPDATE entries SET open = open - 1, failed = failed + ? WHERE {SEQS}", (failed, entries))
+                self._end_entries(db, delivery.entries, now)
+            if delivery.state == "sent" and delivery.reports:
+                db.execute(f"UPDATE entries SET reported = 1 WHERE {SEQS}", (json.dumps(delivery.reports),))
 
-    def _settle(self, over: Sequence[tuple[Mail, float]]) -> None:
-        for mail, when in over:
-            self._settle_mail(mail, when)
-        if sent := [seq for mail, _ in over if mail.state == SENT for seq in mail.items]:
-            self._end(SENT, sent, "state = 2, settled = ?, error = NULL, payload = NULL", over[-1][1])
-
-    def _settle_mail(self, mail: Mail, now: float) -> None:
-        over = None if mail.state == FROZEN else now
-        row = (mail.state, mail.next, mail.tries, mail.waited, mail.bare, mail.error, over)
-        lists = json_list(mail.recipients), json_list(mail.taken), json.dumps(mail.refused) if mail.refused else "{}"
-        self._db.execute(
-            "UPDATE mails SET state = ?, next = ?, tries = ?, waited = ?, bare = ?, error = ?, settled = ?,"
-            " recipients = ?, taken = ?, refused = ? WHERE mail = ?", (*row, *lists, mail.number),
-        )  # fmt: skip
-        if mail.failed and not mail.taken:  # nobody has read what it tells of: another mail shall
-            undo = "UPDATE items SET told = 0 WHERE settled IS NULL AND state = 3 AND told = ?"
-            self._db.execute(undo, (mail.number,))
-            self._db.execute("UPDATE mails SET failed = 0, why = '' WHERE mail = ?", (mail.number,))
-        if mail.state == FAILED:  # who has it is added to those who had it in an earlier life
-            change = "state = 3, error = ?, taken = (SELECT json_group_array(DISTINCT value) FROM (SELECT value FROM"
-            change += " json_each(coalesce(items.taken, '[]')) UNION ALL SELECT value FROM json_each(?)))"
-            self._end(FAILED, mail.items, change, mail.error, json.dumps(mail.taken))
-
-    def _end(self, state: int, items: Sequence[int], change: str, *values: object) -> None:
-        """Change items of mails that are over."""
-        number = self._update(self._db, f"{change} WHERE state = 1 AND {SEQS}", *values, json.dumps(items))
-        self._counts[WAITING] -= number
-        self._counts[state] += number
-
-    def _update(self, db: sqlite3.Connection, change: str, *values: object) -> int:
-        """Change rows; the number of them. The places of pictures that nobody needs any more are free after this."""
-        returned = "RETURNING settled, picture_sum, picture_at, picture_size"
-        rows = db.execute(f"UPDATE items SET {change} {returned}", values).fetchall()
-        self._over += [Place(*shown) for settled, *shown in rows if settled is not None and shown[0]]
-        return len(rows)
-
-    def note(self, **remarks: object) -> None:
-        """Leave remarks for `queue`."""
-        with self.transaction(durable=False) as db:
-            rows = [(name, json.dumps(value)) for name, value in remarks.items()]
-            db.executemany("INSERT OR REPLACE INTO notes VALUES (?, ?)", rows)
+    def _end_entries(self, db: sqlite3.Connection, seqs: Sequence[int], now: float) -> None:
+        """Finish those of the entries whose deliveries have all ended."""
+        names = json.dumps(seqs)
+        which = f"state = 'sending' AND open = 0 AND {SEQS}"
+        db.execute(f"UPDATE entries SET state = 'failed' WHERE failed AND {which}", (names,))
+        sql = f"UPDATE entries SET state = 'sent', finished_at = ?, error = NULL, payload = NULL WHERE {which}"
+        rows = db.execute(f"{sql} RETURNING seq, picture_checksum", (now, names)).fetchall()
+        if shown := [seq for seq, picture in rows if picture]:
+            db.execute(f"DELETE FROM pictures WHERE {SEQS}", (json.dumps(shown),))
 
     # looking after it
 
-    def retry(self, name: str = "all") -> int:
-        """Failed alerts (or one) wait again and are planned anew, and what was put off is due; the number of them."""
-        with self.transaction() as db:
-            db.execute("UPDATE mails SET next = 0 WHERE state = 1")
-        change = "state = 0, error = NULL, told = 0 WHERE settled IS NULL AND state = 3 AND ? IN (id, 'all')"
-        return self._change(change, name)
+    def retry(self, name: str = "all") -> tuple[int, int]:
+        """Failed entries (or one) wait again and are planned anew, and open deliveries are due now; how many entries
+        that is of each."""
+        with self._transaction() as db:
+            which = "state = 'failed' AND ? IN (id, 'all')"
+            failed = [seq for (seq,) in db.execute(f"SELECT seq FROM entries WHERE {which}", (name,))]
+            sql = "SELECT count(*) FROM entries WHERE state IN ('waiting', 'sending') AND seq > ? AND ? IN (id, 'all')"
+            held = self.status().get("hold", {}).get("upto", 0)
+            (others,) = db.execute(sql, (held, name)).fetchone()
+            self._wait_again(db, failed, "failed")
+            db.execute(
+                "UPDATE deliveries SET next_try = 0 WHERE state = 'open' AND EXISTS (SELECT 1 FROM"
+                " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value WHERE ? IN (id, 'all'))", (name,),
+            )  # fmt: skip
+        return len(failed), others
 
-    def drop(self, name: str = "all") -> int:
-        """What waits, is held or failed (or one) is not sent and its payload is forgotten; the number of them."""
-        change = "state = 4, settled = ?, payload = NULL WHERE settled IS NULL AND ? IN (id, 'all')"
-        return self._change(change, time.time(), name)
-
-    def lanes(self) -> list[str]:
-        """The lanes of what waits or has failed, as far as the first 2000 rows show."""
-        sql = "SELECT DISTINCT lane FROM (SELECT lane FROM items WHERE settled IS NULL LIMIT 2000)"
-        return [lane for (lane,) in self.rows(sql)]
-
-    def expire(self, newest: int, why: str) -> int:
-        """What was there when row `newest` came and is not sent yet has failed; the number of them."""
-        known = self._counts[FAILED]
-        self.flush()
-        for mail in self._mails("1"):
-            if max(mail.items) <= newest:
-                self._ticks.add(mail._replace(state=FAILED, error=why), time.time())
-        self._change("state = 3, error = ? WHERE settled IS NULL AND state = 0 AND seq <= ?", why, newest)
-        return self._counts[FAILED] - known
-
-    def quarantine(self, seq: int, why: str = "damaged on disk") -> None:
-        """A row cannot go out: it has failed; the others of its mail go on."""
-        self._change("state = 3, error = ? WHERE state = 1 AND seq = ?", why, seq)
-
-    def _change(self, change: str, *values: object) -> int:
-        with self.transaction() as db:
-            number = self._update(db, change, *values)
-            self._recount(db)
+    def void_changed(self, recipients: Callable[[str, str], Collection[str]]) -> int:
+        """Void the open deliveries to somebody who gets none of their entries any more, so that these are planned anew;
+        the number of deliveries. `recipients` tells who gets a group."""
+        number = 0
+        with self._transaction() as db:
+            rows = db.execute(f"SELECT {COLUMNS} FROM deliveries WHERE state = 'open'").fetchall()
+            for delivery in map(_delivery, rows):
+                entries = json.dumps(delivery.entries)
+                groups = db.execute(f"SELECT DISTINCT kind, source FROM entries WHERE {SEQS}", (entries,)).fetchall()
+                if not any(delivery.recipient in recipients(*group) for group in groups):
+                    db.execute("DELETE FROM deliveries WHERE number = ?", (delivery.number,))
+                    db.execute(f"UPDATE entries SET open = open - 1 WHERE {SEQS}", (entries,))
+                    self._wait_again(db, delivery.entries, "sending")
+                    number += 1
         return number
 
+    def _wait_again(self, db: sqlite3.Connection, seqs: Sequence[int], state: str) -> None:
+        """Let entries wait again, with who is served noted."""
+        served: dict[int, set[str]] = {seq: set() for seq in seqs}
+        sql = "SELECT recipient, entries FROM deliveries WHERE state IN ('sent', 'open')"
+        for recipient, entries in db.execute(sql) if seqs else ():
+            for seq in served.keys() & set(json.loads(entries)):
+                served[seq].add(recipient)
+        db.executemany(
+            "UPDATE entries SET state = 'waiting', failed = 0, error = NULL, reported = 0, served = ?"
+            " WHERE seq = ? AND state = ?", [(json.dumps(sorted(names)), seq, state) for seq, names in served.items()],
+        )  # fmt: skip
+
+    def drop(self, name: str = "all") -> tuple[int, int]:
+        """What failed or waits (or one) is not sent, and its payload is forgotten; how many entries that is of each."""
+        now = time.time()
+        with self._transaction() as db:
+            which = "state IN ('waiting', 'sending', 'failed') AND ? IN (id, 'all')"
+            rows = db.execute(f"SELECT seq, state FROM entries WHERE {which}", (name,)).fetchall()
+            change = "state = 'dropped', finished_at = ?, payload = NULL, error = NULL"
+            db.execute(f"UPDATE entries SET {change} WHERE {which}", (now, name))
+            db.execute(f"DELETE FROM pictures WHERE {SEQS}", (json.dumps([seq for seq, _ in rows]),))
+            db.execute(
+                "UPDATE deliveries SET state = 'dropped', finished_at = ? WHERE state = 'open' AND NOT EXISTS (SELECT 1"
+                " FROM json_each(deliveries.entries) AS one JOIN entries ON seq = one.value"
+                " WHERE entries.state IN ('waiting', 'sending'))", (now,),
+            )  # fmt: skip
+        failed = sum(state == "failed" for _, state in rows)
+        return failed, len(rows) - failed
+
+    def fail_entry(self, seq: int, why: str) -> None:
+        """An entry cannot go out: it has failed; the others of its mail go on."""
+        with self._transaction() as db:
+            db.execute("UPDATE entries SET state = 'failed', error = ? WHERE state IN ('waiting', 'sending') AND seq = ?", (why, seq))
+
+    def shift_times(self, seconds: float) -> None:
+        """The clock was set by so many seconds: the times of open deliveries move with it."""
+        with self._transaction() as db:
+            sql = "UPDATE deliveries SET next_try = next_try + ?, first_failed = first_failed + ? WHERE state = 'open'"
+            db.execute(sql, (seconds, seconds))
+
     def prune(self, now: float) -> int:
-        """Forget what was settled more than MEMORY_S ago, a little at a time; the number of items forgotten."""
-        old = "DELETE FROM {0} WHERE rowid IN (SELECT rowid FROM {0} WHERE settled < ? LIMIT 2000)"
-        with self.transaction(durable=False) as db:
-            db.execute(old.format("mails"), (now - MEMORY_S,))
-            gone = db.execute(old.format("items") + " RETURNING state", (now - MEMORY_S,)).fetchall()
-            for (state,) in gone:
-                self._counts[state] -= 1
-        if self._over:  # nothing came since that would have freed their places
-            self._reclaim()
-        return len(gone)
+        """Forget what ended more than MEMORY_S ago, a little at a time; the number of entries forgotten. A delivery is
+        remembered as long as one of its entries is."""
+        with self._transaction() as db:
+            old = "DELETE FROM entries WHERE seq IN (SELECT seq FROM entries WHERE finished_at < ? LIMIT 2000)"
+            gone = db.execute(old, (now - MEMORY_S,)).rowcount
+            db.execute(
+                "DELETE FROM deliveries WHERE number IN (SELECT number FROM deliveries WHERE finished_at < ? AND NOT EXISTS"
+                " (SELECT 1 FROM json_each(deliveries.entries) AS one JOIN entries ON seq = one.value) LIMIT 2000)",
+                (now - MEMORY_S,),
+            )
+        return gone
+
+    def last_accepted(self) -> float:
+        """When a delivery was last accepted by the server; 0: none that is remembered."""
+        return float(self.rows("SELECT max(finished_at) FROM deliveries WHERE state = 'sent'")[0][0] or 0.0)
 
     def counts(self) -> dict[str, int]:
-        """How many items wait (in a mail or not), were sent (and are remembered), failed."""
-        return {"queued": self._counts[WAITING], "sent": self._counts[SENT], "failed": self._counts[FAILED]}
+        """How many entries wait (created or not), were sent (and are remembered), failed."""
+        states = dict(self.rows("SELECT state, count(*) FROM entries GROUP BY state"))
+        queued = states.get("waiting", 0) + states.get("sending", 0)
+        return {"queued": queued, "sent": states.get("sent", 0), "failed": states.get("failed", 0)}
 
-    def _recount(self, db: sqlite3.Connection) -> None:
-        counts = dict.fromkeys(range(5), 0)
-        for which in ("IS NULL", "IS NOT NULL"):
-            counts |= dict(db.execute(f"SELECT state, count(*) FROM items WHERE settled {which} GROUP BY state"))
-        counts[WAITING] += counts[FROZEN]
-        self._counts = counts
+    def groups(self) -> list[tuple[str, str]]:
+        """The groups of what waits or has failed, as far as the first 2000 entries show."""
+        sql = "SELECT DISTINCT kind, source FROM (SELECT kind, source FROM entries WHERE finished_at IS NULL LIMIT 2000)"
+        return self.rows(sql)
+
+    def status(self) -> dict[str, Any]:
+        """The status values."""
+        return {name: json.loads(value) for name, value in self.rows("SELECT name, value FROM status")}
+
+    def publish_status(self, **values: object) -> None:
+        """Store status values, as JSON: for `queue`, and for the owner's next start."""
+        with self._transaction() as db:
+            self.store_status(db, **values)
+
+    def store_status(self, db: sqlite3.Connection, **values: object) -> None:
+        """The same inside a transaction."""
+        rows = [(name, json.dumps(value)) for name, value in values.items()]
+        db.executemany("INSERT OR REPLACE INTO status VALUES (?, ?)", rows)
 
 
-@functools.lru_cache(maxsize=256)
-def json_list(recipients: tuple[str, ...]) -> str:
-    """Recipients as JSON; they are mostly the same ones."""
-    return json.dumps(recipients)
+def _pending(row: Sequence[Any]) -> PendingEntry:
+    seq, name, kind, source, arrived, served = row
+    return PendingEntry(seq, name, kind, source, arrived, frozenset(json.loads(served) if served else ()))
+
+
+def _delivery(row: Sequence[Any]) -> Delivery:
+    number, kind, entries, recipient, recipients, *rest = row
+    return Delivery(number, kind, tuple(json.loads(entries)), recipient, tuple(json.loads(recipients)), *rest)
 
 
 def lock_file(path: Path) -> int:
-    """Lock `path` for this process until it ends; the kernel lets go even after kill -9. Raises SpoolBusy."""
+    """Lock `path` for this process until it ends; the kernel releases it even after kill -9. Raises SpoolBusy."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if fcntl:
@@ -2432,8 +2404,9 @@ def file_identity(path: str | Path | int) -> tuple[int, int] | None:
 
 
 def salvage(damaged: Path, into: sqlite3.Connection) -> None:
-    """Copy every row of every table that can still be read, from both ends, since a bad page stops a reader."""
-    ours = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+    """Copy every row of every table that can still be read, pictures last, from both ends, since a damaged page stops
+    a reader."""
+    ours = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name = 'pictures'"
     tables = [name for (name,) in into.execute(ours)]
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(damaged)) as db:
         into.execute("BEGIN")
@@ -2442,607 +2415,731 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
                 for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid {order}"):
                     with contextlib.suppress(sqlite3.Error):
                         into.execute(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(row))})", row)
-        into.execute(  # what lay in a mail that could not be read waits again
-            "UPDATE items SET state = 0 WHERE state = 1 AND seq NOT IN"
-            " (SELECT one.value FROM mails, json_each(mails.items) AS one WHERE mails.state = 1)"
-        )
+        lists = into.execute("SELECT entries FROM deliveries WHERE state = 'open'").fetchall()
+        open_ones = Counter(seq for (entries,) in lists for seq in json.loads(entries))
+        into.execute("UPDATE entries SET open = 0")
+        into.executemany("UPDATE entries SET open = ? WHERE seq = ?", [(number, seq) for seq, number in open_ones.items()])
+        # What was in deliveries that could not be read waits again.
+        into.execute("UPDATE entries SET state = 'waiting' WHERE state = 'sending' AND open = 0")
         into.execute("COMMIT")
 
 
 def read_queue(path: Path) -> list[dict[str, Any]]:
-    """Every item that waits, is held or failed, read without writing to the file. Raises SpoolError."""
+    """Every entry that waits, is held or failed, read without writing to the file. Raises SpoolError."""
     if not os.access(path, os.R_OK):
         raise SpoolError(f"{path}: there is no such spool, or you may not read it; --spool FILE names another")
-    # without a log nobody writes, and the file can be read without making one
+    # Without a log nobody writes, and the file can be read without making one.
     mode = "mode=ro" if Path(f"{path}-wal").exists() else "mode=ro&immutable=1"
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=5)) as db:
             db.row_factory = sqlite3.Row
-            items = db.execute(
-                "SELECT seq, id, lane, arrived, state, error FROM items WHERE settled IS NULL"
+            db.execute("BEGIN")  # one moment for all that is read
+            entries = db.execute(
+                "SELECT seq, id, kind, source, arrived, state, error FROM entries WHERE finished_at IS NULL ORDER BY seq"
             ).fetchall()
-            mails = db.execute(
-                "SELECT items, recipients, refused, next, tries, error FROM mails WHERE state IN (1, 3) ORDER BY mail"
+            deliveries = db.execute(
+                "SELECT entries, recipient, state, next_try, tries, error FROM deliveries WHERE state IN ('open', 'failed')"
+                " ORDER BY number"
             ).fetchall()
-            notes = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM notes")}
+            status = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM status")}
     except sqlite3.Error as error:
         raise SpoolError(f"{path}: {error}") from None
-    last = {seq: mail for mail in mails for seq in json.loads(mail["items"])}
-    items.sort(key=lambda item: item["seq"])
-    return [_queue_row(item, None if item["state"] == WAITING else last.get(item["seq"]), notes) for item in items]
+    of_entry: dict[int, list[sqlite3.Row]] = {}
+    for delivery in deliveries:
+        for seq in json.loads(delivery["entries"]):
+            of_entry.setdefault(seq, []).append(delivery)
+    return [_queue_row(entry, of_entry.get(entry["seq"], []), status) for entry in entries]
 
 
-def _queue_row(item: sqlite3.Row, mail: sqlite3.Row | None, notes: Mapping[str, Any]) -> dict[str, Any]:
-    hold = notes.get("hold") or {"upto": 0}
-    failed = item["state"] == FAILED
-    held = not failed and bool(hold.get("all") or (mail is None and item["seq"] <= hold["upto"]))
-    due = max(mail["next"] if mail else 0.0, hold["until"] if held else 0.0)
-    recipients = mail and (json.loads(mail["recipients"]) or list(json.loads(mail["refused"])))
+def _queue_row(entry: sqlite3.Row, deliveries: Sequence[sqlite3.Row], status: Mapping[str, Any]) -> dict[str, Any]:
+    """What `queue` shows of an entry: its open deliveries, or when it has failed those that failed, or who would get
+    it."""
+    wanted = {"sending": "open", "failed": "failed"}.get(entry["state"])
+    mine = [delivery for delivery in deliveries if delivery["state"] == wanted]
+    group = f"{entry['kind']} {entry['source']}"
+    recipients = list(dict.fromkeys(one["recipient"] for one in mine)) or status.get("recipients", {}).get(group, [])
+    pauses, hold = status.get("pauses", {}), status.get("hold") or {"upto": 0}
+    held = [pauses[key] for key in (EVERYTHING, *recipients) if key in pauses]
+    if EVERYTHING not in pauses and len(held) < len(recipients):
+        held = []  # not all of them are paused
+    if entry["state"] == "waiting" and entry["seq"] <= hold["upto"]:
+        held.append(hold)
+    error = entry["error"] or "; ".join(dict.fromkeys(one["error"] for one in mine if one["error"]))
+    due = max([min((one["next_try"] for one in mine), default=0.0), *(one["until"] for one in held)])
+    failed = entry["state"] == "failed"
     return {
-        "id": item["id"],
-        "lane": item["lane"],
+        "id": entry["id"],
+        "group": group,
         "state": "failed" if failed else "held" if held else "waiting",
-        "since": iso(item["arrived"]),
+        "since": iso(entry["arrived"]),
         "next": iso(due) if due and not failed else None,
-        "tries": mail["tries"] if mail else 0,
-        "error": hold["why"] if held else item["error"] or (mail and mail["error"]),
-        "recipients": recipients or notes.get("lanes", {}).get(item["lane"], []),
+        "tries": max((one["tries"] for one in mine), default=0),
+        "error": held[0]["why"] if held and not failed else error or None,
+        "recipients": recipients,
     }
 
 
 def iso(when: float) -> str:
-    """Wall-clock seconds -> ISO 8601, UTC."""
+    """Unix time as ISO 8601, UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(0.0, when)))
 
 
+def from_iso(text: str) -> float:
+    """What `iso` wrote, as Unix time."""
+    return dt.datetime.fromisoformat(text).timestamp()
+
+
+def local_time(when: float) -> str:
+    """Unix time as people here read it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(0.0, when)))
+
+
 # ───────────────────────────────────────────── Courier ──────────────────────────────────────────────
-# plan (pure) ─▶ connect ─▶ freeze ─▶ render (pure) ─▶ deliver ─▶ settle. The stages share the outbox and a
-# doorbell, nothing else; the bell is cleared before anyone looks.
+# plan (pure) > connect > create > render (pure) > deliver > finish. One Condition guards all that the threads share,
+# and wakes them. A pause has a key: EVERYTHING, or one recipient. While it lasts, one delivery at a time (the probe)
+# finds out whether its trouble is over.
+
+EVERYTHING = "*"  # the key of the pause of all mail; no address looks like that
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The mails that are due now; `wake`: when to plan again though nothing arrives; `why` the rest is held."""
+    """The messages that are due now; `wake`: when to plan again though nothing arrives; `why` the rest is held."""
 
-    drafts: list[Draft]
+    due: list[DueMessage]
     wake: float | None = None
     why: str = ""
 
 
-class Owner(Protocol):
-    """Who owns an outbox. Its methods are pure. `window` (seconds) and `limit` (mails) say how much of what was
-    sent the plan looks at; an owner with 0 and 0 plans each item alone, in any order."""
+class MailPolicy(Protocol):
+    """The owner of an outbox decides what is mailed. Its methods are pure. `window` (seconds) and `limit` (deliveries in
+    any 24 hours, 0: none) say how much of what was sent the plan looks at; an owner with 0 and 0 plans each entry alone,
+    in any order."""
 
     window: float
     limit: int
 
-    def plan(self, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
-        """Which mails are due. Pulls from `waiting` only until it has `most` drafts."""
+    def plan(self, waiting: Iterable[PendingEntry], sent: History, now: float, most: int) -> Plan:
+        """Which messages are due. Pulls from `waiting` only until it has `most` of them."""
 
-    def recipients(self, lane: str) -> tuple[str, ...]:
-        """Who gets what waits in this lane, as things are now."""
+    def recipients(self, kind: str, source: str) -> tuple[str, ...]:
+        """Who gets what waits in this group, as things are now."""
 
-    def render(self, mail: Mail, items: Sequence[Item]) -> Envelope:
+    def render(self, delivery: Delivery, entries: Sequence[Entry]) -> Message:
         """The mail as it goes out."""
 
 
-class _Batch:
-    """Mails that one sender has taken: those still `left`, those that were `begun`, which nobody else may take, and
-    what was `sent` to whom, which the log has yet to be told."""
+@dataclass(frozen=True)
+class RetryRules:
+    """How a delivery is retried. Times are in seconds.
 
-    def __init__(self, mails: Iterable[Mail]) -> None:
-        self.left = {mail.number: mail for mail in mails}
-        self.begun: set[int] = set()
-        self.sent: dict[str, list[str]] = {}
-        self.taken_at = time.monotonic()
+    A refusal (5xx) is final after `refused_after`, all other trouble after `max_age`, and only if the server has
+    accepted another delivery since the first failure. `pause_recipients`: three failures in a row pause a recipient.
+    """
+
+    first: float = 5.0
+    longest: float = 3600.0
+    max_age: float = 5 * DAY_S
+    refused_after: float = DAY_S
+    pause_recipients: bool = True
 
 
-def conclude(mail: Mail, outcomes: Mapping[str, Outcome], now: float, delay: float, max_age: float) -> Mail:
-    """Pure: the mail after an attempt, with its next state. No outcomes: nobody is left who should get it."""
-    taken, refused, again = [*mail.taken], {**mail.refused}, set()
-    later: dict[str, str] = {}
-    for name, outcome in outcomes.items():
-        if outcome.verdict is Verdict.SENT:
-            taken.append(name)
-        elif outcome.too_big and not mail.bare:
-            again.add(name)
-        else:
-            kept = later if outcome.verdict is Verdict.TRY_LATER else refused
-            kept[name] = str(outcome)
-    waited = mail.waited + delay * bool(later)
-    if later and waited > max_age:
-        refused |= {name: f"given up after {mail.tries + 1} tries; last: {said}" for name, said in later.items()}
-        later = {}
-    left = tuple(name for name in mail.recipients if name in later or name in again)
-    error = "; ".join(f"{name}: {said}" for name, said in (refused | later).items())
-    return mail._replace(
-        recipients=left, taken=tuple(taken), refused=refused, tries=mail.tries + 1, waited=waited,
-        bare=mail.bare or bool(again), state=FROZEN if left else FAILED if refused else SENT,
-        next=now if again else now + delay, error=error or None,
+def after_attempt(  # noqa: PLR0917
+    delivery: Delivery, outcome: Outcome, now: float, rules: RetryRules,
+    has_pictures: bool = False, probe: bool = False, accepted_at: float = 0.0,
+) -> Delivery:  # fmt: skip
+    """Pure: the delivery after an attempt that was not about us. `accepted_at` is when the server last accepted another
+    delivery; a probe costs no try."""
+    if outcome.verdict is Verdict.SENT:
+        return delivery._replace(state="sent", tries=delivery.tries + 1, tried_at=now)
+    first_failed = delivery.first_failed or now
+    refused, at_data = outcome.verdict is Verdict.REFUSED, outcome.step in ("data", "dot")
+    data_failures = delivery.data_failures + (at_data and not 400 <= outcome.code < 500)
+    tries, aged = delivery.tries + (not probe), now - first_failed
+    strip = has_pictures and delivery.max_bytes != 0
+    strip = strip and (outcome.too_big or data_failures >= 2 or (at_data and aged >= STRIP_AFTER_S))
+    delay = backoff(tries - 1, rules.first, rules.longest)
+    if refused and not (at_data and has_pictures and delivery.max_bytes != 0):  # Without its picture it may be accepted.
+        delay = max(delay, min(REFUSED_PAUSE_S, rules.refused_after))
+    if outcome.step == "dot" and not outcome.code and data_failures >= 2:  # The server may have it each time.
+        delay = max(delay, UNANSWERED_PAUSE_S)
+    over = aged >= (rules.refused_after if refused else rules.max_age) and accepted_at > first_failed
+    over = over or (refused and not rules.refused_after)
+    return delivery._replace(
+        state="failed" if over and not strip else "open",
+        tries=tries, tried_at=now, first_failed=first_failed, data_failures=data_failures, refused=refused,
+        max_bytes=delivery.max_bytes if not strip else outcome.size_limit if delivery.max_bytes is None else 0,
+        next_try=now if strip else now + delay, error=str(outcome),
     )  # fmt: skip
 
 
 def backoff(tries: int, first: float, most: float) -> float:
     """Seconds to wait after attempt `tries` (from 0): doubling from `first` up to `most`, a fifth of it jitter."""
-    return min(most, first * 2.0 ** min(tries, 40)) * random.uniform(0.8, 1.0)
+    return min(most, first * 2.0 ** min(max(tries, 0), 40)) * random.uniform(0.8, 1.0)
+
+
+@dataclass
+class Trouble:
+    """Failures with one key. It is remembered until ten deliveries went through since the last pause began, so that a
+    server that lets one through now and then does not start it all again."""
+
+    outcome: Outcome
+    failures: int = 0  # in a row
+    successes: int = 0  # since the last pause began
+    paused: bool = False
+    length: float = 0.0  # of the last pause, seconds
+    since: float = 0.0  # when it began, monotonic
+    until: float = 0.0  # when the next probe goes, monotonic
+
+
+class _Work(NamedTuple):
+    """A delivery that a sender has, ready for the wire."""
+
+    delivery: Delivery
+    message: PreparedMessage
+    about: str
+    has_pictures: bool
+    began: float  # monotonic
+
+
+def write_request(path: Path, content: object, mode: int = 0o600) -> None:
+    """Write a request to the owner of a spool, or its answer, whole or not at all. Raises OSError."""
+    draft = path.with_name(f".{path.name}")
+    draft.unlink(missing_ok=True)
+    with open(draft, "x", encoding="utf-8", opener=functools.partial(os.open, mode=mode)) as file:
+        os.chmod(draft, mode)  # whatever the umask
+        json.dump(content, file)
+    os.replace(draft, path)
 
 
 class Courier:
-    """Carries what waits in an outbox to a transport, with `senders` threads of one connection each."""
+    """Delivers what waits in an outbox through a transport, with `senders` threads of one connection each."""
 
     def __init__(
         self,
         outbox: Outbox,
-        owner: Owner,
+        policy: MailPolicy,
         transport: Callable[[], Transport],
         *,
         senders: int = 1,
-        retry_first: float = 5.0,
-        retry_max: float = 3600.0,
-        max_age: float = 5 * DAY_S,
+        rules: RetryRules = RetryRules(),
+        keep_open_s: float = KEEP_OPEN_S,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         advise: Callable[[Outcome], str] = lambda outcome: "",
     ) -> None:
-        self._outbox, self._owner, self._transport = outbox, owner, transport
-        self._clock, self._advise, self._senders = clock, advise, senders
-        self._first, self._most, self._max_age = retry_first, max(retry_max, retry_first), max_age
+        """`keep_open_s`: a connection is kept so long after its last mail. Raises SpoolError."""
+        self._outbox, self._policy, self._transport = outbox, policy, transport
+        self._senders, self._rules, self._keep_open_s = senders, rules, keep_open_s
+        self._clock, self._monotonic, self._advise = clock, monotonic, advise
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._ringing = threading.Lock()  # guards the next three
-        self._bells = {kept: threading.Condition(self._ringing) for kept in (True, False)}  # by: has a connection
-        self._idle = {True: 0, False: 0}
-        self._rings = 1
-        self._lock = threading.Lock()  # guards all that follows
-        self._batches: list[_Batch] = []  # what the senders have
-        self._most_at_once = 1  # mails in a batch
-        self._history = outbox.begun(clock() - owner.window) if owner.window else History()
-        self._fresh: int | None = None  # the newest row at the last look, while there is a backlog
-        self._replan()
-        self._hold: Outcome | None = None  # why everything waits
-        self._held_at_open = False  # a connection ends the hold; else only a delivery does
-        self._hold_tries = 0
-        self._hold_until = self._succeeded = 0.0  # monotonic
-        self._hold_marks: deque[tuple[float, int]] = deque()  # since the hold began: when, and the newest row then
+        self._changed = threading.Condition()  # guards all that follows
+        self._queue: deque[Delivery] = deque()  # created and due, with no sender yet
+        self._with_senders: dict[int, str] = {}  # deliveries that senders have, and their recipients
+        self._troubles: dict[str, Trouble] = {}
+        self._history = outbox.history(clock() - policy.window) if policy.window else History()
+        self._active = 0  # senders at work
+        self._taken_at = -math.inf  # when a sender last took a delivery, monotonic
+        self._accepted_at = outbox.last_accepted()  # when the server last accepted a delivery
+        self._unreported = True  # there may be failures to report
+        self._reporting = 0  # the delivery that reports them
+        self._clock_offset = clock() - monotonic()
         self._kept_house = -math.inf
-        self._remarked: object = None
-        self._complaint = ""  # of the disk, said once
+        self._published: object = None
+        self._last_error = ""  # of the machine, logged once
+        self._why = ""  # the last plan held something
+        self._planned: list[DueMessage] = []  # due, not created yet
+        self._retries: list[Delivery] = []  # due, not in the queue yet
+        self._look_again()
+        self._void_changed()
 
     # life
 
     def start(self) -> None:
-        """Start the sender threads and the keeper."""
+        """Start the threads."""
         for number in range(self._senders):
-            self._threads.append(threading.Thread(target=self._send_loop, name=f"sender-{number + 1}", daemon=True))
-        self._threads.append(threading.Thread(target=self._keep_loop, name="keeper", daemon=True))
+            name = f"sender-{number + 1}"
+            self._threads.append(threading.Thread(target=self._send_loop, args=(number == 0,), name=name, daemon=True))
+        self._threads.append(threading.Thread(target=self._tick_loop, name="courier", daemon=True))
         for thread in self._threads:
             thread.start()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """There is something new in the outbox."""
-        with self._ringing:
-            self._rings += 1
-            if time.monotonic() >= self._hold_until:  # while everything is held, nobody need wake for more of it
-                self._nudge()
+        with self._changed:
+            self._news = True
+            if not (self._all_paused() or self._busy()):  # else nobody need wake for more of the same
+                self._changed.notify_all()
 
     def stop(self, timeout: float = 4.0) -> None:
-        """End the threads; a mail that is under way gets `timeout` seconds, then it is left for the next start."""
+        """End the threads; what is under way gets `timeout` seconds, then it is left for the next start."""
         self._stopping.set()
-        with self._ringing:
-            for bell in self._bells.values():
-                bell.notify_all()
+        with self._changed:
+            self._changed.notify_all()
         until = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _nudge(self) -> None:
-        """Wake one idle sender, rather one that has a connection."""
-        self._bells[self._idle[True] > 0].notify()
-
-    def _wait(self, rings: int, connected: bool, seconds: float) -> None:
-        with self._ringing:
-            if self._rings == rings and not self._stopping.is_set():
-                self._idle[connected] += 1
-                try:
-                    self._bells[connected].wait(seconds)
-                finally:
-                    self._idle[connected] -= 1
-
-    def _send_loop(self) -> None:
-        transport = self._transport()
-        used, connected = 0.0, False
+    def _send_loop(self, first: bool) -> None:
+        transport, used = self._transport(), math.inf  # when the connection was last used; infinity: there is none
         while not self._stopping.is_set():
-            rings = self._rings
-            with self._stumbling(pause=TICK_S):
-                if self.step(transport):
-                    used, connected = time.monotonic(), True
-                    continue
-                left = used + LINGER_S - time.monotonic()
-                if connected and left <= 0:
-                    transport.close()
-                    connected = False
-                self._wait(rings, connected, min(left, TICK_S) if connected else TICK_S)
+            try:
+                if self.run(transport, first):
+                    used = self._monotonic()
+            except Exception as error:
+                self._log_trouble(error)
+                self._stopping.wait(TICK_S)
+            if self._monotonic() - used >= self._keep_open_s:
+                transport.close()
+                used = math.inf
+            with self._changed:
+                if not (self._stopping.is_set() or self._may_begin(first)):
+                    self._changed.wait(self._seconds_to_wait())
         transport.close()
 
-    def _keep_loop(self) -> None:
-        while not self._stopping.is_set():
-            with self._stumbling(pause=TICK_S):
-                if not self._stopping.wait(TICK_S):
-                    self.tick()
+    def _seconds_to_wait(self) -> float:
+        """How long an idle sender waits before it looks again though nobody wakes it."""
+        next_one = math.inf if self._all_paused() else min(self._wake, self._retry_at) - self._clock()
+        return max(0.01, min(TICK_S, JOIN_AFTER_S if self._active else TICK_S, next_one))
 
-    @contextlib.contextmanager
-    def _stumbling(self, pause: float = 0.0) -> Iterator[None]:
-        """Whatever fails is logged, and the thread goes on."""
-        try:
-            yield
-        except (SpoolError, MemoryError) as error:
-            self._complain(error)
-            self._stopping.wait(pause)
-        except Exception:
-            log.exception("%s stumbled; it goes on", threading.current_thread().name)
-            self._stopping.wait(pause)
+    def _tick_loop(self) -> None:
+        while not self._stopping.wait(TICK_S):
+            try:
+                self.tick()
+            except Exception as error:
+                self._log_trouble(error)
 
-    def _complain(self, error: SpoolError | MemoryError) -> None:
-        words = str(error) or "out of memory"
-        if words != self._complaint and not self._stopping.is_set():
-            self._complaint = words
-            log.error("%s", words)
+    def _log_trouble(self, error: Exception) -> None:
+        """A thread goes on whatever fails. Trouble of the machine is logged once, until another one comes."""
+        if not isinstance(error, SpoolError | MemoryError):
+            log.error("%s failed; it goes on", threading.current_thread().name, exc_info=error)
+        elif str(error) != self._last_error and not self._stopping.is_set():
+            self._last_error = str(error)
+            log.error("%s", error or "out of memory")
 
-    # a few mails
+    # one sender's work
 
-    def step(self, transport: Transport) -> bool:
-        """Carry what is due, a few mails at a time; False if there was nothing to do.
-
-        The connection comes before anything is frozen: what waits for a server that is away stays free to be
-        planned anew.
-        """
-        with self._lock:
-            if self._brisk() or not self._due():
+    def run(self, transport: Transport, first: bool = True) -> bool:
+        """Deliver until nothing is due; False if nothing was. Of several senders the `first` one begins."""
+        with self._changed:
+            if not self._may_begin(first):
                 return False
-        if not self._opened(transport):
-            return False
-        with self._lock:
-            if not self._due():  # another sender was quicker
-                return True
-            batch = _Batch(self._freeze())
-            self._batches.append(batch)
+            self._active += 1
+        held: list[_Work] = []  # what this sender has: a delivery, and one that follows it
         try:
-            self._carry(batch, transport)
+            while held or self._begin(transport, held):
+                outcome = transport.send(held[0].message, functools.partial(self._look_ahead, held))
+                self._conclude(held.pop(0), outcome)
+                if held and not self._may_follow(held[0].delivery):
+                    self._release(held.pop().delivery)
+                    transport.close()
         finally:
-            with self._lock:
-                self._batches.remove(batch)
+            for work in held:
+                self._release(work.delivery)
+            with self._changed:
+                self._active -= 1
+            self._flush()
         return True
 
-    def _brisk(self) -> bool:
-        """Do full batches go out so quickly that a second sender would only take the interpreter from the first?"""
-        since = time.monotonic() - BRISK_S
-        return self._most_at_once == BATCH_MAILS and any(batch.taken_at > since for batch in self._batches)
-
-    def _opened(self, transport: Transport) -> bool:
-        began = time.monotonic()
-        try:
-            transport.open()
-        except Unavailable as error:
-            at_work = any(batch.taken_at > began - PROBE_MAX_S for batch in self._batches)
-            if self._succeeded < began and not at_work:  # else another sender shows that the server is there
-                self._hold_back(error.outcome)
-                self._held_at_open = True
+    def _may_begin(self, first: bool) -> bool:
+        """May an idle sender begin? The first one does the work; another joins when deliveries wait and none has gone
+        for JOIN_AFTER_S."""
+        if self._busy() or not (first or self._active):
             return False
-        if self._held_at_open:
-            self._release()
-        return True
+        return not self._all_paused() and self._find_due()
 
-    # planning
+    def _busy(self) -> bool:
+        """Do the senders at work keep up?"""
+        return bool(self._active) and self._monotonic() - self._taken_at < JOIN_AFTER_S
 
-    def _replan(self) -> None:
-        """Plan from the first row again: something changed under the plan."""
-        self._drafts: list[Draft] = []  # due, not frozen yet
-        self._retries: list[Mail] = []  # frozen, and due again
-        self._seen = 0  # rows up to this one are held until _wake
-        self._wake = self._looked = 0.0
-        self._heard = 0
-        self._why = ""
+    def _begin(self, transport: Transport, held: list[_Work]) -> bool:
+        """Take the next delivery; False if none is due. The connection comes before anything is created, so that what
+        waits for a server that is away stays free to be planned anew."""
+        while not self._stopping.is_set():
+            began = self._monotonic()
+            with self._changed:
+                if self._all_paused() or not self._find_due():
+                    return False
+                self._taken_at = began
+                if probing := self._paused(EVERYTHING):
+                    probing.until = began + probing.length  # Nobody else tries meanwhile.
+            try:
+                transport.open()
+            except Unavailable as error:
+                self._note_failure(EVERYTHING, error.outcome, began)
+                return False
+            with self._changed:
+                if probing and probing.outcome.step in STEPS_BEFORE_MAIL:
+                    self._resume(EVERYTHING, probing)
+                delivery = self._take()
+            if delivery and self._prepare(delivery, held):
+                return True
+            if probing:
+                probing.until = 0.0  # The server was not asked.
+        return False
 
-    def _due(self) -> bool:
-        """Is anything due? While everything is held, one mail at a time finds out whether that is over."""
-        if self._drafts or self._retries:
-            return True
-        if self._hold and time.monotonic() < self._hold_until:
-            return False
-        now = self._clock()
-        most = 1 if self._hold else self._most_at_once
-        busy = {number for batch in self._batches for number in (*batch.left, *batch.begun)}
-        self._retries = self._outbox.due(now, now + 2 * self._most, busy, most)
-        if not (self._hold and self._retries):
-            self._plan(now, most)
-        if self._hold and (self._drafts or self._retries):
-            self._hold_until = time.monotonic() + self._pause()  # nobody else tries meanwhile
-        return bool(self._drafts or self._retries or self._late())
+    def _look_ahead(self, held: list[_Work]) -> PreparedMessage | None:
+        """The next message, if one is due: for the transport, which begins it together with the end of this one."""
+        with self._changed:
+            if self._stopping.is_set() or self._paused(EVERYTHING) or not self._find_due():
+                return None
+            delivery = self._take()
+        return held[-1].message if delivery and self._prepare(delivery, held) else None
+
+    def _may_follow(self, delivery: Delivery) -> bool:
+        """May a delivery still go that was begun before the outcome of the last one was known?"""
+        with self._changed:
+            paused = self._paused(EVERYTHING) or self._paused(delivery.recipient)
+            return not (self._stopping.is_set() or paused)
+
+    def _take(self) -> Delivery | None:
+        """The next delivery. Who finds the queue empty fills it with what is due; what was planned is created."""
+        if not self._queue:
+            now = self._clock()
+            self._queue.extend(self._retries)
+            created = self._outbox.create(self._planned, now) if self._planned else ()
+            self._queue.extend(one for one in created if one.recipient not in self._troubles_now())
+            for message in self._planned if self._policy.window else ():
+                self._history.kinds[message.kind] = now
+                self._history.groups.update(dict.fromkeys(message.groups, now))
+            self._retries, self._planned = [], []
+        if not self._queue:
+            return None
+        delivery = self._queue.popleft()
+        self._with_senders[delivery.number] = delivery.recipient
+        self._taken_at = self._monotonic()
+        return delivery
+
+    def _release(self, delivery: Delivery) -> None:
+        """A sender has it no longer. If it is open in the database, it will be found there."""
+        with self._changed:
+            self._with_senders.pop(delivery.number, None)
+            self._retry_at = 0.0
+            if self._reporting == delivery.number:
+                self._reporting = 0
+
+    # what is due
+
+    def _look_again(self) -> None:
+        """Look for everything anew, because something has changed."""
+        self._planned, self._retries = [], []
+        self._retry_at = 0.0  # when the next open delivery is due
+        self._wake = self._planned_at = 0.0  # the last plan holds until _wake ...
+        self._planned_to = 0  # ... the entries up to this one
+        self._news = True  # there may be entries that no plan has seen
+
+    def _find_due(self) -> bool:
+        """Is anything due? While all mail waits, one message finds out whether that is over."""
+        if not (self._queue or self._retries or self._planned):
+            now, most = self._clock(), 1 if self._paused(EVERYTHING) else FILL
+            if self._policy.limit:
+                self._history.times, self._history.untried = self._outbox.budget(now, self._policy.limit)
+            self._find_retries(now, most)
+            if len(self._retries) < most:
+                self._plan(now, most)
+        return bool(self._queue or self._retries or self._planned)
+
+    def _troubles_now(self) -> set[str]:
+        """The recipients whose last delivery failed."""
+        return {name for name, trouble in self._troubles.items() if trouble.failures and name != EVERYTHING}
+
+    def _find_retries(self, now: float, most: int) -> None:
+        """Find open deliveries that are due; to a recipient in trouble the one least recently tried, and only while no
+        other is with a sender. Those that were tried before need a free place in the daily limit."""
+        limit = self._policy.limit
+        room = limit - len(self._history.times) - self._history.untried if limit else math.inf
+        troubled = self._troubles_now()
+        if now >= self._retry_at:
+            self._retries, self._retry_at = self._outbox.due(now, self._with_senders, troubled, most, room)
+        for name in troubled - set(self._with_senders.values()):
+            paused = self._paused(name)
+            if not paused or self._monotonic() >= paused.until:
+                found = self._outbox.least_recently_tried(name, math.inf if paused else now)
+                if found and (room > 0 or not found.tried_at):
+                    self._retries.append(found)
+                if paused and found:
+                    paused.until = self._monotonic() + paused.length  # Nobody else tries meanwhile.
+                elif paused:
+                    self._resume(name, paused)  # Nothing is left to try: the next new message finds out.
 
     def _plan(self, now: float, most: int) -> None:
-        """Ask the owner. Rows that the plan has held are not looked at again before their time."""
-        if not self._looked <= now < self._wake:  # their time has come, or the clock was set back
-            self._seen, self._wake, self._why = 0, math.inf, ""
-        elif self._heard == self._rings:
+        """Ask the policy. Entries that the plan has held are not looked at again before their time."""
+        if not self._planned_at <= now < self._wake:  # Their time has come, or the clock was set back.
+            self._planned_to, self._wake = 0, math.inf
+        elif not self._news:
             return
-        rings = self._rings  # before looking: what comes meanwhile rings again
-        if self._owner.limit:
-            self._history.times, self._history.pending = self._outbox.budget(now, self._owner.limit)
-        exhausted, last = False, self._seen
-
-        def rows() -> Iterator[Waiting]:
-            nonlocal exhausted, last
-            for row in self._outbox.waiting(self._seen):
-                last = row.seq
-                yield row
-            exhausted = True
-
-        plan = self._owner.plan(rows(), self._history, now, most)
-        self._drafts, self._seen = plan.drafts, last
+        self._news = False
+        self._history.paused = frozenset(name for name in self._troubles if self._paused(name))
+        seen = _Seen(self._outbox.pending(self._planned_to), self._planned_to)
+        plan = self._policy.plan(seen, self._history, now, most)
+        self._planned, self._planned_to, self._planned_at = plan.due, seen.last, now
+        self._news = self._news or not seen.exhausted
         if plan.wake is not None and plan.wake < self._wake:
-            self._wake, self._why = plan.wake, plan.why
-        self._heard, self._looked = rings if exhausted else 0, now  # 0: look again at once
-        if not self._owner.window:
-            self._favour_fresh(exhausted, now, most)
+            self._wake = plan.wake
+            if plan.why != self._why:
+                self._why = plan.why
+                log.warning("alerts are held until %s: %s", local_time(plan.wake), plan.why)
+        if not (seen.exhausted or self._policy.window):  # In a backlog the newest do not wait behind all the others.
+            newest = [entry for entry in self._outbox.newest(max(1, most // 4)) if entry.seq > seen.last]
+            self._planned[:0] = self._policy.plan(newest, self._history, now, most).due
 
-    def _favour_fresh(self, exhausted: bool, now: float, most: int) -> None:
-        """A backlog drains oldest first, but what has come since the last look goes before it, a few at a time."""
-        since, self._fresh = self._fresh, None if exhausted else self._outbox.newest()
-        if not exhausted and since is not None:
-            rows = self._outbox.waiting(max(self._seen, since))
-            self._drafts = self._owner.plan(rows, self._history, now, max(1, most // 4)).drafts + self._drafts
+    # making a mail of a delivery
 
-    def _freeze(self) -> list[Mail]:
-        """Freeze what is due and take it."""
-        now = self._clock()
-        frozen = self._outbox.freeze(self._drafts, now) if self._drafts else []
-        for draft in self._drafts if self._owner.window else ():
-            self._history.kinds[draft.kind] = now
-            self._history.lanes.update(dict.fromkeys(draft.lanes, now))
-        mails = [*frozen, *self._retries]
-        self._drafts, self._retries = [], []
-        for batch in self._late() if not mails else ():
-            for number in list(batch.left)[len(batch.left) // 2 :]:  # its sender may have begun the next one already
-                mails += filter(None, [batch.left.pop(number, None)])
-        return mails
-
-    def _late(self) -> list[_Batch]:
-        """Batches that hang: what their senders have not begun is there for others."""
-        late = -math.inf if self._hold else time.monotonic() - BATCH_S
-        return [batch for batch in self._batches if batch.left and batch.taken_at < late]
-
-    # delivering
-
-    def _carry(self, batch: _Batch, transport: Transport) -> None:
-        """Deliver a batch; batches grow while full ones go out briskly."""
-        with self._ringing:
-            self._nudge()
-        under_way: deque[tuple[Mail, Sequence[Item]]] = deque()
-
-        def wanted() -> bool:
-            return not self._stopping.is_set() and self._claim(batch, under_way[0][0])
-
+    def _prepare(self, delivery: Delivery, held: list[_Work]) -> bool:
+        """Render the mail and add it to what the sender has; False: it does not go out now."""
+        began = self._monotonic()
+        entries: Sequence[Entry] = ()
         try:
-            for outcomes in transport.deliver(self._envelopes(batch, under_way), wanted):
-                mail, items = under_way.popleft()
-                if outcomes and not self._conclude(batch, mail, items, outcomes):
-                    break
-                if time.monotonic() - batch.taken_at > BRISK_S:
-                    self._write_down(batch)
-        finally:
-            self._write_down(batch)
-            took = time.monotonic() - batch.taken_at
-            with self._lock:
-                if took < BRISK_S and len(batch.begun) >= self._most_at_once:
-                    self._most_at_once = min(BATCH_MAILS, self._most_at_once * 2)
-                elif took > BATCH_S:
-                    self._most_at_once = max(1, self._most_at_once // 2)
-
-    def _claim(self, batch: _Batch, mail: Mail) -> bool:
-        """Is it still ours? From now on nobody else may take it."""
-        with self._lock:
-            if batch.left.pop(mail.number, None):
-                batch.begun.add(mail.number)
-            return mail.number in batch.begun
-
-    def _envelopes(self, batch: _Batch, under_way: deque[tuple[Mail, Sequence[Item]]]) -> Iterator[Envelope]:
-        """The mails of a batch, made as they are asked for."""
-        for mail in tuple(batch.left.values()):
-            if self._stopping.is_set():
-                return
-            if mail.number not in batch.left:
-                continue
-            if made := self._made(batch, mail):
-                items, envelope = made
-                under_way.append((mail, items))
-                yield envelope
-            else:
-                batch.left.pop(mail.number, None)
-
-    def _made(self, batch: _Batch, mail: Mail) -> tuple[Sequence[Item], Envelope] | None:
-        """The mail as it goes out; None: it does not. Never raises: another mail may be under way."""
-        items: Sequence[Item] = ()
-        try:
-            items = self._outbox.load(mail)
-            if items and mail.recipients:
-                return items, self._owner.render(mail, items)
-            if self._claim(batch, mail):
-                self._settle(mail, {})  # all of it was dropped meanwhile, or everybody has it
-                with self._lock:
-                    self._hold_until = 0.0  # the server was not asked
+            entries = self._outbox.load(delivery)
+            if not entries:  # All of it was dropped meanwhile.
+                self._finish(delivery._replace(state="dropped"))
+                return False
+            delivery = self._with_report(delivery)
+            message = self._policy.render(delivery, entries)
+            prepared = PreparedMessage(message, delivery.recipient)
+            pictures = any(entry.has_picture for entry in entries)
+            held.append(_Work(delivery, prepared, message.about, pictures, began))
+            return True
         except Damaged as error:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
-            with self._stumbling():
-                self._outbox.quarantine(error.seq)
-        except (SpoolError, MemoryError) as error:  # about us, not about the mail
-            self._complain(error)
+            self._fail_entry(error.seq, "damaged on disk")
+        except (SpoolError, MemoryError) as error:  # That is about us, not about the mail.
+            self._log_trouble(error)
             self._stopping.wait(TICK_S)
-        except Exception as error:  # one that cannot be composed must not stop the others
-            if len(items) > 1 and self._sorted_out(mail, items):
-                return None
-            log.exception("a mail cannot be composed; it counts as failed")
-            poison = Outcome(Verdict.REFUSED, 0, f"cannot be composed: {type(error).__name__}", "compose")
-            self._settle(mail, dict.fromkeys(mail.recipients, poison))
-        return None
+        except Exception as error:  # One that cannot be composed must not stop the others.
+            log.exception("a mail cannot be composed")
+            bad = [one for one in entries if len(entries) == 1 or not self._can_render(delivery, one)] or entries
+            for entry in bad:
+                self._fail_entry(entry.seq, f"cannot be composed: {type(error).__name__}")
+        self._release(delivery)
+        return False
 
-    def _sorted_out(self, mail: Mail, items: Sequence[Item]) -> bool:
-        """Fail those that cannot be composed alone; if there are any, the mail is due again without them."""
-        found = False
-        for item in items:
-            try:
-                self._owner.render(mail, [item])
-            except MemoryError:
-                return True
-            except Exception as error:
-                log.exception("%s cannot be composed; it counts as failed", item.id)
-                with self._stumbling():
-                    self._outbox.quarantine(item.seq, f"cannot be composed: {type(error).__name__}")
-                    found = True
-        return found
+    def _can_render(self, delivery: Delivery, entry: Entry) -> bool:
+        try:
+            self._policy.render(delivery, [entry])
+        except Exception as error:
+            return isinstance(error, MemoryError)
+        return True
 
-    def _conclude(self, batch: _Batch, mail: Mail, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> bool:
-        """Settle and tell what became of a mail; False: everything waits."""
-        ours = [outcome for outcome in outcomes.values() if outcome.ours]
-        if len(ours) < len(outcomes):
-            self._settle(mail, outcomes)
-            self._tell(batch, items, outcomes)
-        if ours:
-            self._hold_back(ours[0])
+    def _fail_entry(self, seq: int, why: str) -> None:
+        try:
+            self._outbox.fail_entry(seq, why)
+            self._unreported = True
+        except SpoolError as error:
+            self._log_trouble(error)
+            self._stopping.wait(TICK_S)
+
+    def _with_report(self, delivery: Delivery) -> Delivery:
+        """The delivery, with the failures that it shall report: one mail at a time does."""
+        with self._changed:
+            if not self._unreported or self._reporting:
+                return delivery
+            found, why = self._outbox.unreported()
+            self._unreported = bool(found)
+            others = tuple(seq for seq in found if seq not in delivery.entries)
+            self._reporting = delivery.number if others else 0
+        return delivery._replace(reports=others, why=why if others else "")
+
+    # what became of it
+
+    def _conclude(self, work: _Work, outcome: Outcome) -> None:
+        """Note an outcome, and what it says about the server and the recipient."""
+        delivery, now = work.delivery, self._clock()
+        if outcome.about_us:
+            self._note_failure(EVERYTHING, outcome, work.began)
+            self._release(delivery)
+            return
+        with self._changed:
+            paused = self._paused(delivery.recipient)
+            probe, accepted_at = bool(paused and work.began >= paused.since), self._accepted_at
+        after = after_attempt(delivery, outcome, now, self._rules, work.has_pictures, probe, accepted_at)
+        self._note_success(EVERYTHING)
+        if outcome.verdict is Verdict.SENT:
+            self._accepted_at = now
+            self._note_success(delivery.recipient)
+            log.info("sent %s to %s", work.about, delivery.recipient)
         else:
-            self._release()
-        return not ours
+            then = "tried again" if after.max_bytes == delivery.max_bytes else "tried again without pictures"
+            then = "it has failed" if after.state == "failed" else f"it is {then}"
+            log.warning("%s to %s: %s (%s; %s)", work.about, delivery.recipient, outcome, outcome.verdict.value, then)
+            self._note_failure(delivery.recipient, outcome, work.began)
+        self._finish(after)
+        if self._outbox.unwritten() >= UNWRITTEN_MAX:
+            self._flush()
 
-    def _settle(self, mail: Mail, outcomes: Mapping[str, Outcome]) -> None:
-        now = self._clock()
-        after = conclude(mail, outcomes, now, backoff(mail.tries, self._first, self._most), self._max_age)
-        if not self._outbox.settle(after, now):
-            self._insist_on_flush()
-        if after.state == FAILED and self._owner.limit:
-            with self._lock:
-                self._wake = 0.0  # its place in the budget is free
+    def _finish(self, delivery: Delivery) -> None:
+        self._outbox.finish(delivery, self._clock())
+        with self._changed:
+            self._release(delivery)
+            self._unreported |= delivery.refused or delivery.state == "failed"
+            if self._policy.limit and delivery.state != "open":
+                self._wake = 0.0  # Its place in the daily limit may be free.
 
-    def _insist_on_flush(self) -> None:
-        """What was sent must be written down before anything else, or it is sent twice."""
+    def _flush(self) -> None:
+        """Write the outcomes. While they cannot be written nothing new is begun, or it would be sent twice."""
         while True:
             try:
                 return self._outbox.flush()
             except SpoolError as error:
-                if self._stopping.is_set():
+                self._log_trouble(error)
+                if self._stopping.wait(TICK_S):
                     return
-                log.error("%s", error)
-                self._stopping.wait(TICK_S)
 
-    def _tell(self, batch: _Batch, items: Sequence[Item], outcomes: Mapping[str, Outcome]) -> None:
-        """Trouble is said at once, what was sent together with the rest of its batch."""
-        what = items[0].id if len(items) == 1 else f"{len(items)} items"
-        for name, outcome in outcomes.items():
-            if outcome.verdict is Verdict.SENT:
-                batch.sent.setdefault(name, []).append(what)
-            else:
-                log.warning("%s to %s: %s (%s)", what, name, outcome, outcome.verdict.value)
+    # pauses
 
-    def _write_down(self, batch: _Batch) -> None:
-        self._insist_on_flush()
-        for name, sent in batch.sent.items():
-            for at in range(0, len(sent), TOLD):
-                log.info("sent %s to %s", ", ".join(sent[at : at + TOLD]), name)
-        batch.sent.clear()
+    def _paused(self, key: str) -> Trouble | None:
+        trouble = self._troubles.get(key)
+        return trouble if trouble and trouble.paused else None
 
-    # what is about us holds everything
+    def _all_paused(self) -> bool:
+        """Does all mail wait, and is it not yet time to find out whether it must?"""
+        paused = self._paused(EVERYTHING)
+        return paused is not None and self._monotonic() < paused.until
 
-    def _pause(self) -> float:
-        """Seconds until the next look whether a hold is over. A server that is away may be back any minute."""
-        away = self._hold is not None and self._hold.code == 0
-        return backoff(self._hold_tries, self._first, min(PROBE_MAX_S, self._most) if away else self._most)
+    def _note_failure(self, key: str, outcome: Outcome, began: float) -> None:
+        """A failure about us, or of a recipient. It pauses the key, or makes its pause longer, unless the attempt had
+        begun before that."""
+        with self._changed:
+            trouble = self._troubles.setdefault(key, Trouble(outcome))
+            news = trouble.failures == 0 or (trouble.outcome.step, trouble.outcome.code) != (outcome.step, outcome.code)
+            trouble.outcome = outcome
+            trouble.failures += 1
+            self._queue = deque(one for one in self._queue if one.recipient != key)  # One at a time from now on.
+            enough = key == EVERYTHING or (self._rules.pause_recipients and trouble.failures >= FAILURES_TO_PAUSE)
+            if enough and not (trouble.paused and began < trouble.since):
+                self._pause(trouble)
+                news |= not trouble.paused
+                if not trouble.paused:
+                    trouble.paused, trouble.successes = True, 0
+                    self._look_again()
+            if not news:
+                return
+        what = f"mail to {key}" if key != EVERYTHING else "all mail"
+        then = f"waits; next try in {trouble.length:.0f} s" if trouble.paused else "is in trouble"
+        log.error("%s %s: %s. %s", what, then, outcome, self._advise(outcome))
 
-    def _hold_back(self, outcome: Outcome) -> None:
-        """Everything waits, no tries are burned, and the log says loudly, once, what to do."""
-        with self._lock:
-            same = self._hold is not None and (self._hold.step, self._hold.code) == (outcome.step, outcome.code)
-            self._hold_tries = self._hold_tries + 1 if same else 0
-            self._hold, self._held_at_open = outcome, False
-            pause = self._pause()
-            self._hold_until = time.monotonic() + pause
-            self._most_at_once = 1
-            self._replan()
-        say = log.debug if same else log.error
-        say("all mail waits; %s. %s Next try in %.0f s", outcome, self._advise(outcome), pause)
+    def _pause(self, trouble: Trouble) -> None:
+        """Set when the next probe goes: the pause doubles, from one that fits the trouble."""
+        outcome, rules = trouble.outcome, self._rules
+        away = outcome.code == 0 and outcome.step in STEPS_BEFORE_MAIL
+        longest = min(PROBE_MAX_S, rules.longest) if away else rules.longest
+        shortest = LOGIN_PAUSE_S if outcome.step == "login" and outcome.code >= 500 else rules.first
+        trouble.length = min(longest, max(shortest, 2 * trouble.length))
+        trouble.since = self._monotonic()
+        trouble.until = trouble.since + trouble.length * random.uniform(0.8, 1.0)
 
-    def _release(self) -> None:
-        self._succeeded = time.monotonic()
-        if self._hold is not None:
-            with self._lock:
-                self._hold, self._held_at_open, self._hold_tries, self._hold_until = None, False, 0, 0.0
-            log.info("the mail server is back")
+    def _note_success(self, key: str) -> None:
+        with self._changed:
+            if trouble := self._troubles.get(key):
+                self._resume(key, trouble)
+                trouble.successes += 1
+                if trouble.successes >= SUCCESSES_TO_FORGET:
+                    del self._troubles[key]
 
-    # the keeper
+    def _resume(self, key: str, trouble: Trouble) -> None:
+        """The trouble with a key is over."""
+        if trouble.paused:
+            log.info("%s", "the mail server is back" if key == EVERYTHING else f"mail to {key} goes again")
+        if trouble.failures:
+            trouble.failures, trouble.paused = 0, False
+            self._look_again()
+            self._changed.notify_all()
+
+    # every half second
 
     def tick(self) -> None:
-        """Twice a second: requests of the command line, housekeeping, the remark for `queue`."""
-        if self._requests():
-            with self._lock:
-                self._hold_until, self._hold_tries = 0.0, 0
-                self._hold_marks.clear()  # what waits again has a new life
-                self._replan()
-            self.ring()
-        hold = self._hold
-        if time.monotonic() - self._kept_house >= min(HOUSEKEEPING_S, self._max_age / 8):
-            self._kept_house = time.monotonic()
-            self._keep_house(hold)
-        self._remark(hold)
+        """Outcomes that are not written, requests of the command line, steps of the clock, what `queue` shows."""
+        self._outbox.flush()
+        self._follow_clock()
+        if self._answer_requests():
+            self._void_changed()
+            with self._changed:
+                for trouble in self._troubles.values():
+                    trouble.until = trouble.length = 0.0
+                self._look_again()
+                self._changed.notify_all()
+        if self._monotonic() - self._kept_house >= HOUSEKEEPING_S:
+            self._kept_house = self._monotonic()
+            self._keep_house()
+        self._publish()
 
-    def _keep_house(self, hold: Outcome | None) -> None:
-        now = self._clock()
+    def _void_changed(self) -> None:
+        if number := self._outbox.void_changed(self._policy.recipients):
+            log.info("%d deliveries to somebody who is no longer a recipient are planned anew", number)
+
+    def _follow_clock(self) -> None:
+        """When the clock was set, times that were noted before move with it, so that nothing ages by that."""
+        step = self._clock() - self._monotonic() - self._clock_offset
+        if abs(step) > CLOCK_STEP_S:
+            self._clock_offset += step
+            self._outbox.shift_times(step)
+            with self._changed:
+                self._accepted_at += step
+                self._look_again()
+
+    def _keep_house(self) -> None:
+        now, oldest = self._clock(), self._clock() - self._policy.window
         while self._outbox.prune(now) and not self._stopping.is_set():
             pass
-        with self._lock:
-            for began in (self._history.lanes, self._history.kinds):
-                for name in [name for name, when in began.items() if when < now - self._owner.window]:
-                    del began[name]
-        if hold is None:
-            return self._hold_marks.clear()
-        self._hold_marks.append((time.monotonic(), self._outbox.newest()))
-        born = time.monotonic() - self._max_age  # by a clock that does not jump
-        while self._hold_marks and self._hold_marks[0][0] < born:
-            age = f"{self._max_age / 3600:.0f} h" if self._max_age >= 7200 else f"{self._max_age:.0f} s"
-            why = f"given up after {age}; last: {hold}"
-            if number := self._outbox.expire(self._hold_marks.popleft()[1], why):
-                log.error("%d alerts have failed: %s", number, why)
-                self._remarked = None
+        with self._changed:
+            history = self._history
+            history.groups = {group: when for group, when in history.groups.items() if when >= oldest}
+            history.kinds = {kind: when for kind, when in history.kinds.items() if when >= oldest}
+        if self._outbox.half_full():
+            counts = self._outbox.counts()
+            words = "the spool is more than half full: %d alerts wait, %d have failed; see `smtp_module.py queue`"
+            log.error(words, counts["queued"], counts["failed"])
 
-    def _requests(self) -> int:
-        """Carry out what the command line asks for; the number of requests. All are answered in one file, so that
-        nothing grows where nobody waits any more."""
-        spool = self._outbox.path
-        paths = sorted(spool.parent.glob(f"{glob.escape(spool.name)}.request-*[0-9]"))
-        done: dict[str, int] = {}
-        for path in paths:
+    def _answer_requests(self) -> bool:
+        """Carry out what the command line asks for in files beside the spool, and answer in the same files."""
+        spool, changed = self._outbox.path, False
+        for path in filter(Path.is_file, sorted(spool.parent.glob(f"{glob.escape(spool.name)}.request-*"))):
             try:
-                what, name = json.loads(path.read_text("utf-8"))
-                done[path.suffix] = number = self._outbox.retry(name) if what == "retry" else self._outbox.drop(name)
-                log.info("%s %s: %d alerts", what, name, number)
+                request = json.loads(path.read_text("utf-8"))
+                if type(request) is dict:  # It is answered, but perhaps nobody waits for the answer any more.
+                    if time.time() - path.stat().st_mtime > HOUSEKEEPING_S:
+                        path.unlink()
+                    continue
+                what, name = map(str, request)
+                if what not in ("retry", "drop"):
+                    raise ValueError(f"there is no request {what!r}")
+                failed, others = self._outbox.retry(name) if what == "retry" else self._outbox.drop(name)
+                write_request(path, {"failed": failed, "others": others})
+                log.info("%s %s: %d that had failed, %d others", what, name, failed, others)
+                changed = True
             except (ValueError, TypeError, OSError) as error:
                 log.error("%s: not a request: %s", path, error)
-        if done:
-            with contextlib.suppress(OSError):
-                Path(f"{spool}.answer").write_text(json.dumps(done), "ascii")
-        for path in paths:
-            path.unlink(missing_ok=True)
-        return len(paths)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        return changed
 
-    def _remark(self, hold: Outcome | None) -> None:
-        """Leave for `queue` what is held, why and until when; only when that has changed."""
-        with self._lock:
-            if hold:
-                until = self._clock() + max(0.0, self._hold_until - time.monotonic())
-                mark: object = (str(hold), self._hold_until)
-                remark = {"all": True, "why": str(hold), "until": until, "upto": 0}
-            else:
-                mark = (self._why, self._wake, self._seen) if self._why and self._wake < math.inf else None
-                remark = {"why": self._why, "until": self._wake, "upto": self._seen} if mark else {}
-        if mark != self._remarked:
-            lanes = {lane: self._owner.recipients(lane) for lane in self._outbox.lanes()}
-            self._outbox.note(hold=remark, lanes=lanes)
-            self._remarked = mark
+    def _publish(self) -> None:
+        """Store for `queue` what is held, why and until when; only when that has changed."""
+        with self._changed:
+            ahead = self._clock() - self._monotonic()
+            paused = {key: trouble for key, trouble in self._troubles.items() if trouble.paused}
+            pauses = {key: {"why": str(one.outcome), "until": one.until + ahead} for key, one in paused.items()}
+            holds = self._why and self._wake < math.inf and self._planned_to
+            hold = {"why": self._why, "until": self._wake, "upto": self._planned_to} if holds else {"upto": 0}
+            published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold
+        if published != self._published:
+            recipients = {" ".join(group): self._policy.recipients(*group) for group in self._outbox.groups()}
+            self._outbox.publish_status(pauses=pauses, hold=hold, recipients=recipients)
+            self._published = published
+
+
+class _Seen:
+    """Entries for a plan, which remembers how far it has read them."""
+
+    def __init__(self, entries: Iterator[PendingEntry], last: int) -> None:
+        self._entries, self.last, self.exhausted = entries, last, False
+
+    def __iter__(self) -> Iterator[PendingEntry]:
+        for entry in self._entries:
+            self.last = entry.seq
+            yield entry
+        self.exhausted = True
 
 
 def keep_buffers() -> None:
@@ -3050,7 +3147,7 @@ def keep_buffers() -> None:
     bytes(8 << 20)
 
 
-def notify(state: str) -> None:
+def systemd_notify(state: str) -> None:
     """Tell systemd (Type=notify) READY=1 or STOPPING=1; without systemd nothing happens. See sd_notify(3)."""
     if path := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -3065,7 +3162,9 @@ class SendError(Exception):
 
     def __init__(self, outcomes: Mapping[str, Outcome], sentence: str = "") -> None:
         failed = [f"{n}: {outcome}" for n, outcome in outcomes.items() if outcome.verdict is not Verdict.SENT]
-        super().__init__(". ".join(filter(None, ("; ".join(failed), sentence))))
+        has_it = ", ".join(name for name, outcome in outcomes.items() if outcome.verdict is Verdict.SENT)
+        parts = ("; ".join(failed), f"Sent to {has_it}" if has_it else "", sentence)
+        super().__init__(". ".join(filter(None, parts)))
         self.outcomes = dict(outcomes)
 
 
@@ -3085,8 +3184,8 @@ def send_email(  # noqa: PLR0917  people call it with what they need, by place
 ) -> None:
     """Send one mail, now, with the configuration of the environment (and ./.env).
 
-    Returns when the server has taken it for every recipient. Raises ConfigError, ValueError (an address is
-    wrong) or SendError.
+    Returns when the server has accepted it for every recipient. Raises ConfigError, ValueError (an address is wrong)
+    or SendError, which says who has it.
     """
     config = config or SMTPConfig.from_settings(Settings.load())
     to = addresses(to_addrs if isinstance(to_addrs, str) else ",".join(to_addrs))
@@ -3097,8 +3196,7 @@ def send_email(  # noqa: PLR0917  people call it with what they need, by place
     data = compose_pieces(
         subject=subject, sender=sender, to=to, cc=copies, text=body, html=html, attachments=attachments, headers=headers
     )
-    envelope_sender = config.envelope_from or address(sender)
-    send_now(Envelope(envelope_sender, tuple(dict.fromkeys((*to, *copies))), data), config)
+    send_now(Message(config.envelope_from or address(sender), data), (*to, *copies), config)
 
 
 def attached(name: str, data: bytes) -> Attachment:
@@ -3106,10 +3204,17 @@ def attached(name: str, data: bytes) -> Attachment:
     return Attachment(name, mimetypes.guess_type(name)[0] or "application/octet-stream", data)
 
 
-def send_now(envelope: Envelope, config: SMTPConfig) -> None:
-    """One transaction over a connection of its own. Raises SendError."""
-    with contextlib.closing(SMTPTransport(config)) as transport:
-        (outcomes,) = transport.deliver([envelope])
+def send_now(message: Message, recipients: Sequence[str], config: SMTPConfig) -> None:
+    """One transaction a recipient, over one connection. Trouble about us ends the round for the rest, anything else
+    goes on. Raises SendError."""
+    outcomes: dict[str, Outcome] = {}
+    with contextlib.closing(SMTPClient(config)) as client:
+        for recipient in dict.fromkeys(recipients):
+            last = next(reversed(outcomes.values()), None)
+            if last and last.about_us:
+                outcomes[recipient] = last
+            else:
+                outcomes[recipient] = client.send(PreparedMessage(message, recipient))
     wrong = [outcome for outcome in outcomes.values() if outcome.verdict is not Verdict.SENT]
     if wrong:
         raise SendError(outcomes, advice(wrong[0], config.host))
@@ -3180,25 +3285,71 @@ def command_send(args: argparse.Namespace) -> int:
 def command_check(args: argparse.Namespace) -> int:
     """`check`: every step on the way to the mail server, and what to do about the one that failed."""
     config = _configured(args)
-    recipient = address(args.to) if args.to else ""
-    if config.debug:
-        print(
-            f"SMTP_HOST is not set: mail goes to the debug receiver on {DEBUG_HOST}:{config.port}, without TLS or login"
-        )
-    transport = SMTPTransport(config, lambda step, words: print(f"ok    {step:<10} {printable(words)}", flush=True))
-    try:
-        outcome = transport.verify(recipient)
-    except Unavailable as error:
-        outcome = error.outcome
-    transport.close()
-    if outcome.verdict is Verdict.SENT:
-        print("all is well" + ("" if recipient else "; --to ADDRESS asks about a recipient too"))
+    recipients = _to_check(args, config)
+    outcomes: dict[str, Outcome] = {}
+    with contextlib.closing(SMTPClient(config, _show_step)) as client:
+        for recipient in recipients:
+            outcomes[recipient] = outcome = _checked(client, config, recipients, recipient, args.send)
+            if outcome.verdict is not Verdict.SENT:
+                step = {"mail": "sender", "rcpt": "recipient"}.get(outcome.step, outcome.step)
+                print(f"FAIL  {step:<10} {outcome.said}" + (f" ({recipient})" if step == "recipient" else ""))
+                if sentence := advice(outcome, config.host):
+                    print(f"      {sentence}")
+            if outcome.about_us:
+                break
+    code = exit_code(outcomes.values())
+    if code == EX_OK:
+        rest = "the mail was accepted: look into the mailbox" if args.send else "only --send tries the rest, with a real mail"
+        print(f"all is well; {rest}")
+    return code
+
+
+def _to_check(args: argparse.Namespace, config: SMTPConfig) -> tuple[str, ...]:
+    recipients: tuple[str, ...] = ()
+    if args.to:
+        recipients = addresses(args.to)
     else:
-        step = {"mail": "sender", "rcpt": "recipient"}.get(outcome.step, outcome.step)
-        print(f"FAIL  {step:<10} {outcome.said}")
-        if sentence := advice(outcome, config.host):
-            print(f"      {sentence}")
-    return exit_code([outcome])
+        recipients = Settings.load(env_file=args.env_file).read("ALERT_RECIPIENT", addresses, recipients)
+    if config.debug:
+        where = f"{DEBUG_HOST}:{config.port}, without TLS or login"
+        print(f"SMTP_HOST is not set: mail goes to the debug receiver on {where}")
+        recipients = recipients or ("alerts@localhost",)
+    if not recipients:
+        raise ConfigError("ALERT_RECIPIENT: missing; set it, or name a recipient with --to ADDRESS")
+    return recipients
+
+
+def _checked(
+    client: SMTPClient, config: SMTPConfig, recipients: Sequence[str], recipient: str, send: bool
+) -> Outcome:
+    try:
+        outcome = client.verify(recipient)
+    except Unavailable as error:
+        return error.outcome
+    if send and outcome.verdict is Verdict.SENT:
+        outcome = client.send(PreparedMessage(_test_mail(config, recipients), recipient))
+        if outcome.verdict is Verdict.SENT:
+            _show_step("sent", recipient)
+    return outcome
+
+
+def _show_step(step: str, words: str) -> None:
+    print(f"ok    {step:<10} {printable(words)}", flush=True)
+
+
+def _test_mail(config: SMTPConfig, recipients: Sequence[str]) -> Message:
+    """A mail like an alert, with a picture."""
+    text = f"This is a test mail from {hostname()}. Alerts will arrive like this one, with their picture.\n"
+    data = compose_pieces(
+        subject="Test mail", sender=config.sender, to=recipients, text=text, attachments=[attached("test.png", TEST_PNG)],
+        headers={"Auto-Submitted": "auto-generated"},
+    )  # fmt: skip
+    return Message(address(config.sender), data, "a test mail")
+
+
+TEST_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAFklEQVR42mNk+M9AEmAiTfmohlENQ1QDAD2mAR/yTe1dAAAAAElFTkSuQmCC"
+)
 
 
 def _spool(args: argparse.Namespace) -> Path:
@@ -3209,14 +3360,16 @@ def command_queue(args: argparse.Namespace) -> int:
     """`queue`: what waits, is held or failed."""
     rows = read_queue(_spool(args))
     if args.json:
-        print(json.dumps([{key: row[key] for key in row if key != "lane"} for row in rows]))
+        print(json.dumps(rows))
         return EX_OK
     for row in rows:
         to = ", ".join(row["recipients"]) or "whom the routes say"
-        print(f"{row['state']:<8} {row['id']}  {printable(row['lane'])}  since {row['since']}  to {to}")
+        since = local_time(from_iso(row["since"]))
+        print(f"{row['state']:<8} {row['id']}  {printable(row['group'])}  since {since}  to {to}")
         if row["next"] or row["error"]:
-            due = f"next try {row['next']}" if row["next"] else "no more tries"
-            print(f"         tries {row['tries']}, {due}  {printable(row['error'] or '')}".rstrip())
+            due = f"next try {local_time(from_iso(row['next']))}" if row["next"] else "no more tries"
+            tries = "1 try" if row["tries"] == 1 else f"{row['tries']} tries"
+            print(f"         {tries}, {due}  {printable(row['error'] or '')}".rstrip())
     states = [row["state"] for row in rows]
     sums = ", ".join(f"{states.count(state)} {state}" for state in ("waiting", "held", "failed"))
     print(sums if rows else "nothing waits")
@@ -3230,32 +3383,33 @@ def command_change(args: argparse.Namespace) -> int:
         fail(EX_DATAERR, f"{args.id}: no such alert waits or has failed; `queue` lists them")
     try:
         with contextlib.closing(Outbox(path)) as outbox:
-            number = outbox.retry(args.id) if args.command == "retry" else outbox.drop(args.id)
+            failed, others = outbox.retry(args.id) if args.command == "retry" else outbox.drop(args.id)
     except SpoolBusy:
         try:
-            number = _request(path, args.command, args.id)
+            failed, others = _request(path, args.command, args.id)
         except OSError as error:
             fail(EX_TEMPFAIL, f"the request cannot be left beside {path}: {error.strerror}")
-    print(f"{args.command}: {number}")
+    if args.command == "retry":
+        print(f"retry: {failed} failed wait again, {others} held are tried now")
+    else:
+        print(f"drop: {failed + others}")
     return EX_OK
 
 
-def _request(path: Path, what: str, name: str) -> int:
-    """Leave a request beside the spool, and wait until its owner has carried it out; how many alerts it was."""
-    request, answer = Path(f"{path}.request-{time.time_ns()}"), Path(f"{path}.answer")
-    draft = Path(f"{request}.tmp")
-    draft.write_text(json.dumps([what, name]), "ascii")
-    draft.chmod(0o644)  # root may ask, and another user own the spool
-    os.replace(draft, request)
+def _request(path: Path, what: str, name: str) -> tuple[int, int]:
+    """Leave a request beside the spool, and wait until its owner has answered it; how many had failed, and how many
+    others there were. Raises OSError."""
+    request = Path(f"{path}.request-{time.time_ns()}")
+    write_request(request, [what, name], 0o644)  # root may ask, and another user own the spool
     until = time.monotonic() + 5.0
-    while request.exists():
-        if time.monotonic() > until:
-            fail(EX_TEMPFAIL, "the running program has not answered yet; the request stays")
+    while time.monotonic() < until:
         time.sleep(0.05)
-    done = json.loads(answer.read_text("ascii") or "{}") if answer.exists() else {}
-    if request.suffix not in done:
-        fail(EX_TEMPFAIL, "the running program has not said that it is done; see its log, and `queue`")
-    return int(done[request.suffix])
+        if not request.exists():
+            fail(EX_TEMPFAIL, "the running program did not accept the request; see its log")
+        if type(done := json.loads(request.read_text("utf-8"))) is dict:
+            request.unlink()
+            return done["failed"], done["others"]
+    fail(EX_TEMPFAIL, "the running program has not answered yet; the request stays")
 
 
 # sendmail: what local programs write goes out as strict servers want it: domains in all addresses, ASCII alone, lines
@@ -3312,7 +3466,7 @@ def command_sendmail(argv: Sequence[str]) -> int:
     envelope_sender = config.envelope_from or ("" if null else address(sender))
     shown = "undisclosed-recipients:;" if args.t else header_addresses(to)
     data = completed(fields, body, to=shown, sender=config.sender, writer=args.name, owner=owner)
-    send_now(Envelope(envelope_sender, to, data), config)
+    send_now(Message(envelope_sender, data), to, config)
     return EX_OK
 
 
@@ -3509,7 +3663,8 @@ def _parser() -> argparse.ArgumentParser:
     send("--attach", action="append", default=[], metavar="FILE")
     send("--from", dest="sender", metavar="ADDRESS")
     check = command("check", command_check, "try every step up to the mail server")
-    check("--to", metavar="ADDRESS", help="ask about this recipient too; nothing is sent")
+    check("--to", metavar="ADDRESS", help="ask about this recipient (default: ALERT_RECIPIENT)")
+    check("--send", action="store_true", help="also send a real test mail")
     for add in (send, check):
         add("--trace", action="store_true", help="show the dialogue, secrets masked")
     queue = command("queue", command_queue, "what waits, is held or failed")
