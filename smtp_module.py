@@ -1394,7 +1394,8 @@ class SMTPClient:
         offered = connection.extensions.get("AUTH", "").split()
         known = [name for name in ("PLAIN", "LOGIN", "CRAM-MD5") if name in offered]
         if not known:
-            raise ReplyError(-1, f"no suitable login: the server offers {' '.join(offered) or 'none'}")
+            none = "none before STARTTLS" if "STARTTLS" in connection.extensions else "none"
+            raise ReplyError(-1, f"no suitable login: the server offers {' '.join(offered) or none}")
         return sorted(known, key=lambda name: name != self._good_mechanism)
 
     def _authenticate(self, connection: SMTPConnection, mechanism: str, user: str, password: str) -> Reply:
@@ -1494,10 +1495,14 @@ class SMTPClient:
         outcome = judge("mail", 552, f"5.3.4 {message.length} bytes, the server takes {limit[:18]}")
         return replace(outcome, size_limit=int(limit[:18]))
 
+    def _sender(self, usual: str) -> str:
+        """The envelope sender: SMTP_ENVELOPE_FROM takes the place of every other, also of the null sender."""
+        return self._config.envelope_from or usual
+
     def _envelope_commands(self, message: PreparedMessage) -> list[str]:
         assert self._connection is not None
         size = f" SIZE={message.length}" if "SIZE" in self._connection.extensions else ""
-        return [f"MAIL FROM:<{message.sender}>{size}", f"RCPT TO:<{message.recipient}>", "DATA"]
+        return [f"MAIL FROM:<{self._sender(message.sender)}>{size}", f"RCPT TO:<{message.recipient}>", "DATA"]
 
     def _group(self, message: PreparedMessage) -> bytes:
         """All the commands that begin a transaction, in one packet."""
@@ -1554,7 +1559,8 @@ class SMTPClient:
         for _ in range(2):  # The server may have hung up.
             try:
                 self.open()
-                bare = self._connection.command(f"MAIL FROM:<{message.sender}> SIZE={SMALL_MAIL_BYTES}")
+                sender = self._sender(message.sender)
+                bare = self._connection.command(f"MAIL FROM:<{sender}> SIZE={SMALL_MAIL_BYTES}")
             except (Unavailable, *TROUBLE):
                 self._drop()
                 continue
@@ -1590,7 +1596,7 @@ class SMTPClient:
         self.open()
         connection = self._connection
         assert connection is not None
-        sender = address(self._config.sender)
+        sender = self._sender(address(self._config.sender))
         outcome = Outcome(Verdict.SENT)
         steps = (("mail", "sender", f"MAIL FROM:<{sender}>", sender), ("rcpt", "recipient", f"RCPT TO:<{recipient}>", recipient))
         for self._step, name, command, words in steps:
@@ -3196,7 +3202,7 @@ def send_email(  # noqa: PLR0917  people call it with what they need, by place
     data = compose_pieces(
         subject=subject, sender=sender, to=to, cc=copies, text=body, html=html, attachments=attachments, headers=headers
     )
-    send_now(Message(config.envelope_from or address(sender), data), (*to, *copies), config)
+    send_now(Message(address(sender), data), (*to, *copies), config)
 
 
 def attached(name: str, data: bytes) -> Attachment:
@@ -3463,7 +3469,7 @@ def command_sendmail(argv: Sequence[str]) -> int:
         raise ValueError("no recipient: name one, or use -t with a To header")
     sender = config.sender if args.sender is None or is_local(args.sender, owner) else args.sender
     null = args.sender is not None and args.sender.strip("<> ") == ""
-    envelope_sender = config.envelope_from or ("" if null else address(sender))
+    envelope_sender = "" if null else address(sender)
     shown = "undisclosed-recipients:;" if args.t else header_addresses(to)
     data = completed(fields, body, to=shown, sender=config.sender, writer=args.name, owner=owner)
     send_now(Message(envelope_sender, data), to, config)

@@ -143,6 +143,21 @@ def test_without_a_body_standard_input_is_read_unless_it_is_a_terminal(
     assert message(server).get_content().strip() == text
 
 
+@pytest.mark.parametrize(
+    ("extensions", "sentence"),
+    [
+        (("STARTTLS",), "only over TLS"), ((), "offers no login here"), (("AUTH XOAUTH2",), "only access tokens"),
+        (("STARTTLS", "AUTH NTLM GSSAPI"), "Windows logins"),
+    ],
+)  # fmt: skip
+def test_a_login_that_the_server_does_not_offer(
+    run: Run, scripted: Callable[..., Scripted], extensions: tuple[str, ...], sentence: str
+) -> None:
+    login = {"SMTP_USER": "ann", "SMTP_PASS": "secret-word"}
+    code, _, err = run("send", "--to", "a@x.org", "--subject", "s", **at(scripted(extensions=extensions), **login))
+    assert code == 75 and sentence in err and "secret-word" not in err
+
+
 def test_a_password_command_that_fails_is_asked_again_later(run: Run, scripted: Callable[..., Scripted]) -> None:
     login = {"SMTP_USER": "ann", "SMTP_PASS_COMMAND": "exit 6"}
     code, _, err = run("send", "--to", "a@x.org", "--subject", "s", **at(scripted(extensions=("AUTH PLAIN",)), **login))
