@@ -115,7 +115,7 @@ log = logging.getLogger("mail")
 
 
 # ───────────────────────────────────────────── Settings ─────────────────────────────────────────────
-# Flags win over the environment, the environment over .env. Nothing else in the toolkit reads os.environ.
+# Flags win over the environment, the environment over .env.
 
 SETTINGS = tuple(  # of all the programs, for one .env may serve them all
     """
@@ -242,8 +242,8 @@ _SHELL_WORD = re.compile(f"(?:{_SHELL_PIECE.pattern})+")
 def _env_value(text: str) -> str:
     """The value of a line without its comment; one that begins with a quote as a POSIX shell reads one word.
 
-    A dollar sign stands for itself. The module shlex is not used because it leaves the backslash of `\\$` in double
-    quotes, which a shell takes away (POSIX.1-2017 Shell 2.2.3). Raises ValueError.
+    A dollar sign stands for itself. The module shlex does not fit: it keeps a backslash before a dollar sign in double
+    quotes, which a shell takes away (POSIX.1-2017, Shell Command Language, 2.2.3). Raises ValueError.
     """
     if not text.startswith(("'", '"')):
         return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].rstrip()
@@ -3492,7 +3492,7 @@ def is_local(text: str, owner: Collection[str]) -> bool:
     return domain in (here, short) or (domain.startswith(f"{short}.") and domain == socket.getfqdn().lower())
 
 
-_FIELD = rb"([!-9;-~]+)[ \t]*:([^\r]*(?:\r\n[ \t][^\r]*)*)\r\n"  # RFC 5322 2.2
+_FIELD = rb"([!-9;-~]{1,200})[ \t]*:([^\r]*(?:\r\n[ \t][^\r]*)*)\r\n"  # RFC 5322 2.2
 
 
 def split_fields(raw: bytes) -> tuple[list[tuple[str, str]], bytes]:
@@ -3578,6 +3578,7 @@ def with_domains(value: str, instead: Sequence[str], owner: Sequence[str], write
 
 
 LINE_MAX_BYTES = 998  # without CRLF: RFC 5322 section 2.1.1
+UNCHANGED = email.policy.compat32.clone(linesep="\r\n", max_line_length=900)  # for mails that the email package read
 
 
 def is_fit(data: bytes) -> bool:
@@ -3612,7 +3613,7 @@ def seven_bit(content: bytes) -> bytes:
                 part.replace_header("Content-Transfer-Encoding", "7bit")
         else:
             _encode_body(part)
-    made = message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n", max_line_length=900))
+    made = message.as_bytes(policy=UNCHANGED)
     return made if made.endswith(b"\r\n") else made + b"\r\n"
 
 
@@ -3632,11 +3633,12 @@ def _encode_fields(part: email.message.Message) -> None:
 
 
 def _encode_body(part: email.message.Message) -> None:
-    content = part.get_payload(decode=True)
-    if is_fit(str(part.get_payload()).encode("utf-8", "replace")) or not isinstance(content, bytes):
-        return
-    if part.get_content_maintype() in ("multipart", "message"):  # it has no parts: its boundary is missing or wrong
+    """Encode the content of a part that has no parts, unless it is fit already."""
+    if part.get_content_maintype() in ("multipart", "message"):  # It has no parts: its boundary is missing or wrong.
         del part["Content-Type"]
+    content = part.get_payload(decode=True)
+    if is_fit(part.as_bytes(policy=UNCHANGED)) or not isinstance(content, bytes):
+        return
     text = part.get_content_maintype() == "text"
     if text and part.get_content_charset("us-ascii") in ("us-ascii", "ascii", "ansi_x3.4-1968", "unknown-8bit"):
         part.set_param("charset", "utf-8" if _guessed(content).encode("utf-8") == content else "iso-8859-1")
@@ -3707,7 +3709,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(exit_code(error.outcomes.values()), str(error))
     except (SpoolError, ValueError) as error:  # ValueError: an address is wrong
         fail(EX_DATAERR, str(error))
-    except RecursionError:  # of the email package
+    except RecursionError:  # The email package reads parts and comments by recursion.
         fail(EX_DATAERR, "the parts or comments of the mail are nested too deeply")
     except KeyboardInterrupt:
         return 130

@@ -488,6 +488,7 @@ def test_without_i_a_dot_ends_the_mail(run: Run, scripted: Callable[..., Scripte
         (b"Subject: x\nnot a header\n", "not a header\r\n"), (b"Subject: x\n\na\rb\n", "a\r\nb\r\n"),
         (b"Subject: x\n\nno end", "no end\r\n"),
         (b"Subject: x\n\n\xc3\xbc\n", "ü\r\n"), (b"Subject: x\n\na\0b\n", "ab\r\n"),
+        (b"x" * 1200 + b": y\n", "x" * 1200 + ": y"),
     ],
 )  # fmt: skip
 def test_odd_mails_arrive(run: Run, scripted: Callable[..., Scripted], stdin: bytes, text: str) -> None:
@@ -577,6 +578,7 @@ def test_of_fields_that_may_stand_once_the_first_stands(sent: Callable[..., Any]
         ("Content-Type: text/plain; charset=US-ASCII", "Grüße\n".encode(), "Grüße\r\n"),
         ("Content-Type: text/plain; charset=ANSI_X3.4-1968", "Grüße\n".encode(), "Grüße\r\n"),
         ("Content-Type: text/plain; charset=gb2312", "车库\n".encode("gb2312"), "车库\r\n"),
+        ("Content-Type: text/plain; charset*=us-ascii''utf-8", "Grüße\n".encode(), "Grüße\r\n"),
         ("Content-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: 8bit", "Grüße\n".encode(), "Grüße\r\n"),
         ("Content-Transfer-Encoding: base64", b"R3LDvMOfZQo=\n", "Gr\ufffd\ufffd\ufffd\ufffde\n"),
         ("Content-Transfer-Encoding: quoted-printable\nContent-Type: text/plain; charset=utf-8",
