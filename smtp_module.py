@@ -2020,12 +2020,12 @@ class Outbox:
         """Failed entries (or one) wait again and are planned anew, and open deliveries are due now; how many entries
         that is of each."""
         with self._transaction() as db:
-            which = "state = 'failed' AND ? IN (id, 'all')"
+            which = "(state = 'failed' OR (state = 'sending' AND failed)) AND ? IN (id, 'all')"
             failed = [seq for (seq,) in db.execute(f"SELECT seq FROM entries WHERE {which}", (name,))]
             sql = "SELECT count(*) FROM entries WHERE state IN ('waiting', 'sending') AND seq > ? AND ? IN (id, 'all')"
             held = self.status().get("hold", {}).get("upto", 0)
             (others,) = db.execute(sql, (held, name)).fetchone()
-            self._wait_again(db, failed, "failed")
+            self._wait_again(db, failed)
             db.execute(
                 "UPDATE deliveries SET next_try = 0 WHERE state = 'open' AND EXISTS (SELECT 1 FROM"
                 " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value WHERE ? IN (entries.id, 'all'))", (name,),
@@ -2044,11 +2044,11 @@ class Outbox:
                 if not any(delivery.recipient in recipients(*group) for group in groups):
                     db.execute("DELETE FROM deliveries WHERE number = ?", (delivery.number,))
                     db.execute(f"UPDATE entries SET open = open - 1 WHERE {SEQS}", (entries,))
-                    self._wait_again(db, delivery.entries, "sending")
+                    self._wait_again(db, delivery.entries)
                     number += 1
         return number
 
-    def _wait_again(self, db: sqlite3.Connection, seqs: Sequence[int], state: str) -> None:
+    def _wait_again(self, db: sqlite3.Connection, seqs: Sequence[int]) -> None:
         """Let entries wait again, with who is served noted."""
         served: dict[int, set[str]] = {seq: set() for seq in seqs}
         sql = "SELECT recipient, entries FROM deliveries WHERE state IN ('sent', 'open')"
@@ -2057,7 +2057,7 @@ class Outbox:
                 served[seq].add(recipient)
         db.executemany(
             "UPDATE entries SET state = 'waiting', failed = 0, error = NULL, reported = 0, served = ?"
-            " WHERE seq = ? AND state = ?", [(json.dumps(sorted(names)), seq, state) for seq, names in served.items()],
+            " WHERE seq = ? AND finished_at IS NULL", [(json.dumps(sorted(names)), seq) for seq, names in served.items()],
         )  # fmt: skip
 
     def drop(self, name: str = "all") -> tuple[int, int]:
