@@ -2458,15 +2458,15 @@ class Courier:
             try:
                 if self.run(transport, first):
                     used = self._monotonic()
+                if self._monotonic() - used >= self._keep_open_s:
+                    transport.close()
+                    used = math.inf
+                with self._changed:
+                    if not (self._stopping.is_set() or self._may_begin(first)):
+                        self._changed.wait(self._seconds_to_wait())
             except Exception as error:
                 self._log_trouble(error)
                 self._stopping.wait(TICK_S)
-            if self._monotonic() - used >= self._keep_open_s:
-                transport.close()
-                used = math.inf
-            with self._changed:
-                if not (self._stopping.is_set() or self._may_begin(first)):
-                    self._changed.wait(self._seconds_to_wait())
         transport.close()
 
     def _seconds_to_wait(self) -> float:
