@@ -2568,8 +2568,8 @@ class Courier:
         """The next delivery. Who finds the queue empty fills it with what is due; what was planned is created."""
         if not self._queue:
             now = self._clock()
-            self._queue.extend(self._retries)
             created = self._outbox.create(self._planned, now) if self._planned else ()
+            self._queue.extend(self._retries)
             self._queue.extend(one for one in created if one.recipient not in self._troubles_now())
             for message in self._planned if self._policy.window else ():
                 self._history.kinds[message.kind] = now
@@ -2637,15 +2637,14 @@ class Courier:
     def _plan(self, now: float, most: int) -> None:
         """Ask the policy. Entries that the plan has held are not looked at again before their time."""
         if not self._planned_at <= now < self._wake:  # Their time has come, or the clock was set back.
-            self._planned_to, self._wake = 0, math.inf
-        elif not self._news:
+            self._planned_to, self._wake, self._news = 0, math.inf, True
+        if not self._news:
             return
-        self._news = False
         self._history.paused = frozenset(name for name in self._troubles if self._paused(name))
         seen = _Seen(self._outbox.pending(self._planned_to), self._planned_to)
         plan = self._policy.plan(seen, self._history, now, most)
         self._planned, self._planned_to, self._planned_at = plan.due, seen.last, now
-        self._news = self._news or not seen.exhausted
+        self._news = not seen.exhausted
         if plan.wake is not None and plan.wake < self._wake:
             self._wake = plan.wake
             if plan.why != self._why:
@@ -2879,7 +2878,7 @@ class Courier:
                 write_request(path, {"failed": failed, "others": others})
                 log.info("%s %s: %d that had failed, %d others", what, name, failed, others)
                 changed = True
-            except (ValueError, TypeError, OSError) as error:
+            except (ValueError, TypeError, OSError, RecursionError) as error:
                 log.error("%s: not a request: %s", path, error)
                 with contextlib.suppress(OSError):
                     path.unlink()
