@@ -2497,6 +2497,7 @@ class Courier:
             if not self._may_begin(first):
                 return False
             self._active += 1
+            self._taken_at = self._monotonic()  # Nobody joins this sender before it has had its time.
         held: list[_Work] = []  # what this sender has: a delivery, and one that follows it
         try:
             while held or self._begin(transport, held):

@@ -66,7 +66,7 @@ class Policy:
         for entry in waiting:
             self.planned[-1].append(entry.id)
             to = tuple(name for name in self.to if name not in entry.served)
-            if self.hold_until and now < self.hold_until or (to and sent.paused.issuperset(to)):
+            if (self.hold_until and now < self.hold_until) or (to and sent.paused.issuperset(to)):
                 continue
             if self.together and due:
                 due = [due[0]._replace(entries=(*due[0].entries, entry.seq))]
@@ -276,14 +276,14 @@ def test_nothing_is_asked_again_while_nothing_has_changed(bench: Make) -> None:
     assert len(b.policy.planned) == asked
 
 
-def test_a_backlog_drains_oldest_first_and_what_is_new_does_not_starve(bench: Make) -> None:
+def test_in_a_backlog_neither_the_oldest_nor_what_is_new_waits_for_all_the_others(bench: Make) -> None:
     b = bench()
     b.put(*names(400, "old"))
-    b.server.before = lambda ids: ids == "old100" and b.put("new")
+    b.server.before = lambda ids: len(b.server.got) == 100 and b.put("new")
     b.run()
     ids = b.server.ids()
-    assert ids.index("new") < 170
-    assert [name for name in ids if name != "new"] == names(400, "old")
+    assert sorted(ids) == ["new", *names(400, "old")]
+    assert ids.index("old000") < 16 and ids.index("new") < 140
 
 
 def test_a_plan_of_a_long_queue_looks_at_few_entries(bench: Make) -> None:
@@ -416,11 +416,10 @@ def test_a_refused_recipient_fails_in_its_time_and_is_shown_and_reported(bench: 
     b.server.answer = lambda ids, to: REFUSED if to == BOB else YES
     b.put("a")
     b.run()
-    assert b.states() == {"a": "waiting"}
-    b.wait(DAY - HOUR, every=60.0)
-    assert b.states() == {"a": "waiting"}, "the server has accepted nothing since"
+    b.wait(2 * DAY, every=HOUR)
+    assert b.states() == {"a": "held"}, "the server has accepted nothing since"
     b.put("b")
-    b.wait(3 * HOUR, every=60.0)
+    b.wait(2 * HOUR, every=60.0)
     row = b.queue()["a"]
     assert [row[key] for key in ("state", "next", "recipients")] == ["failed", None, [BOB]]
     assert row["error"] == f"{BOB}: rcpt: 550 5.1.1 unknown"
@@ -438,7 +437,7 @@ def test_nothing_fails_while_nothing_gets_through(bench: Make, refusal: Outcome)
     b = bench(Policy(ANN))
     b.server.answer = lambda ids, to: refusal
     b.put("a", "b")
-    b.wait(20 * DAY, every=HOUR)
+    b.wait(20 * DAY, every=3 * HOUR)
     assert b.counts() == (2, 0, 0)
     b.server.answer = lambda ids, to: YES
     b.wait(2 * HOUR, every=MINUTE)
@@ -458,9 +457,12 @@ def test_an_address_that_is_wrong_is_logged_from_the_first_refusal(
 
 def test_a_spool_that_is_half_full_is_logged(bench: Make, caplog: pytest.LogCaptureFixture) -> None:
     b = bench()
-    b.outbox._size_max = 2 * b.spool.stat().st_size
     b.server.answer = lambda ids, to: REFUSED
     b.put("a", picture=bytes(100_000))
+    b.outbox._size_max = 10_000_000
+    b.wait(2 * MINUTE)
+    assert "half full" not in caplog.text
+    b.outbox._size_max = 190_000
     b.wait(2 * MINUTE)
     assert "half full: 1 alerts wait, 0 have failed" in caplog.text
 
@@ -712,15 +714,15 @@ def test_a_sender_that_cannot_connect_pauses_all_and_another_one_ends_what_it_do
 
 def test_the_length_of_a_pause_is_forgotten_after_ten_successes(bench: Make) -> None:
     b = bench()
-    for number, expected in ((0, FIRST), (9, 2 * FIRST), (9, 4 * FIRST), (20, FIRST)):
-        b.put(*names(number, f"between{expected}"))
+    for turn, (number, expected) in enumerate(((0, FIRST), (7, 2 * FIRST), (7, 4 * FIRST), (8, FIRST))):
+        b.put(*names(number, f"between{turn}-"))  # Two more were sent at the end of the pause.
         b.run()
         fail_with(b, SENDER)
-        b.put(f"held{expected}")
+        b.put(f"held{turn}")
         b.run()
         mend(b)
         assert b.later(expected * 0.79) == 0
-        b.put("x" + str(expected))
+        b.put(f"later{turn}")
         assert b.later(expected * 0.21 + 1) == 2
 
 
@@ -873,24 +875,18 @@ def test_the_next_is_prepared_while_the_server_works_and_no_more(bench: Make) ->
     taken: list[int] = []
     b.server.answer = lambda ids, to: (taken.append(len(b.courier._with_senders)), YES)[1]
     b.run()
-    assert b.server.ids() == names(40) and max(taken) == 2
+    assert sorted(b.server.ids()) == names(40) and max(taken) == 2
 
 
-def test_what_follows_goes_back_when_all_mail_or_its_recipient_is_paused(bench: Make) -> None:
-    for outcome in (QUOTA, BUSY):
-        b = bench()
-        ahead(b)
-        b.put(*names(3 if outcome is BUSY else 1), "z")
-        b.server.answer = lambda ids, to, outcome=outcome: outcome
-        closed = b.server.closed
-        b.run()
-        assert ("z", ANN) not in b.server.tried and b.server.closed > closed
-        mend(b)
-        b.wait(2 * MINUTE)
-        assert "z" in b.server.ids() and b.counts()[0] == 0
-        b.outbox.drop()
-        b.outbox.close()
-        b.spool.unlink()
+def test_what_follows_goes_back_when_all_mail_is_paused(bench: Make) -> None:
+    b = bench()
+    ahead(b)
+    b.put("a", "b")
+    fail_with(b, QUOTA)
+    assert b.run() == 1 and b.server.closed == 1
+    mend(b)
+    b.later(FIRST)
+    assert b.server.ids() == ["a", "b"]
 
 
 def test_stop_begins_no_other_message_and_leaves_it_for_the_next_start(bench: Make) -> None:
@@ -1118,17 +1114,6 @@ def test_an_event_on_an_idle_relay_goes_at_once(real_time: Make, senders: int) -
     assert sorted(times)[len(times) // 2] < 0.05
 
 
-def test_one_sender_does_the_work_that_it_can_do_alone(real_time: Make) -> None:
-    b = real_time(senders=2)
-    threads = set()
-    b.server.before = lambda ids: threads.add(threading.current_thread().name)
-    with running(b):
-        for name in names(100):
-            b.put(name)
-        wait_for(lambda: len(b.server.got) == 100)
-    assert sorted(b.server.ids()) == names(100) and threads == {"sender-1"}
-
-
 def test_another_sender_joins_when_none_has_gone_for_a_while(real_time: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smtp, "JOIN_AFTER_S", 0.05)
     b = real_time(senders=2)
@@ -1141,6 +1126,17 @@ def test_another_sender_joins_when_none_has_gone_for_a_while(real_time: Make, mo
         go.set()
         wait_for(lambda: len(b.server.got) == 30)
     assert sorted(b.server.ids()) == names(30) and b.counts() == (0, 30, 0)
+
+
+def test_the_first_sender_does_the_work_while_it_keeps_up(bench: Make) -> None:
+    b = bench()
+    other = FakeServer()
+    b.server.before = lambda ids: b.courier.run(other, False)
+    assert not b.courier.run(other, False)
+    b.later(HOUR)
+    b.put(*names(40))
+    b.run()
+    assert len(b.server.got) == 40 and other.opened == 0
 
 
 def test_a_server_that_hangs_at_the_dot_holds_two_deliveries_and_no_more(bench: Make) -> None:
