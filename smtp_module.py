@@ -2255,15 +2255,15 @@ class Outbox:
         """Failed entries (or one) wait again and are planned anew, and open deliveries are due now; how many entries
         that is of each."""
         with self._transaction() as db:
-            which = "state = 'failed' AND ? IN (id, 'all')"
+            which = "(state = 'failed' OR (state = 'sending' AND failed)) AND ? IN (id, 'all')"
             failed = [seq for (seq,) in db.execute(f"SELECT seq FROM entries WHERE {which}", (name,))]
             sql = "SELECT count(*) FROM entries WHERE state IN ('waiting', 'sending') AND seq > ? AND ? IN (id, 'all')"
             held = self.status().get("hold", {}).get("upto", 0)
             (others,) = db.execute(sql, (held, name)).fetchone()
-            self._wait_again(db, failed, "failed")
+            self._wait_again(db, failed)
             db.execute(
                 "UPDATE deliveries SET next_try = 0 WHERE state = 'open' AND EXISTS (SELECT 1 FROM"
-                " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value WHERE ? IN (id, 'all'))", (name,),
+                " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value WHERE ? IN (entries.id, 'all'))", (name,),
             )  # fmt: skip
         return len(failed), others
 
@@ -2279,11 +2279,11 @@ class Outbox:
                 if not any(delivery.recipient in recipients(*group) for group in groups):
                     db.execute("DELETE FROM deliveries WHERE number = ?", (delivery.number,))
                     db.execute(f"UPDATE entries SET open = open - 1 WHERE {SEQS}", (entries,))
-                    self._wait_again(db, delivery.entries, "sending")
+                    self._wait_again(db, delivery.entries)
                     number += 1
         return number
 
-    def _wait_again(self, db: sqlite3.Connection, seqs: Sequence[int], state: str) -> None:
+    def _wait_again(self, db: sqlite3.Connection, seqs: Sequence[int]) -> None:
         """Let entries wait again, with who is served noted."""
         served: dict[int, set[str]] = {seq: set() for seq in seqs}
         sql = "SELECT recipient, entries FROM deliveries WHERE state IN ('sent', 'open')"
@@ -2292,7 +2292,7 @@ class Outbox:
                 served[seq].add(recipient)
         db.executemany(
             "UPDATE entries SET state = 'waiting', failed = 0, error = NULL, reported = 0, served = ?"
-            " WHERE seq = ? AND state = ?", [(json.dumps(sorted(names)), seq, state) for seq, names in served.items()],
+            " WHERE seq = ? AND finished_at IS NULL", [(json.dumps(sorted(names)), seq) for seq, names in served.items()],
         )  # fmt: skip
 
     def drop(self, name: str = "all") -> tuple[int, int]:
@@ -2693,15 +2693,15 @@ class Courier:
             try:
                 if self.run(transport, first):
                     used = self._monotonic()
+                if self._monotonic() - used >= self._keep_open_s:
+                    transport.close()
+                    used = math.inf
+                with self._changed:
+                    if not (self._stopping.is_set() or self._may_begin(first)):
+                        self._changed.wait(self._seconds_to_wait())
             except Exception as error:
                 self._log_trouble(error)
                 self._stopping.wait(TICK_S)
-            if self._monotonic() - used >= self._keep_open_s:
-                transport.close()
-                used = math.inf
-            with self._changed:
-                if not (self._stopping.is_set() or self._may_begin(first)):
-                    self._changed.wait(self._seconds_to_wait())
         transport.close()
 
     def _seconds_to_wait(self) -> float:
@@ -2732,6 +2732,7 @@ class Courier:
             if not self._may_begin(first):
                 return False
             self._active += 1
+            self._taken_at = self._monotonic()  # Nobody joins this sender before it has had its time.
         held: list[_Work] = []  # what this sender has: a delivery, and one that follows it
         try:
             while held or self._begin(transport, held):
@@ -2803,8 +2804,8 @@ class Courier:
         """The next delivery. Who finds the queue empty fills it with what is due; what was planned is created."""
         if not self._queue:
             now = self._clock()
-            self._queue.extend(self._retries)
             created = self._outbox.create(self._planned, now) if self._planned else ()
+            self._queue.extend(self._retries)
             self._queue.extend(one for one in created if one.recipient not in self._troubles_now())
             for message in self._planned if self._policy.window else ():
                 self._history.kinds[message.kind] = now
@@ -2872,15 +2873,14 @@ class Courier:
     def _plan(self, now: float, most: int) -> None:
         """Ask the policy. Entries that the plan has held are not looked at again before their time."""
         if not self._planned_at <= now < self._wake:  # Their time has come, or the clock was set back.
-            self._planned_to, self._wake = 0, math.inf
-        elif not self._news:
+            self._planned_to, self._wake, self._news = 0, math.inf, True
+        if not self._news:
             return
-        self._news = False
         self._history.paused = frozenset(name for name in self._troubles if self._paused(name))
         seen = _Seen(self._outbox.pending(self._planned_to), self._planned_to)
         plan = self._policy.plan(seen, self._history, now, most)
         self._planned, self._planned_to, self._planned_at = plan.due, seen.last, now
-        self._news = self._news or not seen.exhausted
+        self._news = not seen.exhausted
         if plan.wake is not None and plan.wake < self._wake:
             self._wake = plan.wake
             if plan.why != self._why:
@@ -3114,7 +3114,7 @@ class Courier:
                 write_request(path, {"failed": failed, "others": others})
                 log.info("%s %s: %d that had failed, %d others", what, name, failed, others)
                 changed = True
-            except (ValueError, TypeError, OSError) as error:
+            except (ValueError, TypeError, OSError, RecursionError) as error:
                 log.error("%s: not a request: %s", path, error)
                 with contextlib.suppress(OSError):
                     path.unlink()
