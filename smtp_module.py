@@ -1916,12 +1916,13 @@ class Outbox:
             sql = f"SELECT {COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
             rows = self.rows(sql, names, now, limit)
             ((later,),) = self.rows(f"SELECT min(next_try) {others} AND next_try > ?", names, now)
+            unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
         found = [delivery for delivery in map(_delivery, rows) if delivery.number not in known][:most]
         untried = [delivery for delivery in found if not delivery.tried_at]
         tried = [delivery for delivery in found if delivery.tried_at]
         allowed = tried[: int(max(0, min(room, most)))]
         left_out = len(rows) == limit or len(allowed) < len(tried)
-        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf)
+        return untried + allowed, min([later or math.inf, now + TICK_S if left_out else math.inf, *unwritten])
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
         """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
