@@ -10,7 +10,19 @@ import pytest
 from conftest import Clock
 
 import smtp_module as smtp
-from smtp_module import Courier, Delivery, DueMessage, Entry, History, NewEntry, Outbox, Outcome, PendingEntry, Plan, Verdict
+from smtp_module import (
+    Courier,
+    Delivery,
+    DueMessage,
+    Entry,
+    History,
+    NewEntry,
+    Outbox,
+    Outcome,
+    PendingEntry,
+    Plan,
+    Verdict,
+)
 
 ANN, BOB = "ann@x.org", "bob@x.org"
 YES = Outcome(Verdict.SENT, 250, "", "dot")
@@ -86,6 +98,10 @@ class Rig:
         self.uptime += seconds
         return self.run()
 
+    def request(self, what: str, name: str) -> None:
+        smtp.write_request(Path(f"{self.spool}.request-1"), [what, name])
+        self.courier.tick()
+
     def queue(self) -> dict[str, dict[str, Any]]:
         self.courier.tick()
         return {row["id"]: row for row in smtp.read_queue(self.spool)}
@@ -114,3 +130,59 @@ def test_what_failed_is_tried_again_though_the_next_one_to_its_recipient_went_be
     assert r.run() == [("first", ANN), ("second", ANN)]
     r.say = lambda entry, name: YES
     assert r.later(10) == [("first", ANN)]
+
+
+# what `queue` says
+
+
+def test_the_next_try_of_what_waits_for_a_paused_recipient_is_when_the_probe_goes(rig: Callable[..., Rig]) -> None:
+    r = rig(refused_after=10_000.0)
+    r.say = lambda entry, name: NO  # not tried again before five minutes, except as a probe
+    r.put("a", "b", "c")
+    r.run()
+    row = r.queue()["a"]
+    assert row["state"] == "held"
+    assert r.clock() < smtp.from_iso(row["next"]) <= r.clock() + 10
+    assert len(r.later(10)) == 1
+
+
+def test_who_has_an_entry_is_not_shown_as_one_of_its_recipients_when_it_waits_again(rig: Callable[..., Rig]) -> None:
+    r = rig(ANN, BOB, refused_after=0.0)
+    r.say = lambda entry, name: NO if name == BOB else YES
+    r.put("a")
+    r.run()
+    r.away = AWAY
+    r.request("retry", "a")
+    assert r.queue()["a"]["recipients"] == [BOB]
+
+
+def test_a_group_that_arrives_while_all_mail_waits_has_its_recipients_in_the_queue(rig: Callable[..., Rig]) -> None:
+    r = rig()
+    r.away = AWAY
+    r.put("a")
+    r.run()
+    assert r.queue()["a"]["recipients"] == [ANN]
+    r.put("b", source="cam2")
+    assert r.queue()["b"]["recipients"] == [ANN]
+
+
+def test_the_next_try_moves_with_a_clock_that_is_set(rig: Callable[..., Rig]) -> None:
+    r = rig()
+    r.away = AWAY
+    r.put("a")
+    r.run()
+    r.queue()
+    r.clock.now += 3600
+    assert r.clock() < smtp.from_iso(r.queue()["a"]["next"]) <= r.clock() + 10
+
+
+def test_what_fails_again_after_a_retry_shows_who_has_not_got_it_now(rig: Callable[..., Rig]) -> None:
+    r = rig(ANN, BOB, refused_after=0.0)
+    r.say = lambda entry, name: NO
+    r.put("a")
+    r.run()
+    assert r.queue()["a"]["recipients"] == [ANN, BOB]
+    r.say = lambda entry, name: NO if name == BOB else YES
+    r.request("retry", "a")
+    r.run()
+    assert r.queue()["a"]["recipients"] == [BOB]
