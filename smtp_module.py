@@ -2151,12 +2151,13 @@ class Outbox:
             sql = f"SELECT {COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
             rows = self.rows(sql, names, now, limit)
             ((later,),) = self.rows(f"SELECT min(next_try) {others} AND next_try > ?", names, now)
+            unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
         found = [delivery for delivery in map(_delivery, rows) if delivery.number not in known][:most]
         untried = [delivery for delivery in found if not delivery.tried_at]
         tried = [delivery for delivery in found if delivery.tried_at]
         allowed = tried[: int(max(0, min(room, most)))]
         left_out = len(rows) == limit or len(allowed) < len(tried)
-        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf)
+        return untried + allowed, min([later or math.inf, now + TICK_S if left_out else math.inf, *unwritten])
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
         """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
@@ -2284,8 +2285,12 @@ class Outbox:
         return number
 
     def _wait_again(self, db: sqlite3.Connection, seqs: Sequence[int]) -> None:
-        """Let entries wait again, with who is served noted."""
+        """Let entries wait again, with who is served noted; deliveries of them that failed are theirs no longer."""
         served: dict[int, set[str]] = {seq: set() for seq in seqs}
+        for number, entries in db.execute("SELECT number, entries FROM deliveries WHERE state = 'failed'").fetchall():
+            if served.keys() & set(json.loads(entries)):
+                left = [seq for seq in json.loads(entries) if seq not in served]
+                db.execute("UPDATE deliveries SET entries = ? WHERE number = ?", (json.dumps(left), number))
         sql = "SELECT recipient, entries FROM deliveries WHERE state IN ('sent', 'open')"
         for recipient, entries in db.execute(sql) if seqs else ():
             for seq in served.keys() & set(json.loads(entries)):
@@ -2441,7 +2446,8 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")  # one moment for all that is read
             entries = db.execute(
-                "SELECT seq, id, kind, source, arrived, state, error FROM entries WHERE finished_at IS NULL ORDER BY seq"
+                "SELECT seq, id, kind, source, arrived, state, served, error FROM entries WHERE finished_at IS NULL"
+                " ORDER BY seq"
             ).fetchall()
             deliveries = db.execute(
                 "SELECT entries, recipient, state, next_try, tries, error FROM deliveries WHERE state IN ('open', 'failed')"
@@ -2458,21 +2464,24 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
 
 
 def _queue_row(entry: sqlite3.Row, deliveries: Sequence[sqlite3.Row], status: Mapping[str, Any]) -> dict[str, Any]:
-    """What `queue` shows of an entry: its open deliveries, or when it has failed those that failed, or who would get
-    it."""
-    wanted = {"sending": "open", "failed": "failed"}.get(entry["state"])
-    mine = [delivery for delivery in deliveries if delivery["state"] == wanted]
+    """What `queue` shows of an entry: its open deliveries and, while it waits, who else would get it; when it has
+    failed, the deliveries that failed."""
+    waits, failed = entry["state"] == "waiting", entry["state"] == "failed"
+    mine = [delivery for delivery in deliveries if delivery["state"] == ("failed" if failed else "open")]
     group = f"{entry['kind']} {entry['source']}"
-    recipients = list(dict.fromkeys(one["recipient"] for one in mine)) or status.get("recipients", {}).get(group, [])
+    planned, served = status.get("recipients", {}).get(group, []), json.loads(entry["served"] or "[]")
+    others = [name for name in planned if name not in served] if waits else []
+    recipients = list(dict.fromkeys([*(one["recipient"] for one in mine), *others]))
     pauses, hold = status.get("pauses", {}), status.get("hold") or {"upto": 0}
-    held = [pauses[key] for key in (EVERYTHING, *recipients) if key in pauses]
-    if EVERYTHING not in pauses and len(held) < len(recipients):
-        held = []  # not all of them are paused
-    if entry["state"] == "waiting" and entry["seq"] <= hold["upto"]:
+    held = [pauses[EVERYTHING]] if EVERYTHING in pauses else []
+    if waits and entry["seq"] <= hold["upto"]:
         held.append(hold)
+    next_try = dict.fromkeys(recipients, 0.0) | {one["recipient"]: one["next_try"] for one in mine}
+    next_try |= {name: pauses[name]["until"] for name in recipients if name in pauses}  # whatever is tried then
+    due = max([min(next_try.values(), default=0.0), *(one["until"] for one in held)])
+    if all(name in pauses for name in recipients):
+        held += [pauses[name] for name in recipients]
     error = entry["error"] or "; ".join(dict.fromkeys(one["error"] for one in mine if one["error"]))
-    due = max([min((one["next_try"] for one in mine), default=0.0), *(one["until"] for one in held)])
-    failed = entry["state"] == "failed"
     return {
         "id": entry["id"],
         "group": group,
@@ -2653,6 +2662,7 @@ class Courier:
         self._clock_offset = clock() - monotonic()
         self._kept_house = -math.inf
         self._published: object = None
+        self._groups: set[str] = set()  # those whose recipients `queue` can show
         self._last_error = ""  # of the machine, logged once
         self._why = ""  # the last plan held something
         self._planned: list[DueMessage] = []  # due, not created yet
@@ -3079,6 +3089,7 @@ class Courier:
         step = self._clock() - self._monotonic() - self._clock_offset
         if abs(step) > CLOCK_STEP_S:
             self._clock_offset += step
+            self._published = None
             self._outbox.shift_times(step)
             with self._changed:
                 self._accepted_at += step
@@ -3129,10 +3140,10 @@ class Courier:
             holds = self._why and self._wake < math.inf and self._planned_to
             hold = {"why": self._why, "until": self._wake, "upto": self._planned_to} if holds else {"upto": 0}
             published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold
-        if published != self._published:
-            recipients = {" ".join(group): self._policy.recipients(*group) for group in self._outbox.groups()}
+        recipients = {" ".join(group): self._policy.recipients(*group) for group in self._outbox.groups()}
+        if published != self._published or not self._groups.issuperset(recipients):
             self._outbox.publish_status(pauses=pauses, hold=hold, recipients=recipients)
-            self._published = published
+            self._published, self._groups = published, set(recipients)
 
 
 class _Seen:
