@@ -2028,7 +2028,7 @@ class Outbox:
             self._wait_again(db, failed, "failed")
             db.execute(
                 "UPDATE deliveries SET next_try = 0 WHERE state = 'open' AND EXISTS (SELECT 1 FROM"
-                " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value WHERE ? IN (id, 'all'))", (name,),
+                " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value WHERE ? IN (entries.id, 'all'))", (name,),
             )  # fmt: skip
         return len(failed), others
 
