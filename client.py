@@ -128,8 +128,8 @@ relay  --host HOST (127.0.0.1)  --port PORT (5000)  --token SECRET
        --retries N              how often to try again, with growing pauses (3)
        --outbox DIR             keep what was not sent; it goes first next time
 run    --loop SECONDS           an event every so often; 0: without a pause
-       --count N                end after N events (default: at Ctrl-C)
-       --heartbeat SECONDS      say so often that the camera lives; no events
+       --count N                end after N events, without waiting for Ctrl-C
+       --heartbeat SECONDS      say that the camera lives; alone: no events
        --json                   print each answer line as it came
        --env-file FILE (.env)   settings: ALERT_HOST ALERT_PORT ALERT_TOKEN
                                 ALERT_TLS ALERT_CAFILE ALERT_CERT ALERT_KEY
@@ -501,8 +501,8 @@ class Outbox:
         try:
             with open(os.path.join(self.folder, name), "rb") as file:
                 event = json.loads(file.read(KEPT_MAX_BYTES))
-            if not isinstance(event, dict):
-                raise ValueError("not a JSON object")
+            if not event or not isinstance(event, dict):
+                raise ValueError("not the JSON of an event")
         except FileNotFoundError:
             return {}  # Another client has handed it over.
         except OSError as error:
@@ -654,12 +654,11 @@ class Sender:
         self.backlog: deque[str] = deque()  # The names of kept events, to be handed over before new ones.
 
         self.start = time.monotonic()
-        count = options.count or INFINITE
-        alone = options.loop is None  # Heartbeats, and no events.
-        beats = (count if alone else INFINITE) if options.heartbeat else 0
-        self.events = IntervalTimer(options.loop or 0, 0 if alone else count, self.start)
-        self.heartbeats = IntervalTimer(options.heartbeat or 0, beats, self.start)
-        self.leading = self.heartbeats if alone else self.events  # The run ends with these.
+        count, only_heartbeats = options.count or INFINITE, options.loop is None
+        beats = count if only_heartbeats else INFINITE if options.heartbeat else 0
+        self.events = IntervalTimer(options.loop or 0.0, 0 if only_heartbeats else count, self.start)
+        self.heartbeats = IntervalTimer(options.heartbeat or 0.0, beats, self.start)
+        self.counted = self.heartbeats if only_heartbeats else self.events  # The run ends with these.
         self.unpaced = options.loop == 0  # Events are made as fast as the relay acknowledges.
 
         self.shows_progress = self.unpaced and sys.stderr is not None and sys.stderr.isatty()
@@ -668,22 +667,20 @@ class Sender:
 
     def run(self) -> int:
         """Until everything is answered or given up. Returns the exit code."""
-        while not self.stopping and (self.leading.left or self.backlog):
+        while not self.stopping and (self.counted.left or self.backlog):
             self.step()
         self.disconnect()
         self.outbox.release()
-        kept, single = self.outbox.count_mine(), self.options.loop == INFINITE
-        if kept and self.backlog:
+        kept = self.outbox.count_mine()
+        if kept and self.backlog:  # A signal has ended the run.
             self.warn_kept(len(self.backlog))
-        if not single:
+        if self.options.loop != INFINITE:
             took = time.monotonic() - self.start
             counts = f"{self.accepted} accepted, {self.refused} refused, {kept} kept, {self.lost} lost"
             warn(f"{counts} in {took:.1f} s ({self.accepted / max(took, 1e-3):.1f}/s)")
         if self.unauthorized:
             return EX_NOPERM
-        if kept or self.lost or (single and not self.made):
-            return EX_TEMPFAIL
-        return EX_DATAERR if self.refused else EX_OK
+        return EX_TEMPFAIL if kept or self.lost else EX_DATAERR if self.refused else EX_OK
 
     def step(self) -> None:
         """Wait until something is due and hand it over: a heartbeat, a new event, or the oldest of the kept ones."""
@@ -699,12 +696,8 @@ class Sender:
             self.deliver({"heartbeat": self.options.camera})
         elif now >= self.events.due and not (self.backlog and self.unpaced):
             self.events.advance(now)
-            try:
-                event = self.next_event()
-            except KeyboardInterrupt:
-                warn("interrupted while the picture was read")
-                return
-            # Behind others it must wait, and may wait for long: it is kept first.
+            event = self.next_event()
+            # Behind others it may have to wait for long, so it is kept before.
             kept = self.outbox.keep(event) if self.backlog else ""
             if kept:
                 self.backlog.append(kept)
@@ -717,11 +710,15 @@ class Sender:
                 self.deliver(event, name)
 
     def next_event(self) -> "dict[str, Any]":
-        image, picture = self.options.image, self.stdin_picture
-        if image not in ("", "-"):
-            picture = self.interrupt_in(read_picture, image)
+        """The event that is due now, with the picture of now."""
         self.made += 1
-        return make_event(self.options, picture, self.made, time.time())
+        now, image, picture = time.time(), self.options.image, self.stdin_picture
+        if image not in ("", "-"):
+            try:
+                picture = self.interrupt_in(read_picture, image)
+            except KeyboardInterrupt:
+                warn(f"warning: --image {image}: interrupted; the event goes without it")
+        return make_event(self.options, picture, self.made, now)
 
     def deliver(self, content: "dict[str, Any]", kept: str = "") -> None:
         """Try until the relay answers, or give up. `kept` is the name of the event in the outbox, if it is there."""
@@ -729,26 +726,27 @@ class Sender:
         while True:
             try:
                 answer = self.exchange(content)
-                break
             except (OSError, KeyboardInterrupt) as failure:
                 error = failure
+            else:
+                self.handle_answer(content, kept, answer)
+                return
             self.disconnect()
-            if tries == 0 and "event" in content and not kept:
+            if tries == 0 and not kept and "event" in content:
                 kept = self.outbox.keep(content)
             import random  # noqa: PLC0415
 
             pause = min(BACKOFF_FIRST_S * 2.0 ** min(tries, 30), BACKOFF_MAX_S) * random.uniform(0.75, 1.25)
-            tries += 1
             next_try = time.monotonic() + pause
-            # What is kept goes first when the next event is due: it need not be tried longer than that.
-            too_late = kept and not self.unpaced and next_try >= self.events.due
+            tries += 1
+            # What is kept goes first when the next event of a loop is due, so it need not be tried any longer now.
+            goes_then = kept and not self.unpaced and next_try >= self.events.due
             hopeless = isinstance(error, (PermanentError, KeyboardInterrupt))
-            if self.stopping or tries > self.options.retries or too_late or hopeless:
+            if tries > self.options.retries or goes_then or hopeless or self.stopping:
                 self.give_up(content, kept, error)
                 return
             warn(f"{self.peer}: {explain(error)}; next try in {pause:.1f} s")
             self.sleep_until(next_try)
-        self.handle_answer(content, kept, answer)
 
     def exchange(self, content: "dict[str, Any]") -> "dict[str, Any]":
         """Send a message and return the answer that accepts or refuses it. Raises OSError if it must be sent again."""
