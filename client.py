@@ -363,7 +363,8 @@ def tls_context(options: argparse.Namespace) -> "ssl.SSLContext | None":
             # With an empty password, an encrypted key is an error here and not a question on the terminal.
             context.load_cert_chain(options.cert, options.key or None, password="")
     except OSError as error:
-        raise setting_error(options, name, f"{files}: {explain(error)}") from None
+        advice = "; give PEM files, and a key without a password" if isinstance(error, ssl.SSLError) else ""
+        raise setting_error(options, name, f"{files}: {explain(error)}{advice}") from None
     return context
 
 
@@ -465,7 +466,8 @@ class Outbox:
             sync_folder(self.folder)
         except OSError as error:
             warn(f"--outbox {self.folder}: {explain(error)}; cannot keep {describe(event)}")
-            self.remove(name + ".tmp")
+            if os.path.lexists(path + ".tmp"):
+                self.remove(name + ".tmp")
             return ""
         self.mine.add(name)
         return name
@@ -626,7 +628,7 @@ def parse_answer(raw: bytes) -> "dict[str, Any]":
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
-        said = raw[:80].decode("utf-8", "replace")
+        said = raw[:80].decode("utf-8", "replace").rstrip()
         raise ConnectionError(f"this is no answer of an alert relay (is it the right port?): {said}")
     return answer
 
@@ -799,7 +801,8 @@ class Sender:
             self.warn_kept(1 + len(self.backlog))
         else:
             self.lost += 1
-            warn(f"lost: {describe(content)} {content.get('id', '')}".rstrip())
+            outbox_failed = ", for it could not be kept either" if self.options.outbox and "event" in content else ""
+            warn(f"lost{outbox_failed}: {describe(content)} {content.get('id', '')}".rstrip())
         self.backlog.clear()
         if self.unpaced or self.unauthorized:
             self.stopping = True

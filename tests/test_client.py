@@ -23,9 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Certificates
+from conftest import ROOT, Certificates, wait_for
 
 import client
+
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+
+import client_nemesis
 
 PROGRAM = Path(client.__file__)
 PNG = b"\x89PNG\r\n\x1a\n and so on"
@@ -787,6 +791,14 @@ def test_an_address_that_swallows_packets_leaves_time_for_the_next_one(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_below_what_is_printed_stops_nothing(relay: Relay, stream: str) -> None:
+    with open("/dev/full", "wb") as full:
+        process = start_process(relay, "--count", "3", "--image", "missing", **{stream: full})
+        process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0 and len(relay.accepted) == 3
+
+
 def test_a_reader_that_has_gone_stops_nothing(relay: Relay) -> None:
     process = start_process(relay, "--count", "50")
     assert process.stdout
@@ -1052,6 +1064,45 @@ def test_a_signal_ends_a_connection_that_does_not_come_about(tmp_path: Path) -> 
     assert len(kept_in(tmp_path / "kept")) == 1
 
 
+@pytest.mark.parametrize("outbox", [[], ["--outbox", "kept"]])
+def test_an_event_whose_picture_does_not_come_goes_without_it_after_a_signal(
+    relay: Relay, tmp_path: Path, outbox: list[str]
+) -> None:
+    os.mkfifo(tmp_path / "camera")
+    process = start_process(relay, "--image", "camera", *outbox)
+    writer = os.open(tmp_path / "camera", os.O_WRONLY)  # returns when the client waits for the picture
+    process.terminate()
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    os.close(writer)
+    assert process.returncode == 0 and "--image camera: interrupted; the event goes without it" in errors
+    assert len(relay.accepted) == 1 and "image_b64" not in relay.lines[0]
+
+
+def test_after_a_signal_what_is_kept_waits_for_the_next_time(
+    start_relay: Callable[..., Relay], closed_port: int, tmp_path: Path
+) -> None:
+    for number in range(2):
+        send(closed_port, "--event", f"e{number}", "--outbox", "kept", "--retries", "0")
+    signalled = threading.Event()
+
+    def script(peer: Peer) -> None:
+        line = peer.read()
+        assert signalled.wait(PATIENCE_S)
+        peer.accept(line)
+        accept_all(peer)
+
+    relay = start_relay(script)
+    process = start_process(relay, "--event", "new", "--outbox", "kept")
+    relay.wait_for(lambda: len(relay.lines) == 1)
+    process.terminate()
+    signalled.set()
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 75 and errors == "client.py: kept in kept: 2; first to go next time\n"
+    assert [event["event"] for event in kept_in(tmp_path / "kept")] == ["e1", "new"]
+    assert send(relay, "--heartbeat", "1", "--count", "1", "--outbox", "kept") == 0
+    assert [line.get("event") for line in relay.lines] == ["e0", None, "e1", "new"]
+
+
 def test_a_signal_before_there_is_an_event_is_no_success(relay: Relay) -> None:
     process = start_process(relay, "--image", "-", stdin=subprocess.PIPE)
     process.send_signal(signal.SIGINT)
@@ -1271,6 +1322,16 @@ def test_a_loop_keeps_its_events_through_an_outage_and_hands_them_over_in_order(
     assert kept_in(tmp_path / "kept") == []
 
 
+def test_a_loop_makes_its_events_on_time_while_the_relay_is_away_however_often_one_is_tried(
+    closed_port: int, tmp_path: Path
+) -> None:
+    process = start_process(closed_port, "--loop", "0.05", "--outbox", "kept", "--retries", "1000000")
+    wait_for(lambda: len(list((tmp_path / "kept").glob("*.json"))) >= 5)
+    process.terminate()
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 75 and "0 lost" in errors
+
+
 def test_names_stay_in_order_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outbox = client.Outbox("kept")
     first = outbox.keep({"event": "a"})
@@ -1319,7 +1380,7 @@ def test_an_outbox_that_cannot_be_used_costs_no_event(
     assert send(relay, "--outbox", "file/kept") == 0
     assert "nothing can be kept there" in capsys.readouterr().err
     assert send(closed_port, "--outbox", "file/kept", "--retries", "0") == 75
-    assert "lost: MOTION_DETECTED" in capsys.readouterr().err
+    assert "lost, for it could not be kept either: MOTION_DETECTED" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_no_half_written_event(
@@ -1333,7 +1394,12 @@ def test_a_full_disk_leaves_no_half_written_event(
     assert send(closed_port, "--outbox", "kept", "--retries", "0") == 75
     assert list((tmp_path / "kept").iterdir()) == []
     errors = capsys.readouterr().err
-    assert "No space left" in errors and "lost: MOTION_DETECTED" in errors
+    assert "No space left on device; cannot keep MOTION_DETECTED cam1" in errors
+    assert "lost, for it could not be kept either: MOTION_DETECTED" in errors
+
+
+def test_nothing_that_the_client_took_on_is_lost_when_it_is_killed_over_and_over() -> None:
+    client_nemesis.run(ROOT, seed=4, kills=5)
 
 
 # ──────────────────────────────────────────────── TLS ─────────────────────────────────────────────────
@@ -1346,6 +1412,34 @@ def test_tls_verifies_against_the_given_authority(
     assert send(relay, "--tls", "--cafile", certificates.ca) == 0
     assert send(relay, "--cafile", certificates.ca, "--host", "localhost", "--count", "600") == 0
     assert len(relay.accepted) == 601
+
+
+@pytest.mark.parametrize("tls", [None, "true", "ON", "1"])
+def test_tls_is_set_up_by_the_environment_too(
+    start_relay: Callable[..., Relay], certificates: Certificates, monkeypatch: pytest.MonkeyPatch, tls: str | None
+) -> None:
+    context = certificates.context("good")
+    context.load_verify_locations(certificates.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    cert, key = certificates.pair("good")
+    variables = {"ALERT_CAFILE": certificates.ca, "ALERT_CERT": cert, "ALERT_KEY": key, "ALERT_TLS": tls}
+    for variable, value in variables.items():
+        if value:
+            monkeypatch.setenv(variable, value)
+    relay = start_relay(tls=context)
+    assert send(relay, "--count", "2") == 0
+    assert len(relay.accepted) == 2
+
+
+def test_alert_tls_alone_trusts_the_authorities_of_the_system(
+    start_relay: Callable[..., Relay], certificates: Certificates, monkeypatch: pytest.MonkeyPatch, relay: Relay
+) -> None:
+    monkeypatch.setenv("ALERT_TLS", "yes")
+    assert send(start_relay(tls=certificates.context("good")), "--retries", "0") == 75
+    monkeypatch.setenv("SSL_CERT_FILE", certificates.ca)
+    assert send(start_relay(tls=certificates.context("good")), "--retries", "0") == 0
+    monkeypatch.setenv("ALERT_TLS", "off")
+    assert send(relay) == 0
 
 
 @pytest.mark.parametrize(("name", "with_ca"), [("good", False), ("wrong", True), ("expired", True)])
