@@ -24,6 +24,7 @@ import email
 import email.policy
 import errno
 import fnmatch
+import functools
 import hashlib
 import hmac
 import io
@@ -1158,6 +1159,7 @@ WORDS = {
     "camera": ("Camera", "دوربین", "摄像机"),
     "time": ("Time", "زمان", "时间"),
     "arrived": ("Arrived", "دریافت", "收到"),
+    "clock": ("Camera's clock", "ساعت دوربین", "摄像机时钟"),
     "link": ("Link", "پیوند", "链接"),
     "last_seen": ("Last seen", "آخرین نشانه", "最后在线"),
     "gone": ("Was gone", "مدت قطعی", "离线时长"),
@@ -1170,9 +1172,9 @@ WORDS = {
     NO_PICTURE: (NO_PICTURE, "تصویر شناخته‌شده نیست", "不是可识别的图片"),
     NO_STRING: (NO_STRING, "فیلد تصویر متن نیست", "图片字段不是字符串"),
     "reported": (
-        "On {weekday}, {time}, the camera {camera} reported: {event}.",
-        "{weekday} {time} دوربین {camera} گزارش داد: {event}.",
-        "摄像机 {camera} 报告: {event} ({weekday} {time}).",
+        "On {time} the camera {camera} reported: {event}.",
+        "{time} دوربین {camera} گزارش داد: {event}.",
+        "摄像机 {camera} 报告: {event} ({time}).",
     ),
     "nothing_heard": (
         "Nothing has been heard from the camera {camera} since {time}; it may be off, or its network may be down.",
@@ -1217,9 +1219,9 @@ WORDS = {
     ),
     "summary": ("Daily summary", "خلاصهٔ روزانه", "每日摘要"),
     "day": (
-        "In the 24 hours before {weekday}, {time}, {received} alerts arrived; {queued} wait, and {failed} failed.",
-        "در ۲۴ ساعت پیش از {weekday} {time}، {received} هشدار رسید؛ {queued} در انتظار و {failed} ناموفق است.",
-        "在 {weekday} {time} 之前的 24 小时内收到 {received} 条警报；{queued} 条等待发送，{failed} 条发送失败。",
+        "In the 24 hours before {time} {received} alerts arrived; {queued} wait, and {failed} failed.",
+        "در ۲۴ ساعت پیش از {time}، {received} هشدار رسید؛ {queued} در انتظار و {failed} ناموفق است.",
+        "在 {time} 之前的 24 小时内收到 {received} 条警报；{queued} 条等待发送，{failed} 条发送失败。",
     ),
     "received": ("Alerts in 24 hours", "هشدارهای ۲۴ ساعت گذشته", "24 小时内的警报"),
     "queued": ("Waiting", "در انتظار", "等待中"),
@@ -1338,6 +1340,7 @@ class Alerts:
         self._address = smtp.address(config.sender)
         self._domain = self._address.rpartition("@")[2]
         self._footer = self._sentence("footer", host=smtp.hostname())
+        self._urgent = functools.lru_cache(maxsize=256)(lambda event: _matches(event, config.priority))
 
     def plan(self, waiting: Iterable[Waiting], sent: History, now: float, most: int) -> Plan:
         return plan(self._config, waiting, sent, now, most)
@@ -1443,7 +1446,7 @@ class Alerts:
         elif "gone_s" in content:
             told = [self._sentence("heard_again", camera=camera, gone=self._duration(content["gone_s"]))]
         else:
-            told = [self._sentence("reported", camera=camera, event=event, **self._time(view.local))]
+            told = [self._sentence("reported", camera=camera, event=event, time=self._time(view.local))]
         if view.clock_is_off:
             clock = local_time(view.happened)[:19]
             told.append(self._sentence("wrong_clock", told=clock, arrived=view.local[:19]))
@@ -1468,19 +1471,19 @@ class Alerts:
         words, count, table = self._words, len(items), EventsTable()
         rows: list[tuple[str, ...]] = []
         room = DIGEST_META_CHARS
-        events, cameras, with_picture = Counter[str](), Counter[str](), []
-        for item in items:
+        events, cameras, keys, with_picture = Counter[str](), Counter[str](), [], []
+        for number, item in enumerate(items):
             view = EventView.of(item)
             table.add(view)
+            keys.append(view.key())
             events[view.event] += 1
             cameras[view.camera] += 1
             if "image" in view.content:
                 with_picture.append(item)
-            if sum(events.values()) <= DIGEST_ROWS:
-                rows.append(self._row(view))
-                if meta := _meta_text(view.content)[: min(room, ROW_META_CHARS)]:
-                    room -= len(meta)
-                    rows.append(("", meta))
+            if number < DIGEST_ROWS:
+                meta = _meta_text(view.content)[: min(room, ROW_META_CHARS)]
+                room -= len(meta)
+                rows += self._rows(view, meta)
         first, last = (EventView.of(item).local[:19] for item in (items[0], items[-1]))
         counted = summarize(f"{self._event(event)} ({number})" for event, number in events.most_common())
         sentences = [
@@ -1505,17 +1508,17 @@ class Alerts:
             page.notes.append(self._picture_left_out(left_out))
         return MailContent(
             subject=f"DVR ALERT: {count} alerts - {summarize(events)} - {summarize(cameras)}",
-            key="digest:" + "\n".join(sorted(EventView.of(item).key() for item in items)),
+            key="digest:" + "\n".join(sorted(keys)),
             page=page,
             files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", table.data())],
         )
 
-    def _row(self, view: EventView) -> tuple[str, ...]:
-        """An alert as a row of a digest."""
-        when = view.local[5:19]
-        if view.clock_is_off:
-            when += f"\n{self._words['camera']}:\n{local_time(view.happened)[:19]}"
-        return when, self._event(view.event), view.camera
+    def _rows(self, view: EventView, meta: str) -> list[tuple[str, ...]]:
+        """An alert in a digest, and below it what else there is to say about it."""
+        clock = f"{self._words['clock']}: {local_time(view.happened)[:19]}" if view.clock_is_off else ""
+        more = "; ".join(filter(None, (clock, meta)))
+        row = (view.local[5:19], self._event(view.event), view.camera)
+        return [row, ("", more)] if more else [row]
 
     def _summary(self, view: EventView) -> MailContent:
         words, meta = self._words, view.content["meta"]
@@ -1527,7 +1530,7 @@ class Alerts:
             [words["summary"], smtp.hostname(), clock_and_day(view.local)],
             self._config.lang,
             smtp.RED if meta["failed"] or meta["silent"] else smtp.GREEN,
-            sentences=[self._sentence("day", **self._time(view.local), **counts), self._sentence("absence")],
+            sentences=[self._sentence("day", time=self._time(view.local), **counts), self._sentence("absence")],
             tables=[
                 smtp.Table(
                     [
@@ -1564,10 +1567,9 @@ class Alerts:
     def _picture_left_out(self, why: str) -> smtp.Sentence:
         return smtp.sentence("{dropped}: {why}", {"dropped": self._words["dropped"], "why": why}, bad=True)
 
-    def _time(self, local: str) -> dict[str, str]:
-        """A local time as the values of a sentence."""
-        weekday = self._weekdays[dt.date.fromisoformat(local[:10]).weekday()]
-        return {"weekday": weekday, "time": local[:19]}
+    def _time(self, local: str) -> str:
+        """A local time in a sentence."""
+        return f"{self._weekdays[dt.date.fromisoformat(local[:10]).weekday()]} {local[:19]}"
 
     def _duration(self, seconds: float) -> str:
         """A length of time for people, in the largest unit of which there are two."""
@@ -1576,8 +1578,7 @@ class Alerts:
         return f"{seconds / size:.0f} {unit}"
 
     def _colour(self, events: Iterable[str]) -> str:
-        urgent = any(_matches(event, self._config.priority) for event in events)
-        return smtp.RED if urgent else smtp.BLUE
+        return smtp.RED if any(map(self._urgent, events)) else smtp.BLUE
 
 
 def _plain(value: object) -> str:

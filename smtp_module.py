@@ -593,8 +593,11 @@ class Page:
 
 def sentence(template: str, values: Mapping[str, object], *, bad: bool = False) -> Sentence:
     """The template with each `{name}` replaced by a value, which may hold anything."""
+    text = template.format_map(values)
+    if text.isascii():  # all of it runs from left to right
+        return Sentence(text, f"<bdi>{escape(text)}</bdi>", bad)
     drawn = {name: f"<bdi>{escape(str(value))}</bdi>" for name, value in values.items()}
-    return Sentence(template.format_map(values), escape_markup(template).format_map(drawn), bad)
+    return Sentence(text, escape_markup(template).format_map(drawn), bad)
 
 
 def compose_page(page: Page, *, text: str = "", files: Sequence[Attachment] = (), **parts: Any) -> list[bytes]:
@@ -722,7 +725,7 @@ def escape(text: str) -> str:
 
 def clean(text: str) -> str:
     """Line breaks stay; what hides or reorders text does not."""
-    if not text.replace("\n", "").isprintable():
+    if not (text.isprintable() or text.replace("\n", "").isprintable()):
         text = "\n".join([UNPRINTABLE.sub(" ", line) for line in text.split("\n")])
     return text if text.isascii() else RTL_BEFORE_TIME.sub("\\g<0>\u200e", text)
 

@@ -47,12 +47,17 @@ def test_page_is_drawn_in_its_order_in_text_and_in_html() -> None:
     )
     found = draw_html(page)
     shown = [
-        "<bdi>what<", "<bdi>where<", "<bdi>when<", "cid:c@x", 'alt="seen"', "It was <bdi>&lt;b&gt; {x}</bdi>.", "subject=x&amp;y", "Press",
+        "<bdi>what<", "<bdi>where<", "<bdi>when<", "cid:c@x", 'alt="seen"', "<bdi>It was &lt;b&gt; {x}.</bdi>", "subject=x&amp;y", "Press",
         "Heading", "<bdi>1</bdi>", "2 V", 'width="25%"', 'width="75%"', 'href="http://x/?a&amp;b"',
         "<bdi>first</bdi><br><bdi>second</bdi>",
     ]  # fmt: skip
     places = [found.index(words) for words in shown]
     assert places == sorted(places)
+
+
+def test_value_of_a_sentence_cannot_reorder_it() -> None:
+    assert sentence("Camera {name}, <1>.", {"name": "حیاط <2>"}).html == "Camera <bdi>حیاط &lt;2&gt;</bdi>, &lt;1&gt;."
+    assert sentence("دوربین {name}", {"name": "yard {x}"}).html == "دوربین <bdi>yard {x}</bdi>"
 
 
 @pytest.mark.parametrize(("level", "widths"), [(-1, [100]), (0, [100]), (0.004, [100]), (0.5, [50, 50]), (2, [100])])
