@@ -1308,8 +1308,8 @@ def unknown_time_zone(name: str) -> str:
     """A warning if the system does not know `name`, the value of TZ, as a time zone. It uses UTC then, silently."""
     zone = name.removeprefix(":")
     posix = re.match(r"(?:<[-+A-Za-z0-9]+>|[A-Za-z]{3,})[-+]?\d", zone)  # like CET-1CEST,M3.5.0,M10.5.0/3
-    folders = [Path(folder) for folder in zoneinfo.TZPATH]
-    if not zone or posix or os.name == "nt" or any((folder / zone).is_file() for folder in folders):
+    files = [Path(folder, zone) for folder in zoneinfo.TZPATH]
+    if zone in ("", "UTC", "GMT") or posix or os.name == "nt" or any(file.is_file() for file in files):
         return ""
     return f"TZ: {name!r} is no known time zone, so UTC is used; write one like Europe/Berlin, and install tzdata"
 

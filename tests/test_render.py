@@ -236,6 +236,11 @@ def test_unknown_time_zone_is_named(name: str) -> None:
     assert repr(name) in server.unknown_time_zone(name) and "Europe/Berlin" in server.unknown_time_zone(name)
 
 
+def test_machine_without_a_time_zone_database_knows_utc_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoneinfo.TZPATH", ())
+    assert server.unknown_time_zone("Europe/Berlin") and not server.unknown_time_zone("UTC")
+
+
 @pytest.mark.parametrize("name", KNOWN_ZONES)
 def test_known_time_zone_is_no_trouble(name: str) -> None:
     assert server.unknown_time_zone(name) == ""
