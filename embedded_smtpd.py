@@ -58,7 +58,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import smtp_module as smtp
-from smtp_module import UNPRINTABLE, Attachment, ConfigError, Outbox, Settings, addresses, compose, iso, printable
+from smtp_module import UNPRINTABLE, Attachment, ConfigError, Outbox, Settings, addresses, iso, printable
 
 log = logging.getLogger("device")
 give_way = getattr(os, "sched_yield", lambda: None)  # Windows has none
@@ -270,96 +270,73 @@ def converse(link: Link, session: Session, deliver: Callable[[Mail], bytes]) -> 
 
 
 # ───────────────────────────────────────── E-mail encoding ──────────────────────────────────────────
-# Pure: what the device has to say as text, HTML and files. The HTML is tables with inline styles, because that
-# is what Outlook and a phone both show; bars are table cells; names stand in <bdi> so that none reorders a line.
+# Pure: what the device has to say, as values that smtp_module draws.
 
 
 class Answer(NamedTuple):
     """What the device says to a command: `result` in one line for the journal, the rest for the sender."""
 
     result: str
-    text: str = ""  # default: the result
-    html: str = ""  # default: the text, and the files that are pictures
-    files: tuple[Attachment, ...] = ()
+    title: str = ""  # default: the result
+    sentences: tuple[str, ...] = ()
+    tables: tuple[smtp.Table, ...] = ()
+    buttons: tuple[smtp.Button, ...] = ()
+    files: tuple[Attachment, ...] = ()  # those with a Content-ID are shown
+    failed: bool = False
 
 
-FONT = "font-family:-apple-system,'Segoe UI',Roboto,Arial,sans-serif"
-FRAME = 'role="presentation" cellpadding="0" cellspacing="0"'
-PAGE = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"></head>
-<body style="margin:0;padding:0;background:#f1f4f7">
-<table {FRAME} width="100%" style="background:#f1f4f7"><tr><td align="center" style="padding:16px 6px">
-<table {FRAME} width="100%" style="max-width:600px;background:#ffffff;border:1px solid #dde3e9;{FONT}">
-<tr><td style="padding:16px;{FONT};font-size:20px;line-height:26px;font-weight:bold;color:#ffffff;background:#1f3a52">
-{{title}}</td></tr><tr><td style="padding:16px;{FONT};font-size:16px;line-height:24px;color:#1d2733">{{body}}</td></tr>
-</table></td></tr></table></body></html>"""
-PICTURE = '<img src="cid:snapshot" alt="snapshot" width="100%" style="display:block;max-width:568px">'
-TABLE = f"""<div style="{FONT};font-size:13px;line-height:18px;font-weight:bold;color:#5a6b7b;padding:18px 10px 4px">
-{{}}</div><table width="100%" cellpadding="0" cellspacing="0"><col width="34%">{{}}</table>"""
-CELL = (
-    f"""<td valign="middle" style="padding:9px 10px;border-bottom:1px solid #e3e7ec;{FONT};font-size:15px">{{}}</td>"""
+FOOTER = (
+    "A command is a mail to {mailbox} with CMD and the command as its Subject, for example CMD STATUS; CMD HELP lists"
+    " all commands. A Subject that begins with Re: does nothing."
 )
-BAR = f'<table {FRAME} width="100%" style="margin-top:4px"><tr>{{}}</tr></table>'
-LEVEL = '<td width="{}%" bgcolor="{}" style="height:10px;line-height:10px;font-size:1px">&nbsp;</td>'
-BUTTON = f"""<table {FRAME} style="display:inline-table;margin:0 8px 8px 0"><tr>
-<td bgcolor="#e8eff5" style="padding:9px 14px;border:1px solid #b9cbd9"><a href="{{}}" style="{FONT};font-size:15px;
-color:#1f3a52;text-decoration:none;font-weight:bold">{{}}</a></td></tr></table>"""
 
 
-def bidi(text: object) -> str:
-    """Text as HTML that cannot reorder what stands around it."""
-    return f'<bdi dir="auto">{html.escape(str(text))}</bdi>'
+def answer_text(answer: Answer) -> str:
+    """The plain text of an answer: nothing but the answer, so that a program can read it."""
+    lines = answer.sentences if answer.title else (answer.result, *answer.sentences)
+    return smtp.draw_text(smtp.Page(lines, tables=answer.tables))
 
 
-def table(heading: str, rows: Iterable[Sequence[str]]) -> str:
-    """A headed table of cells that are HTML already, "" without rows."""
-    lines = "".join(f"<tr>{''.join(map(CELL.format, cells))}</tr>" for cells in rows)
-    return TABLE.format(heading.upper(), lines) if lines else ""
+def answer_page(answer: Answer, name: str, mailbox: str, now: float) -> smtp.Page:
+    """The page of an answer: what was done, which device says so, when, and how to go on."""
+    return smtp.Page(
+        [answer.title or answer.result, name, time.strftime("%H:%M:%S, %Y-%m-%d", time.localtime(now))],
+        colour=smtp.RED if answer.failed else smtp.BLUE,
+        pictures=[smtp.Picture(answer.result, file) for file in answer.files if file.cid],
+        sentences=[smtp.sentence("{words}", {"words": words}) for words in answer.sentences],
+        buttons=answer.buttons,
+        tables=answer.tables,
+        notes=[smtp.sentence(FOOTER, {"mailbox": mailbox})],
+    )
 
 
-def bar(value: float, low: float, high: float) -> str:
-    """A level from `low` to `high` as two table cells."""
-    filled = round(100 * min(1.0, max(0.0, (value - low) / (high - low))))
-    cells = ((filled, "#2f7fb8"), (100 - filled, "#dfe6ec"))
-    return BAR.format("".join(LEVEL.format(width, colour) for width, colour in cells if width))
+def status_tables(status: Mapping[str, Any]) -> tuple[smtp.Table, ...]:
+    """The status as tables: the parameters, the cameras, the data blocks."""
+    values = [(name, status_cell(name, value)) for name, value in status.items() if not isinstance(value, dict)]
+    cameras = [(name, camera_cell(seen)) for name, seen in status["cameras"].items()]
+    blocks = [(name, f"{b['size']} bytes\nSHA-256 {b['sha256']}") for name, b in status["blocks"].items()]
+    return (
+        smtp.Table(values, "Parameters", " = "),
+        smtp.Table(cameras, "Cameras"),
+        *([smtp.Table(blocks, "Data blocks")] if blocks else []),
+    )
 
 
-def shown_value(name: str, value: Any) -> str:
-    """The value of a parameter as a person reads it, HTML."""
+def camera_cell(seen: Mapping[str, Any]) -> smtp.Bar:
+    """What a camera does, and how much moves before it."""
+    return smtp.Bar(f"{seen['state']}, motion {seen['motion']} %", seen["motion"] / 100)
+
+
+def status_cell(name: str, value: Any) -> str | smtp.Bar:
+    """The value of a parameter with its unit, on its scale if it has one."""
     kind = PARAMETERS.get(name, Parameter())
-    if value in ("on", "off"):
-        return f"<strong>{value.upper()}</strong>"
-    words = timedelta(seconds=value) if name == "uptime" else f"{value} {kind.unit}".strip()
-    return bidi(words) + (bar(value, *kind.bar) if kind.bar else "")
-
-
-def status_text(status: Mapping[str, Any]) -> str:
-    """The status as plain text, a line a parameter."""
-    lines = [f"{name} = {value}" for name, value in status.items() if not isinstance(value, dict)]
-    cameras = [f"{name}: {seen['state']}, motion {seen['motion']} %" for name, seen in status["cameras"].items()]
-    blocks = [f"block {name}: {b['size']} bytes, SHA-256 {b['sha256']}" for name, b in status["blocks"].items()]
-    return "\n".join([*lines, "", *cameras, "", *blocks])
-
-
-def text_html(text: str) -> str:
-    """Lines of text as HTML; what two blanks and more set apart are cells, which a mail program would run together."""
-    lines = [[bidi(cell) for cell in re.split(" {2,}", line)] for line in text.split("\n")]
-    parts = itertools.groupby(lines, lambda cells: len(cells) > 1)
-    return "".join(table("", rows) if wide else "<br>".join(cell for (cell,) in rows) for wide, rows in parts)
-
-
-def status_html(status: Mapping[str, Any], buttons: Sequence[tuple[str, str]]) -> str:
-    """The status as an HTML mail. A button, a label and a link, opens the mail program with everything filled in."""
-    values = [(bidi(name), shown_value(name, value)) for name, value in status.items() if not isinstance(value, dict)]
-    cameras = [
-        (bidi(name), f"{bidi(seen['state'])} · motion {seen['motion']} %{bar(seen['motion'], 0, 100)}")
-        for name, seen in status["cameras"].items()
-    ]
-    blocks = [(bidi(name), f"{b['size']:,} bytes", f"{b['sha256'][:16]}…") for name, b in status["blocks"].items()]
-    links = "".join(BUTTON.format(html.escape(link), label) for label, link in buttons)
-    tables = table("Parameters", values) + table("Cameras", cameras) + table("Data blocks", blocks)
-    title = f"{bidi(status['name'])} · {'armed' if status['armed'] == 'on' else 'disarmed'}"
-    return PAGE.format(title=title, body=links + tables)
+    text = f"{value} {kind.unit}".rstrip()
+    if name == "uptime":
+        text += f" ({timedelta(seconds=value)})"
+    if kind.bar is None:
+        return text
+    low, high = kind.bar
+    return smtp.Bar(text, (value - low) / (high - low))
 
 
 def test_card(camera: int, now: float) -> bytes:
@@ -1298,8 +1275,8 @@ class Device:
         try:
             answer = rule.act(self, db, request, rule.read(request.command.argument))
         except ValueError as error:
-            form = f"The form is: CMD {rule.usage}"
-            answer = Answer(f"not done: {error}", f"{error}\n{form}\nNothing was changed.")
+            hint = (f"The form is: CMD {rule.usage}", "Nothing was changed.")
+            answer = Answer(f"not done: {error}", sentences=hint, failed=True)
         to = request.reply_to
         seq = self.journal(db, request, answer.result, mail=key, answered=to.lower() or None)
         if to:
@@ -1365,7 +1342,7 @@ class Device:
         return {**values, "time": iso(now), "cameras": cameras, "blocks": blocks}
 
     def do_help(self, db: sqlite3.Connection, request: Request, _: str) -> Answer:
-        lines = [f"CMD {command.usage:<26} {command.purpose}" for command in COMMANDS.values()]
+        commands = smtp.Table([(f"CMD {rule.usage}", rule.purpose) for rule in COMMANDS.values()], separator="  ")
         rights = "all commands" if self.may_control(request) else "the commands that only read"
         if self.policy.secret:
             rights = "the commands that only read; with a signature all"
@@ -1373,7 +1350,7 @@ class Device:
         who = request.letter.sender or "a sender without exactly one From address"
         network = f"{request.peer}, a network with {request.access.name.lower()} access"
         seen = f"You are {who} ({named}); your mail came from {network}. You may use {rights}."
-        return Answer("told the commands", "\n".join([*lines, "", seen]))
+        return Answer("told the commands", "The commands", (seen,), (commands,))
 
     def do_status(self, db: sqlite3.Connection, request: Request, _: str) -> Answer:
         return self.tell_status(db, request.now, request.reply_to, self.may_control(request))
@@ -1384,8 +1361,9 @@ class Device:
     def do_log(self, db: sqlite3.Connection, request: Request, _: str) -> Answer:
         newest = "SELECT at, who, network, command, result FROM commands ORDER BY seq DESC LIMIT ?"
         rows = db.execute(newest, (LOG_LINES,))
-        lines = [f"{iso(at)}  {who} from {network}  {command}  {result}" for at, who, network, command, result in rows]
-        return Answer(f"told the last {len(lines)} commands", "\n".join(lines) or "No command yet.")
+        lines = [(iso(at), f"{who} from {network}", command, result) for at, who, network, command, result in rows]
+        title = f"The last {len(lines)} commands" if lines else "No command yet"
+        return Answer(f"told {len(lines)} commands", title, tables=(smtp.Table(lines, separator="  "),))
 
     def do_set(self, db: sqlite3.Connection, request: Request, setting: tuple[str, str]) -> Answer:
         name, value = setting
@@ -1395,8 +1373,15 @@ class Device:
 
     def do_snapshot(self, db: sqlite3.Connection, request: Request, camera: str) -> Answer:
         picture = test_card(CAMERAS.index(camera) + 1, request.now)
-        file = Attachment(f"{camera}.png", "image/png", picture, cid="snapshot")
-        return Answer(f"a picture of {camera}, {iso(request.now)}", files=(file,))
+        cid = smtp.content_id(f"{camera} {request.now}", self.sender)
+        file = Attachment(f"{camera}.png", "image/png", picture, cid=cid)
+        seen = self.status(db, request.now)["cameras"][camera]
+        rows: list[tuple[str | smtp.Bar, str | smtp.Bar]] = [
+            ("Camera", camera),
+            ("State", camera_cell(seen)),
+            ("File", f"{file.filename}, {len(picture)} bytes, attached to this mail"),
+        ]
+        return Answer(f"a picture of {camera}, {iso(request.now)}", tables=(smtp.Table(rows),), files=(file,))
 
     def do_update(self, db: sqlite3.Connection, request: Request, name: str) -> Answer:
         data = request.attached
@@ -1429,7 +1414,7 @@ class Device:
     def may_control(self, request: Request) -> bool:
         return not self.policy.secret and request.access is Access.CONTROL
 
-    def buttons(self, status: Mapping[str, Any], to: str, control: bool, now: float) -> list[tuple[str, str]]:
+    def buttons(self, status: Mapping[str, Any], to: str, control: bool, now: float) -> tuple[smtp.Button, ...]:
         """Links that write the common commands; with a secret signed, for the operator `to` alone."""
         signed = bool(self.policy.secret) and to in self.policy.operators and now >= CLOCK_IS_SET
         relays = (f"RELAY {n} {'OFF' if status[f'relay{n}'] == 'on' else 'ON'}" for n in range(1, 5))
@@ -1439,8 +1424,8 @@ class Device:
             token = self.policy.sign(words, to, int(now) + DAY_SECONDS, self.random_bytes(6)) if signed else ""
             subject = urllib.parse.quote(f"CMD {words} ~{token}" if token else f"CMD {words}")
             address = urllib.parse.quote(self.mailboxes[0], safe="@")
-            made.append((words.capitalize(), f"mailto:{address}?subject={subject}"))
-        return made
+            made.append(smtp.Button(words.capitalize(), f"mailto:{address}?subject={subject}"))
+        return tuple(made)
 
     def reply(self, db: sqlite3.Connection, request: Request, answer: Answer) -> bytes:
         """The whole reply mail."""
@@ -1456,21 +1441,25 @@ class Device:
         """The whole status for `to`; `control`: with buttons that change something."""
         status = self.status(db, now)
         file = Attachment("status.json", "application/json", json.dumps(status, ensure_ascii=False, indent=1).encode())
-        shown = status_html(status, self.buttons(status, to, control, now))
-        return Answer("told the status", status_text(status), shown, (file,))
+        return Answer(
+            "told the status",
+            f"Status: {'armed' if status['armed'] == 'on' else 'disarmed'}",
+            tables=status_tables(status),
+            buttons=self.buttons(status, to, control, now),
+            files=(file,),
+        )
 
     def write(
         self, db: sqlite3.Connection, now: float, to: str, subject: str, answer: Answer, *, headers: Mapping[str, str]
     ) -> bytes:
         """A whole mail of the device."""
-        text, shown = answer.text or answer.result, answer.html
-        if not shown:
-            title, pictures = bidi(self.parameters(db, now)["name"]), [PICTURE for file in answer.files if file.cid]
-            shown = PAGE.format(title=title, body="".join([text_html(text), *pictures]))
-        return compose(
-            subject=subject, sender=self.sender, to=[to], text=text.rstrip() + "\n", html=shown,
-            attachments=answer.files, date=now, headers=headers,
+        page = answer_page(answer, self.parameters(db, now)["name"], self.mailboxes[0], now)
+        files = [file for file in answer.files if not file.cid]
+        pieces = smtp.compose_page(
+            page, text=answer_text(answer), files=files,
+            subject=subject, sender=self.sender, to=[to], date=now, headers=headers,
         )  # fmt: skip
+        return b"".join(pieces)
 
     def idle(self) -> None:
         """The periodic report, when it is due. Called about every second."""

@@ -27,7 +27,6 @@ import fnmatch
 import functools
 import hashlib
 import hmac
-import html
 import io
 import itertools
 import json
@@ -47,7 +46,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import ChainMap, deque
+import zoneinfo
+from collections import ChainMap, Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -1167,14 +1167,13 @@ class DailySummary:
             "SELECT kind, source, count(*) FROM entries WHERE arrived > ? AND kind != ? GROUP BY kind, source"
             " ORDER BY 3 DESC", now - smtp.DAY_S, SUMMARY,
         )  # fmt: skip
-        meta = {"received": sum(number for *_, number in groups), "lanes": groups[:20], "silent": silent}
+        meta = {"received": sum(number for *_, number in groups), "groups": groups[:20], "silent": silent}
         meta |= {"why": self._outbox.unreported()[1], **self._outbox.counts()}
         return spooled({"event": SUMMARY, "camera": "relay", "meta": meta}, now)
 
 
 # ───────────────────────────────────────────── Render ───────────────────────────────────────────────
-# Pure: frozen mails in, composed mails out. What, where, when and the picture come first; the rest is below.
-# Nothing from an event is ever markup; <bdi> keeps a name from reordering its line. Tables and inline styles: Outlook.
+# Pure: what is due in, a composed mail out. What, where, when and the picture come first; the rest is below.
 
 EVENT_WORDS = {
     "MOTION_DETECTED": ("Motion detected", "حرکت دیده شد", "检测到移动"),
@@ -1188,17 +1187,55 @@ WORDS = {
     "event": ("Event", "رویداد", "事件"),
     "camera": ("Camera", "دوربین", "摄像机"),
     "time": ("Time", "زمان", "时间"),
+    "arrived": ("Arrived", "دریافت", "收到"),
+    "clock": ("Camera's clock", "ساعت دوربین", "摄像机时钟"),
     "link": ("Link", "پیوند", "链接"),
     "last_seen": ("Last seen", "آخرین نشانه", "最后在线"),
     "gone": ("Was gone", "مدت قطعی", "离线时长"),
     "dropped": ("Picture left out", "تصویر حذف شد", "图片已略去"),
     "too_big": ("too big for the mail server", "برای سرور ایمیل بزرگ است", "超出邮件服务器限制"),
+    "said": ("the mail server said: {said}", "پاسخ سرور ایمیل: {said}", "邮件服务器的答复：{said}"),
     "damaged": ("damaged on the relay's disk", "روی دیسک سامانه آسیب دیده است", "在警报系统的磁盘上已损坏"),
     TOO_LARGE: (TOO_LARGE, "بزرگ‌تر از ۱۰ مگابایت", "大于 10 MiB"),
     NOT_BASE64: (NOT_BASE64, "کد Base64 نادرست", "不是有效的 Base64"),
     NO_PICTURE: (NO_PICTURE, "تصویر شناخته‌شده نیست", "不是可识别的图片"),
     NO_STRING: (NO_STRING, "فیلد تصویر متن نیست", "图片字段不是字符串"),
+    "reported": (
+        "On {time} the camera {camera} reported: {event}.",
+        "{time} دوربین {camera} گزارش داد: {event}.",
+        "摄像机 {camera} 报告: {event} ({time}).",
+    ),
+    "nothing_heard": (
+        "Nothing has been heard from the camera {camera} since {time}; it may be off, or its network may be down.",
+        "از {time} از دوربین {camera} خبری نرسیده است؛ شاید خاموش باشد یا شبکهٔ آن قطع باشد.",
+        "自 {time} 起没有收到摄像机 {camera} 的信号；它可能已关机，或者网络已断开。",
+    ),
+    "heard_again": (
+        "The camera {camera} is heard again; it was gone for {gone}.",
+        "دوربین {camera} دوباره در دسترس است؛ مدت قطعی {gone} بود.",
+        "摄像机 {camera} 又有信号了；离线时长 {gone}。",
+    ),
+    "wrong_clock": (
+        "The camera's clock said {told}, but the alert arrived at {arrived}: its clock is wrong, or it was delayed.",
+        "ساعت دوربین {told} بود، ولی هشدار در {arrived} رسید: یا ساعت دوربین نادرست است یا هشدار دیر رسیده است.",
+        "摄像机的时钟显示 {told}，而警报于 {arrived} 到达：摄像机的时钟不准，或者警报被延误了。",
+    ),
+    "attached": (
+        "The picture is attached as {name}.",
+        "تصویر با نام {name} پیوست شده است.",
+        "图片已作为附件附上: {name}",
+    ),
     "alerts": ("{count} alerts", "{count} هشدار", "{count} 条警报"),
+    "counted": (
+        "{count} alerts arrived from {first} to {last}: {events}. They came from {cameras}.",
+        "{count} هشدار از {first} تا {last} رسید: {events}. دوربین‌ها: {cameras}.",
+        "从 {first} 到 {last} 共收到 {count} 条警报: {events}. 来自 {cameras}。",
+    ),
+    "csv": (
+        "Each of them is a line of the attached events.csv, which spreadsheets open.",
+        "هر هشدار یک سطر از فایل پیوست events.csv است که با برنامه‌های صفحه‌گسترده باز می‌شود.",
+        "每条警报都是附件 events.csv 中的一行，可用电子表格软件打开。",
+    ),
     "more": (
         "The first {shown} of {count}; all of them are in events.csv.",
         "{shown} مورد نخست از {count}؛ همه در events.csv هست.",
@@ -1210,6 +1247,11 @@ WORDS = {
         "此前未能送达的警报：{count} 条",
     ),
     "summary": ("Daily summary", "خلاصهٔ روزانه", "每日摘要"),
+    "day": (
+        "In the 24 hours before {time} {received} alerts arrived; {queued} wait, and {failed} failed.",
+        "در ۲۴ ساعت پیش از {time}، {received} هشدار رسید؛ {queued} در انتظار و {failed} ناموفق است.",
+        "在 {time} 之前的 24 小时内收到 {received} 条警报；{queued} 条等待发送，{failed} 条发送失败。",
+    ),
     "received": ("Alerts in 24 hours", "هشدارهای ۲۴ ساعت گذشته", "24 小时内的警报"),
     "queued": ("Waiting", "در انتظار", "等待中"),
     "failures": ("Failed", "ناموفق", "失败"),
@@ -1220,51 +1262,94 @@ WORDS = {
         "این ایمیل هر روز می‌آید. اگر نیامد، به سامانه سر بزنید.",
         "此邮件每天发送。如未收到，请检查警报系统。",
     ),
+    "footer": (
+        "Sent by the alert relay on {host}, which does not read answers to this mail. Who gets which alerts, and how"
+        " often, is set there with ALERT_RECIPIENT, ALERT_ROUTES, ALERT_COOLDOWN and ALERT_QUIET.",
+        "فرستنده: سامانهٔ هشدار روی {host}. این سامانه پاسخ ایمیل‌ها را نمی‌خواند. گیرندگان هشدارها و فاصلهٔ"
+        " ارسال آن‌ها در همان سامانه تعیین می‌شود: ALERT_RECIPIENT، ALERT_ROUTES، ALERT_COOLDOWN، ALERT_QUIET.",
+        "此邮件由 {host} 上的警报系统发出，系统不会读取回复。哪些人在什么时候收到哪些警报，由该系统的设置决定："
+        "ALERT_RECIPIENT、ALERT_ROUTES、ALERT_COOLDOWN、ALERT_QUIET。",
+    ),
     "units": ("d h min s", "روز ساعت دقیقه ثانیه", "天 小时 分钟 秒"),
+    "weekdays": (
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+        "دوشنبه سه‌شنبه چهارشنبه پنجشنبه جمعه شنبه یکشنبه",
+        "星期一 星期二 星期三 星期四 星期五 星期六 星期日",
+    ),
 }
-RTL_LABEL = re.compile(r"^[\u0590-\u08ff][^:\n]*: (?=[-+0-9])", re.MULTILINE)  # would turn the date after it round
-URGENT = {"DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED"}
-RED, BLUE, GREEN, GREY = "#b3261e", "#1f4e79", "#2e6b3f", "#4f5b66"
+CLOCK_OFF = dt.timedelta(minutes=1)  # a camera's clock that is further from the arrival than this gets it beside it
+DIGEST_META_CHARS, ROW_META_CHARS = 6000, 200  # of all rows and of one row of a digest: Gmail cuts pages over 102 KB
+CSV_MAX_BYTES = 4 << 20  # when events.csv has reached this, the meta of the remaining rows is left out
+SILENT_SHOWN = 50  # names in a summary
+REASON_CHARS = 1000  # of why alerts failed
+FORMULA = re.compile(r"\s*[-=+@＝＋－＠]")  # a spreadsheet computes what begins so
 
 
-class Shown(NamedTuple):
-    """An event as its reader sees it: when it was in UTC, and what a clock on the wall said then."""
+class EventView(NamedTuple):
+    """An event as its reader sees it."""
 
     id: str
     event: str
     camera: str
     content: Mapping[str, Any]
     picture: Callable[[], bytes | None]
-    moment: str  # ISO 8601, UTC: it sorts as the time does
-    day: str
-    clock: str
-    offset: str
+    arrived: dt.datetime  # UTC
+    happened: dt.datetime  # UTC, by the camera's clock if it told the time
+    clock_is_off: bool  # the camera's clock is wrong, or the event was long on its way
+    local: str  # local time by which it stands among others: of its arrival if the clock is off
 
     @classmethod
-    def of(cls, item: smtp.Entry) -> Shown:
+    def of(cls, item: smtp.Entry) -> EventView:
         content = _decode(item.payload.decode("utf-8"))
-        moment = content.get("timestamp") or dt.datetime.fromtimestamp(item.arrived, dt.UTC).isoformat()
-        here = dt.datetime.fromisoformat(moment).astimezone()
-        local = here.isoformat(" ", "seconds")  # strftime takes four times as long
-        day, clock, offset = local[:10], local[11:19], local[19:].replace(":", "")
-        return cls(item.id, content["event"], content["camera"], content, item.picture, moment, day, clock, offset)
+        arrived = dt.datetime.fromtimestamp(item.arrived, dt.UTC)
+        told = content.get("timestamp")
+        happened = dt.datetime.fromisoformat(told) if told else arrived
+        off = abs(happened - arrived) >= CLOCK_OFF
+        local = local_time(arrived if off else happened)
+        return cls(item.id, content["event"], content["camera"], content, item.picture, arrived, happened, off, local)
 
-    def utc(self) -> str:
-        return f"{self.moment[:19]}Z"
+    def key(self) -> str:
+        """What Message-ID and Content-ID are functions of: an id that is used again years later arrives then."""
+        return f"{self.id} {self.arrived.timestamp()}"
+
+
+def local_time(moment: dt.datetime) -> str:
+    """`2026-05-02 00:15:00 +0200`: what a clock on the wall of the relay shows."""
+    written = moment.astimezone().isoformat(" ", "seconds")  # strftime takes four times as long
+    return f"{written[:19]} {written[19:].replace(':', '')}"
+
+
+def utc_time(moment: dt.datetime) -> str:
+    return f"{moment.isoformat()[:19]}Z"
+
+
+def both_times(local: str, moment: dt.datetime) -> str:
+    """Local time and UTC beside it; UTC alone where that is the local time."""
+    utc = f"{utc_time(moment)} (UTC)"
+    return utc if local.endswith("+0000") else f"{local}\n{utc}"
+
+
+def clock_and_day(local: str) -> str:
+    return f"{local[11:19]}, {local[:10]}"
+
+
+def unknown_time_zone(name: str) -> str:
+    """A warning if the system does not know `name`, the value of TZ, as a time zone. It uses UTC then, silently."""
+    zone = name.removeprefix(":")
+    posix = re.match(r"(?:<[-+A-Za-z0-9]+>|[A-Za-z]{3,})[-+]?\d", zone)  # like CET-1CEST,M3.5.0,M10.5.0/3
+    files = [Path(folder, zone) for folder in zoneinfo.TZPATH]
+    if zone in ("", "UTC", "GMT") or posix or os.name == "nt" or any(file.is_file() for file in files):
+        return ""
+    return f"TZ: {name!r} is no known time zone, so UTC is used; write one like Europe/Berlin, and install tzdata"
 
 
 @dataclass
-class Letter:
-    """What a mail says; its text and its page are drawn from this."""
+class MailContent:
+    """A page and what else belongs to its mail."""
 
     subject: str
     key: str  # the Message-ID is a function of it
-    head: tuple[str, str, str]  # what, where, when
-    colour: str
-    rows: Sequence[tuple[str, ...]]
-    notes: list[tuple[str, str]] = field(default_factory=list)  # with their colours
-    link: str = ""  # the one value in the rows that is a link
-    pictures: Sequence[tuple[str, smtp.Attachment]] = ()  # with their captions
+    page: smtp.Page
     files: Sequence[smtp.Attachment] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -1280,8 +1365,11 @@ class Alerts:
         lang = LANGS.index(config.lang)
         self._words = {key: words[lang] for key, words in WORDS.items()}
         self._events = {name: words[lang] for name, words in EVENT_WORDS.items()}
+        self._weekdays = self._words["weekdays"].split()
         self._address = smtp.address(config.sender)
         self._domain = self._address.rpartition("@")[2]
+        self._footer = self._sentence("footer", host=smtp.hostname())
+        self._urgent = functools.lru_cache(maxsize=256)(lambda event: _matches(event, config.priority))
 
     def plan(self, waiting: Iterable[PendingEntry], sent: History, now: float, most: int) -> Plan:
         return plan(self._config, waiting, sent, now, most)
@@ -1289,226 +1377,271 @@ class Alerts:
     def recipients(self, kind: str, source: str) -> tuple[str, ...]:
         return route(self._config, kind, source)
 
-    def render(self, mail: Delivery, items: Sequence[smtp.Entry]) -> Message:
-        """The mail as it goes out."""
-        shown = [Shown.of(item) for item in items]
-        if shown[0].event == SUMMARY:
-            letter = self._summary(shown[0])
-        elif len(items) == 1:
-            letter = self._alert(mail, shown[0])
-        else:
-            letter = self._digest(mail, sorted(shown, key=lambda one: one.moment))
-        if mail.reports:
-            letter.notes.append((f"{self._words['failed'].format(count=len(mail.reports))}\n{mail.why}", RED))
-        data = smtp.compose_pieces(
-            sender=self._config.sender,
-            to=mail.recipients,
-            subject=letter.subject,
-            text=draw_text(letter),
-            html=draw_page(letter, self._config.lang),
-            attachments=[*(part for _, part in letter.pictures), *letter.files],
-            message_id=smtp.message_id(letter.key, self._address),
-            headers={"Auto-Submitted": "auto-generated", **letter.headers},
-        )
-        first = shown[0]
-        about = f"{first.event} {first.camera}" if len(shown) == 1 else f"a digest of {len(shown)} alerts"
+    def render(self, delivery: Delivery, entries: Sequence[smtp.Entry]) -> Message:
+        """The mail as it goes out. Where its size is limited, the newest of its pictures that fit stay."""
+        limit = delivery.max_bytes
+        left_out = self._words["said"].format(said=delivery.error) if limit == 0 else ""
+        content = self._content(entries, left_out)
+        content.page.notes.append(self._footer)
+        if delivery.reports:
+            failures = f"{self._words['failed'].format(count=len(delivery.reports))}\n{delivery.why[:REASON_CHARS]}"
+            content.page.notes.append(smtp.sentence("{failures}", {"failures": failures.strip()}, bad=True))
+        data = self._compose(content, delivery.recipients)
+        if limit and sum(map(len, data)) > limit:
+            data = self._fitted(content, delivery.recipients, limit)
+        first = entries[0]
+        about = f"{first.kind} {first.source}" if len(entries) == 1 else f"a digest of {len(entries)} alerts"
         return Message(self._address, data, about)
 
-    def _alert(self, mail: Delivery, shown: Shown) -> Letter:
-        words, content = self._words, shown.content
-        rows = [
-            (words["event"], shown.event),
-            (words["camera"], shown.camera),
-            (words["time"], f"{shown.day} {shown.clock} {shown.offset}\n{shown.utc()} (UTC)"),
-        ]
-        if meta := content.get("meta"):
-            rows += [(key[:100], _plain(value)) for key, value in meta.items()]
-        if "last_seen" in content:
-            last_seen = dt.datetime.fromisoformat(content["last_seen"]).astimezone()
-            rows.append((words["last_seen"], last_seen.isoformat(" ")[:19]))
-        if "gone_s" in content:
-            rows.append((words["gone"], self._span(content["gone_s"])))
-        if link := content.get("image_url", ""):
-            rows.append((words["link"], link))
-        pictures = self._pictures(mail, [shown])
-        lost = "image" in content and not pictures and ("too_big" if mail.max_bytes == 0 else "damaged")
-        if why := content.get("dropped") or lost:
-            rows.append((words["dropped"], words[why]))
-        thread = hashlib.sha256(f"{shown.camera}\n{shown.day}".encode()).hexdigest()[:32]
-        return Letter(
-            subject=f"DVR ALERT: {shown.event} - {shown.camera}",
-            key=f"alert:{shown.id}",
-            head=(self._event(shown.event), shown.camera, f"{shown.clock}, {shown.day}"),
-            colour=RED if shown.event in URGENT else BLUE,
-            rows=rows,
-            link=link,
-            pictures=pictures,
-            headers={"X-Alert-Id": shown.id, "References": f"<{thread}@{self._domain}>"},
+    def _compose(self, content: MailContent, to: Sequence[str]) -> list[bytes]:
+        return smtp.compose_page(
+            content.page,
+            files=content.files,
+            sender=self._config.sender,
+            to=to,
+            subject=content.subject,
+            message_id=smtp.message_id(content.key, self._address),
+            headers={"Auto-Submitted": "auto-generated", **content.headers},
         )
 
-    def _pictures(self, mail: Delivery, newest: Iterable[Shown]) -> list[tuple[str, smtp.Attachment]]:
-        """The first few that there are, with their captions."""
-        if mail.max_bytes == 0:
-            return []
-        found = ((one, picture) for one in newest if (picture := one.picture()))
-        captioned = []
-        for number, (one, picture) in enumerate(itertools.islice(found, DIGEST_PICTURES)):
-            kind, cid = f"image/{picture_kind(picture)}", f"picture{number}@{self._domain}"
-            part = smtp.Attachment(one.content["image"], kind, base64=picture, cid=cid)
-            captioned.append((f"{one.clock}, {self._event(one.event)}, {one.camera}", part))
-        return captioned
+    def _fitted(self, content: MailContent, to: Sequence[str], size_limit: int) -> list[bytes]:
+        """The mail with the newest of its pictures that fit, and a note about the others."""
+        page = content.page
+        newest, page.pictures = page.pictures, []
+        if newest:
+            page.notes.insert(0, self._picture_left_out(self._words["too_big"]))
+        data = self._compose(content, to)
+        for picture in newest:
+            page.pictures.append(picture)
+            larger = self._compose(content, to)
+            if sum(map(len, larger)) <= size_limit:
+                data = larger
+            else:
+                page.pictures.pop()
+        return data
+
+    def _content(self, items: Sequence[smtp.Entry], left_out: str) -> MailContent:
+        """What the mail says. `left_out`: why it has no pictures, "" if it has them."""
+        if len(items) > 1:
+            return self._digest(sorted(items, key=lambda item: (item.arrived, item.seq)), left_out)
+        view = EventView.of(items[0])
+        return self._summary(view) if view.event == SUMMARY else self._alert(view, left_out)
+
+    def _alert(self, view: EventView, left_out: str) -> MailContent:
+        words, content, event, told = self._words, view.content, self._event(view.event), view.local
+        title = [event, view.camera]
+        rows: list[tuple[str | smtp.Link, ...]] = [(words["event"], view.event), (words["camera"], view.camera)]
+        if view.clock_is_off:
+            told = local_time(view.happened)
+            rows += [(words["time"], both_times(told, view.happened))]
+            rows += [(words["arrived"], both_times(view.local, view.arrived))]
+            title += [clock_and_day(told), f"{words['arrived']}: {clock_and_day(view.local)}"]
+        else:
+            rows.append((words["time"], both_times(told, view.happened)))
+            title.append(clock_and_day(told))
+        rows += [(key[:100], _plain(value)) for key, value in content.get("meta", {}).items()]
+        if "last_seen" in content:
+            rows.append((words["last_seen"], local_time(dt.datetime.fromisoformat(content["last_seen"]))[:19]))
+        if "gone_s" in content:
+            rows.append((words["gone"], self._duration(content["gone_s"])))
+        if "image_url" in content:
+            rows.append((words["link"], smtp.Link(content["image_url"])))
+        pictures = [] if left_out else self._pictures([view])
+        if "image" in content and not pictures:
+            rows.append((words["dropped"], left_out or words["damaged"]))
+        elif "dropped" in content:
+            rows.append((words["dropped"], words[content["dropped"]]))
+        thread = hashlib.sha256(f"{view.camera}\n{view.local[:10]}".encode()).hexdigest()[:32]
+        return MailContent(
+            subject=f"DVR ALERT: {view.event} - {view.camera}",
+            key=f"alert:{view.key()}",
+            page=smtp.Page(
+                title,
+                self._config.lang,
+                self._colour([view.event]),
+                pictures,
+                self._told(view, event, pictures),
+                tables=[smtp.Table(rows)],
+            ),
+            headers={"X-Alert-Id": view.id, "References": f"<{thread}@{self._domain}>"},
+        )
+
+    def _told(self, view: EventView, event: str, pictures: Sequence[smtp.Picture]) -> list[smtp.Sentence]:
+        """An alert in sentences."""
+        content, camera = view.content, view.camera
+        if "last_seen" in content:
+            seen = local_time(dt.datetime.fromisoformat(content["last_seen"]))[:19]
+            told = [self._sentence("nothing_heard", camera=camera, time=seen)]
+        elif "gone_s" in content:
+            told = [self._sentence("heard_again", camera=camera, gone=self._duration(content["gone_s"]))]
+        else:
+            told = [self._sentence("reported", camera=camera, event=event, time=self._time(view.local))]
+        if view.clock_is_off:
+            clock = local_time(view.happened)[:19]
+            told.append(self._sentence("wrong_clock", told=clock, arrived=view.local[:19]))
+        if pictures:
+            told.append(self._sentence("attached", name=pictures[0].file.filename))
+        return told
+
+    def _pictures(self, newest: Iterable[EventView]) -> list[smtp.Picture]:
+        """The first few that there are."""
+        found = ((view, picture) for view in newest if (picture := view.picture()))
+        pictures = []
+        for view, picture in itertools.islice(found, DIGEST_PICTURES):
+            cid, kind = smtp.content_id(f"picture:{view.key()}", self._address), f"image/{picture_kind(picture)}"
+            caption = f"{view.local[11:19]}, {self._event(view.event)}, {view.camera}"
+            pictures.append(
+                smtp.Picture(caption, smtp.Attachment(view.content["image"], kind, base64=picture, cid=cid))
+            )
+        return pictures
+
+    def _digest(self, items: Sequence[smtp.Entry], left_out: str) -> MailContent:
+        """Many alerts, in the order in which they arrived. Each is decoded when its turn comes, and not kept."""
+        words, count, table = self._words, len(items), EventsTable()
+        rows: list[tuple[str, ...]] = []
+        room = DIGEST_META_CHARS
+        events, cameras, keys, with_picture = Counter[str](), Counter[str](), [], []
+        for number, item in enumerate(items):
+            view = EventView.of(item)
+            table.add(view)
+            keys.append(view.key())
+            events[view.event] += 1
+            cameras[view.camera] += 1
+            if "image" in view.content:
+                with_picture.append(item)
+            if number < DIGEST_ROWS:
+                meta = _meta_text(view.content)[: min(room, ROW_META_CHARS)]
+                room -= len(meta)
+                rows += self._rows(view, meta)
+        first, last = (EventView.of(item).local[:19] for item in (items[0], items[-1]))
+        counted = summarize(f"{self._event(event)} ({number})" for event, number in events.most_common())
+        sentences = [
+            self._sentence("counted", first=first, last=last, count=count, events=counted, cameras=summarize(cameras)),
+            self._sentence("csv"),
+        ]
+        page = smtp.Page(
+            [
+                f"{words['alerts'].format(count=count)}: {summarize(map(self._event, events))}",
+                summarize(cameras),
+                f"{first} - {last}",
+            ],
+            self._config.lang,
+            self._colour(events),
+            [] if left_out else self._pictures(map(EventView.of, reversed(with_picture))),
+            sentences,
+            tables=[smtp.Table(rows, separator="  ")],
+        )
+        if count > DIGEST_ROWS:
+            page.notes.append(self._sentence("more", shown=DIGEST_ROWS, count=count))
+        if left_out and with_picture:
+            page.notes.append(self._picture_left_out(left_out))
+        return MailContent(
+            subject=f"DVR ALERT: {count} alerts - {summarize(events)} - {summarize(cameras)}",
+            key="digest:" + "\n".join(sorted(keys)),
+            page=page,
+            files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", table.data())],
+        )
+
+    def _rows(self, view: EventView, meta: str) -> list[tuple[str, ...]]:
+        """An alert in a digest, and below it what else there is to say about it."""
+        clock = f"{self._words['clock']}: {local_time(view.happened)[:19]}" if view.clock_is_off else ""
+        more = "; ".join(filter(None, (clock, meta)))
+        row = (view.local[5:19], self._event(view.event), view.camera)
+        return [row, ("", more)] if more else [row]
+
+    def _summary(self, view: EventView) -> MailContent:
+        words, meta = self._words, view.content["meta"]
+        groups = meta["groups"]  # of the day: event, camera, number of alerts
+        most = max([number for _, _, number in groups], default=1)
+        counts = {name: meta[name] for name in ("received", "queued", "failed")}
+        day = view.local[:10]
+        page = smtp.Page(
+            [words["summary"], smtp.hostname(), clock_and_day(view.local)],
+            self._config.lang,
+            smtp.RED if meta["failed"] or meta["silent"] else smtp.GREEN,
+            sentences=[self._sentence("day", time=self._time(view.local), **counts), self._sentence("absence")],
+            tables=[
+                smtp.Table(
+                    [
+                        (words["received"], str(meta["received"])),
+                        (words["queued"], str(meta["queued"])),
+                        (words["failures"], f"{meta['failed']}\n{meta['why'][:REASON_CHARS]}".strip()),
+                        (words["silent"], summarize(meta["silent"], SILENT_SHOWN) or words["none"]),
+                    ]
+                ),
+                smtp.Table(
+                    [
+                        (f"{self._event(event)}, {camera}", smtp.Bar(str(number), number / most))
+                        for event, camera, number in groups
+                    ]
+                ),
+            ],
+        )
+        return MailContent(
+            subject=f"DVR summary: {day} - {meta['received']} alerts, {meta['queued']} waiting,"
+            f" {meta['failed']} failed, {len(meta['silent'])} silent",
+            key=f"summary:{smtp.hostname()} {view.key()}",
+            page=page,
+        )
+
+    # words
 
     def _event(self, name: str) -> str:
         """The words for an event; one that is not known stands for itself."""
         return self._events.get(name, name)
 
-    def _span(self, seconds: float) -> str:
+    def _sentence(self, key: str, **values: object) -> smtp.Sentence:
+        return smtp.sentence(self._words[key], values)
+
+    def _picture_left_out(self, why: str) -> smtp.Sentence:
+        return smtp.sentence("{dropped}: {why}", {"dropped": self._words["dropped"], "why": why}, bad=True)
+
+    def _time(self, local: str) -> str:
+        """A local time in a sentence."""
+        return f"{self._weekdays[dt.date.fromisoformat(local[:10]).weekday()]} {local[:19]}"
+
+    def _duration(self, seconds: float) -> str:
         """A length of time for people, in the largest unit of which there are two."""
         units = zip(self._words["units"].split(), (86400, 3600, 60, 1), strict=True)
         unit, size = next((unit, size) for unit, size in units if seconds >= 2 * size or size == 1)
         return f"{seconds / size:.0f} {unit}"
 
-    def _digest(self, mail: Delivery, shown: Sequence[Shown]) -> Letter:
-        words, first, last, count = self._words, shown[0], shown[-1], len(shown)
-        cameras, events = _few(one.camera for one in shown), _few(one.event for one in shown)
-        letter = Letter(
-            subject=f"DVR ALERT: {count} alerts - {events} - {cameras}",
-            key="digest:" + "\n".join(sorted(one.id for one in shown)),
-            head=(
-                f"{words['alerts'].format(count=count)}: {_few(self._event(one.event) for one in shown)}",
-                cameras,
-                f"{first.day} {first.clock} - {last.day} {last.clock}",
-            ),
-            colour=RED if any(one.event in URGENT for one in shown) else BLUE,
-            rows=[(f"{one.day[5:]} {one.clock}", self._event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
-            pictures=self._pictures(mail, reversed(shown)),
-            files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown))],
-        )
-        if count > DIGEST_ROWS:
-            letter.notes.append((words["more"].format(shown=DIGEST_ROWS, count=count), GREY))
-        if mail.max_bytes == 0 and any("image" in one.content for one in shown):
-            letter.notes.append((f"{words['dropped']}: {words['too_big']}", GREY))
-        return letter
-
-    def _summary(self, shown: Shown) -> Letter:
-        words, meta = self._words, shown.content["meta"]
-        lanes = meta["lanes"]
-        return Letter(
-            subject=f"DVR summary: {shown.day} - {meta['received']} alerts, {meta['queued']} waiting,"
-            f" {meta['failed']} failed, {len(meta['silent'])} silent",
-            key=f"summary:{shown.id}",
-            head=(words["summary"], smtp.hostname(), f"{shown.clock[:5]}, {shown.day}"),
-            colour=RED if meta["failed"] or meta["silent"] else GREEN,
-            rows=[
-                (words["received"], str(meta["received"])),
-                (words["queued"], str(meta["queued"])),
-                (words["failures"], f"{meta['failed']}\n{meta['why']}".strip()),
-                (words["silent"], ", ".join(meta["silent"]) or words["none"]),
-                *((f"{self._event(event)}, {camera}", str(number)) for event, camera, number in lanes),
-            ],
-            notes=[(words["absence"], GREY)],
-        )
-
-
-def draw_text(letter: Letter) -> str:
-    """The plain text of a mail."""
-    rows = [(": " if len(row) == 2 else "  ").join(row).replace("\n", "\n  ") for row in letter.rows]
-    notes = [note for note, _ in letter.notes]
-    text = _clean("\n\n".join(["\n".join(letter.head), "\n".join(rows), *notes])) + "\n"
-    return text if text.isascii() else RTL_LABEL.sub("\\g<0>\u200e", text)
-
-
-def draw_page(letter: Letter, lang: str) -> str:
-    """The HTML of a mail. Every value goes through `_escape`."""
-    direction, side = ("rtl", "right") if lang == "fa" else ("ltr", "left")
-    what, where, when = map(_escape, letter.head)
-    rows = "".join([_table_row(row, letter.link) for row in letter.rows])
-    notes = "".join(
-        f'<p style="margin:10px 6px 0;font-size:14px;line-height:1.5;color:{shade}"><bdi>{_escape(note)}</bdi></p>\n'
-        for note, shade in letter.notes
-    )
-    return f"""<!DOCTYPE html>
-<html lang="{lang}" dir="{direction}"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light"></head>
-<body style="margin:0;padding:0;background:#eef1f4">
-<table role="presentation" dir="{direction}" align="center" width="640" cellpadding="0" cellspacing="0"
- style="width:100%;max-width:640px;margin:0 auto;background:#ffffff;color:#1c2733;text-align:{side};
-font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif">
-<tr><td bgcolor="{letter.colour}" style="padding:14px 16px;background:{letter.colour};color:#ffffff">
-<div style="font-size:22px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
-<div style="font-size:19px;line-height:1.4;word-break:break-word"><bdi>{where}</bdi></div>
-<div style="font-size:16px;line-height:1.5"><bdi>{when}</bdi></div></td></tr>
-{_picture_rows(letter.pictures)}<tr><td style="padding:10px 10px 16px">
-<table width="100%" cellpadding="0" cellspacing="0" style="font-size:15px;line-height:1.4">
-{rows}</table>
-{notes}</td></tr>
-</table></body></html>
-"""
-
-
-def _picture_rows(pictures: Sequence[tuple[str, smtp.Attachment]]) -> str:
-    """The newest over the whole width, the others side by side below it."""
-    drawn = ""
-    for row in filter(None, (pictures[:1], pictures[1:])):
-        drawn += '<tr><td><table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>\n'
-        for caption, part in row:
-            text = _escape(caption)
-            drawn += f"""<td width="{100 // len(row)}%" style="padding:2px 0;vertical-align:top">
-<img src="cid:{part.cid}" alt="{text}" width="{640 // len(row)}" style="display:block;width:100%;height:auto;border:0">
-"""
-            if len(pictures) > 1:
-                drawn += f'<div style="padding:2px 6px;font-size:13px;color:#4f5b66"><bdi>{text}</bdi></div>'
-            drawn += "</td>"
-        drawn += "</tr></table></td></tr>\n"
-    return drawn
-
-
-@functools.lru_cache(maxsize=256)  # most rows of an alert stood in the last one of its camera, too
-def _table_row(row: tuple[str, ...], link: str) -> str:
-    cells, colour = "", "color:#5f6b76"
-    for cell in row:
-        text = _escape(cell)
-        if link and cell == link and cells:
-            text = f'<a href="{text}" style="color:#1f4e79">{text}</a>'
-        wrap = "white-space:nowrap" if len(cell) < 26 else "word-break:break-word"
-        style = f"padding:5px 6px;border-bottom:1px solid #e3e8ec;vertical-align:top;{wrap};{colour}"
-        cells += f'<td style="{style}"><bdi>{text}</bdi></td>'
-        colour = ""
-    return f"<tr>{cells}</tr>\n"
-
-
-def _escape(text: str) -> str:
-    """What stands in a <bdi>: no markup, and each line with a direction of its own."""
-    return html.escape(_clean(text)).replace("\n", "</bdi><br><bdi>")
-
-
-def _clean(text: str) -> str:
-    """Line breaks stay; what hides or reorders text does not."""
-    if text.isprintable():
-        return text
-    lines = [line if line.isprintable() else smtp.UNPRINTABLE.sub(" ", line) for line in text.split("\n")]
-    return "\n".join(lines)
+    def _colour(self, events: Iterable[str]) -> str:
+        return smtp.RED if any(map(self._urgent, events)) else smtp.BLUE
 
 
 def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)[:2000]
 
 
-def _few(names: Iterable[str]) -> str:
-    """The first three different ones, and how many more there are."""
+def _meta_text(content: Mapping[str, Any]) -> str:
+    """The meta of an event in one line."""
+    return smtp.one_line("; ".join(f"{key}={_plain(value)}" for key, value in content.get("meta", {}).items()))
+
+
+def summarize(names: Iterable[str], most: int = 3) -> str:
+    """The first different ones, and how many more there are."""
     different = list(dict.fromkeys(names))
-    return ", ".join(different[:3]) + (f", +{len(different) - 3}" if len(different) > 3 else "")
+    return ", ".join(different[:most]) + (f", +{len(different) - most}" if len(different) > most else "")
 
 
-def events_csv(shown: Sequence[Shown]) -> bytes:
-    """Every event as a line. A name that a spreadsheet would take for a formula gets an apostrophe."""
-    lines = io.StringIO()
-    writer = csv.writer(lines)
-    writer.writerow(("id", "event", "camera", "time"))
-    for one in shown:
-        camera = f"'{one.camera}" if one.camera[0] in "=+-@" else one.camera
-        writer.writerow((one.id, one.event, camera, one.utc()))
-    return lines.getvalue().encode("utf-8")
+class EventsTable:
+    """events.csv, written a line at a time; with the byte order mark by which spreadsheets know UTF-8."""
+
+    def __init__(self) -> None:
+        self._data = io.BytesIO()
+        self._text = io.TextIOWrapper(self._data, "utf-8-sig", newline="", write_through=True)
+        self._writer = csv.writer(self._text)
+        self._writer.writerow(("id", "event", "camera", "time", "arrived", "meta"))
+
+    def add(self, view: EventView) -> None:
+        """Write an event. What a spreadsheet would take for a formula gets an apostrophe before it."""
+        meta = _meta_text(view.content) if self._data.tell() < CSV_MAX_BYTES else ""
+        cells = (view.id, view.event, view.camera, utc_time(view.happened), utc_time(view.arrived), meta)
+        self._writer.writerow([f"'{cell}" if FORMULA.match(cell) else cell for cell in cells])
+
+    def data(self) -> bytes:
+        return self._data.getvalue()
 
 
 # ───────────────────────────────────────────── Wiring ───────────────────────────────────────────────
@@ -1533,6 +1666,8 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
         signal.signal(name, lambda *_: None)
     threading.stack_size(THREAD_STACK_BYTES)
     allow_files(config.max_connections + OTHER_FILES)
+    if words := unknown_time_zone(os.environ.get("TZ", "")):
+        log.warning("%s", words)
     outbox = smtp.when_possible(
         lambda: Outbox(config.spool, schema=CAMERA_SCHEMA, size_max=config.spool_max), stopping, "ALERT_SPOOL"
     )

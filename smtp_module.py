@@ -27,7 +27,6 @@ import binascii
 import contextlib
 import datetime as dt
 import difflib
-import email.header
 import email.message
 import email.policy
 import email.utils
@@ -62,6 +61,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape as escape_markup
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -462,13 +462,41 @@ def one_line(text: str) -> str:
     return UNPRINTABLE.sub(" ", text).strip()
 
 
+PLAIN_WORDS = re.compile(r"(?:(?:(?!=\?)[!-~]){1,900}(?: +|$))*")  # these need no encoding
+Q_UNSAFE = re.compile(rb"[^A-Za-z0-9!*+/-]")  # RFC 2047 5 (3), which holds for names in address headers, too
+WORD_MAX = 75  # characters of an encoded word, RFC 2047 2
+
+
 @functools.lru_cache(maxsize=1024)
 def header_text(name: str, value: str) -> str:
-    """An unstructured header's value, encoded (RFC 2047) and folded where that is needed."""
+    """An unstructured header's value, encoded (RFC 2047) and folded where that is needed.
+
+    What is plain at its beginning stays so, for programs that look at a Subject without decoding it.
+    """
     value = one_line(value)
-    if not value.isascii() or "=?" in value or max(map(len, value.split(" "))) > 900:
-        return email.header.Header(value, "utf-8", header_name=name).encode(linesep="\r\n")
-    return value if len(value) < 900 else re.sub(r"(.{1,900}) (?=\S)", r"\1\r\n ", value)
+    plain = PLAIN_WORDS.match(value)[0].rstrip(" ")  # type: ignore[index]  # it matches nothing, too
+    rest = value[len(plain) + 1 :] if plain else value
+    if not rest and len(plain) < 900:
+        return plain
+    folded = plain if len(plain) < 900 else re.sub(r"(.{1,900}) (?=\S)", r"\1\r\n ", plain)
+    words = encoded_words(rest, WORD_MAX if plain else WORD_MAX - 1 - len(name))
+    return "\r\n ".join([folded, *words] if folded else words)
+
+
+def encoded_words(text: str, first: int = WORD_MAX) -> list[str]:
+    """Text as encoded words of whole characters (RFC 2047), the first one with at most `first` characters.
+
+    They are quoted-printable: a word in Base64 ends with padding unless its bytes are a multiple of three, and
+    programs that use GMime drop what follows a padded word.
+    """
+    words, word, room = [], b"", first - len("=?utf-8?q??=")
+    for character in text:
+        written = Q_UNSAFE.sub(lambda byte: b"=%02X" % ord(byte[0]), character.encode("utf-8", "replace"))
+        if len(word) + len(written) > room:
+            words.append(word)
+            word, room = b"", WORD_MAX - len("=?utf-8?q??=")
+        word += written
+    return [f"=?utf-8?q?{word.decode('ascii')}?=" for word in (*words, word) if word]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -481,7 +509,7 @@ def header_address(value: str) -> str:
         name, plain = email.utils.parseaddr(value)
     if name.isascii():
         return email.utils.formataddr((name[:200], plain)) if name else (plain or value)[:900]
-    return f"{email.header.Header(name, 'utf-8', header_name='From').encode(linesep=chr(13) + chr(10))} <{plain}>"
+    return "\r\n ".join([*encoded_words(name, WORD_MAX - len("From:")), f"<{plain}>"])
 
 
 def header_addresses(values: Iterable[str]) -> str:
@@ -510,22 +538,36 @@ def _domain(sender: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]", "", domain) or "localhost"
 
 
+def content_id(key: str, sender: str) -> str:
+    """The Content-ID of a shown picture (RFC 2392), a function of `key`: mail programs keep pictures by it."""
+    return f"{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:40]}@{_domain(sender)}"
+
+
 def message_id(key: str, sender: str) -> str:
     """A Message-ID that is a function of `key`, so that a mail sent twice is recognisably the same."""
-    return f"<{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:40]}@{_domain(sender)}>"
+    return f"<{content_id(key, sender)}>"
 
 
 def _text_part(subtype: str, text: str) -> list[bytes]:
     if "\r" in text:
         text = re.sub("\r\n|\r", "\n", text)
-    lines = text.removesuffix("\n").split("\n")
-    text = "\r\n".join((*lines, ""))
-    plain = text.isascii() and "\0" not in text and "\x7f" not in text and "--=_" not in text
+    text = text if text.endswith("\n") else f"{text}\n"
     head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: "
-    if plain and max(map(len, lines)) < 900:
-        return [f"{head}7bit\r\n\r\n{text}".encode("ascii")]
-    encoded = base64.b64encode(text.encode("utf-8", "replace"))
-    return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(encoded)]
+    plain = text.isascii() and "\0" not in text and "\x7f" not in text and _has_short_lines(text)
+    data = text.encode("utf-8", "replace").replace(b"\n", b"\r\n")
+    if plain:
+        return [f"{head}7bit\r\n\r\n".encode("ascii"), data]
+    return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(base64.b64encode(data))]
+
+
+def _has_short_lines(text: str) -> bool:
+    """No line has more than 900 characters; RFC 5322 2.1.1 allows 998."""
+    at = 0
+    while len(text) - at > 900:
+        at = text.rfind("\n", at, at + 901) + 1
+        if not at:
+            return False
+    return True
 
 
 def _file_part(part: Attachment) -> list[bytes]:
@@ -541,8 +583,8 @@ def _file_part(part: Attachment) -> list[bytes]:
 def _multipart(subtype: bytes, parts: Sequence[list[bytes]]) -> list[bytes]:
     if len(parts) == 1:
         return parts[0]
-    boundary = b"=_%024x" % random.getrandbits(96)  # in no text that is not encoded, and Base64 has no "_"
-    pieces = [b'Content-Type: multipart/%b; boundary="%b"\r\n\r\n' % (subtype, boundary)]
+    boundary = b"=_%b" % os.urandom(12).hex().encode("ascii")  # nobody can foresee it and write it into a part
+    pieces = [b'Content-Type: multipart/%b;\r\n boundary="%b"\r\n\r\n' % (subtype, boundary)]
     for part in parts:
         pieces += [b"--%b\r\n" % boundary, *part, b"\r\n"]
     return [*pieces, b"--%b--\r\n" % boundary]
@@ -568,7 +610,8 @@ def compose_pieces(
     alternatives = [_text_part("plain", text)] + ([_text_part("html", html)] if html else [])
     shown = [_file_part(part) for part in attachments if part.cid and html]
     others = [_file_part(part) for part in attachments if not (part.cid and html)]
-    related = _multipart(b"related", [_multipart(b"alternative", alternatives), *shown])
+    body = _multipart(b"alternative", alternatives)
+    related = _multipart(b'related; type="multipart/alternative"', [body, *shown])  # RFC 2387 3.1 asks for the type
     lines = [
         f"Date: {_date(int(time.time() if date is None else date))}",
         f"From: {header_address(sender)}",
@@ -585,6 +628,227 @@ def compose_pieces(
 def compose(**parts: Any) -> bytes:
     """`compose_pieces` as one string of bytes."""
     return b"".join(compose_pieces(**parts))
+
+
+# The page of a mail. A Page is plain values; `draw_text` and `draw_html` draw it, so that all mails look alike. Nothing
+# in a value is ever markup, and each value stands in a <bdi>, so that a right-to-left name cannot reorder its line.
+# Outlook shows nothing but tables and inline styles; the style sheet is for dark and for narrow screens.
+
+RED, BLUE, GREEN = "#b3261e", "#1f4e79", "#2e6b3f"  # behind white letters; red ones say what went wrong
+GREY = "#5f6b76"  # letters of what matters less
+RIGHT_TO_LEFT = ("fa",)
+COLUMNS = {1: (100,), 2: (31, 69), 3: (32, 34, 34), 4: (20, 26, 26, 28)}  # widths in percent by their number
+LONG_TITLE = 60  # a longer line of a title is written smaller
+# Digits after right-to-left letters are turned round at each hyphen unless a left-to-right mark stands before them.
+RTL_LABEL = re.compile(r"^[\u0590-\u08ff][^:\n]*: (?=[-+0-9])", re.MULTILINE)
+RTL_BEFORE_TIME = re.compile(r"[\u0590-\u08ff]:? (?=\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d)")
+STYLE = """<style>:root{color-scheme:light dark;supported-color-schemes:light dark}
+@media (prefers-color-scheme:dark){.back{background:#0f1419!important}
+.page{background:#1a2129!important;color:#e5eaef!important}.page td{border-color:#36424e!important}
+.soft{color:#a5b2be!important}.bad{color:#ff9a8f!important}.page .link{color:#8cc2f2!important}
+.button{background:#26333f!important;border-color:#4a5a69!important;color:#d5e6f5!important}.rest{background:#36424e}}
+@media (max-width:480px){.stack tr{display:block;padding:6px 0;border-top:1px solid #8a97a3}
+.stack td{display:block;width:auto!important;padding:1px 6px!important;border:0!important}}</style>"""
+
+
+class Sentence(NamedTuple):
+    """Words to be read, as plain text and as HTML. `bad`: they are about something that went wrong."""
+
+    text: str
+    html: str
+    bad: bool = False
+
+
+class Bar(NamedTuple):
+    """A cell with a bar below its text, filled from 0 to 1."""
+
+    text: str
+    level: float
+
+
+class Link(NamedTuple):
+    """A cell that is a link to itself."""
+
+    text: str
+
+
+class Table(NamedTuple):
+    """Rows of one to four cells; the last cell of a row that is shorter than the first row is wider. `separator`
+    stands between the cells in plain text."""
+
+    rows: Sequence[tuple[str | Bar | Link, ...]]
+    heading: str = ""
+    separator: str = ": "
+
+
+class Picture(NamedTuple):
+    """A picture in the page, whose file has a Content-ID, and what it shows in words."""
+
+    caption: str
+    file: Attachment
+
+
+class Button(NamedTuple):
+    """A link that looks like a button."""
+
+    label: str
+    url: str
+
+
+@dataclass
+class Page:
+    """What a mail shows to its reader, in the order in which it is drawn.
+
+    The first line of `title` says what happened, the others where and when.
+    """
+
+    title: Sequence[str]
+    lang: str = "en"
+    colour: str = BLUE
+    pictures: list[Picture] = field(default_factory=list)  # the first one over the whole width
+    sentences: Sequence[Sentence] = ()
+    buttons: Sequence[Button] = ()  # in the HTML alone
+    tables: Sequence[Table] = ()
+    notes: list[Sentence] = field(default_factory=list)
+
+
+def sentence(template: str, values: Mapping[str, object], *, bad: bool = False) -> Sentence:
+    """The template with each `{name}` replaced by a value, which may hold anything."""
+    text = template.format_map(values)
+    if text.isascii():  # all of it runs from left to right
+        return Sentence(text, f"<bdi>{escape(text)}</bdi>", bad)
+    drawn = {name: f"<bdi>{escape(str(value))}</bdi>" for name, value in values.items()}
+    return Sentence(text, escape_markup(template).format_map(drawn), bad)
+
+
+def compose_page(page: Page, *, text: str = "", files: Sequence[Attachment] = (), **parts: Any) -> list[bytes]:
+    """The mail that shows a page, with its pictures and with other files.
+
+    `text` stands for the page where no HTML is shown, by default all of it; `parts` are those of `compose_pieces`.
+    """
+    shown = [picture.file for picture in page.pictures]
+    text = text or draw_text(page)
+    return compose_pieces(text=text, html=draw_html(page), attachments=[*shown, *files], **parts)
+
+
+def draw_text(page: Page) -> str:
+    """The plain text of a page."""
+    parts = ["\n".join(page.title), "\n".join([one.text for one in page.sentences])]
+    parts += ["\n".join([_text_row(row, table.separator) for row in table.rows]) for table in page.tables]
+    text = clean("\n\n".join(filter(None, [*parts, *[note.text for note in page.notes]]))) + "\n"
+    return text if text.isascii() else RTL_LABEL.sub("\\g<0>\u200e", text)
+
+
+def _text_row(row: Sequence[str | Bar | Link], separator: str) -> str:
+    cells = [cell if isinstance(cell, str) else cell.text for cell in row]
+    return separator.join(cells).replace("\n", "\n  ")
+
+
+def draw_html(page: Page) -> str:
+    """The HTML of a page."""
+    direction, side = ("rtl", "right") if page.lang in RIGHT_TO_LEFT else ("ltr", "left")
+    what, *more = map(escape, page.title)
+    size = 17 if len(page.title[0]) > LONG_TITLE else 22
+    subtitle = "".join([f'<div style="font-size:17px;line-height:1.4"><bdi>{line}</bdi></div>\n' for line in more])
+    buttons = "".join([_button(*button) for button in page.buttons])
+    return f"""<!DOCTYPE html>
+<html lang="{page.lang}" dir="{direction}"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">
+{STYLE}</head>
+<body class="back" style="margin:0;padding:0;background:#eef1f4">
+<table class="page" role="presentation" dir="{direction}" align="center" width="640" cellpadding="0" cellspacing="0"
+ style="width:100%;max-width:640px;margin:0 auto;table-layout:fixed;background:#ffffff;color:#1c2733;text-align:{side};
+font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif;
+overflow-wrap:anywhere;word-break:break-word">
+<tr><td bgcolor="{page.colour}" style="padding:14px 16px;background:{page.colour};color:#ffffff">
+<div style="font-size:{size}px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
+{subtitle}</td></tr>
+{_picture_rows(page.pictures)}<tr><td style="padding:10px 10px 16px">
+{"".join(map(_paragraph, page.sentences))}{buttons}
+{"".join([_html_table(table) for table in page.tables])}{"".join([_paragraph(note, True) for note in page.notes])}\
+</td></tr></table></body></html>
+"""
+
+
+def _picture_rows(pictures: Sequence[Picture]) -> str:
+    """The first over the whole width, the others side by side below it; where there are several, with captions."""
+    drawn = ""
+    for row in filter(None, (pictures[:1], pictures[1:])):
+        drawn += '<tr><td><table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>\n'
+        for caption, file in row:
+            words = escape(caption)
+            drawn += f"""<td width="{100 // len(row)}%" style="vertical-align:top">
+<img src="cid:{file.cid}" alt="{words}" width="{640 // len(row)}" style="display:block;width:100%;height:auto;border:0">
+"""
+            if len(pictures) > 1:
+                style = f"padding:3px 6px;font-size:13px;color:{GREY}"
+                drawn += f'<div class="soft" style="{style}"><bdi>{words}</bdi></div>'
+            drawn += "</td>"
+        drawn += "</tr></table></td></tr>\n"
+    return drawn
+
+
+def _paragraph(words: Sentence, note: bool = False) -> str:
+    name, colour = ("bad", RED) if words.bad else ("soft", GREY) if note else ("", "inherit")
+    style = f"margin:6px 6px 10px;font-size:{13 if note else 15}px;line-height:1.5;color:{colour}"
+    return f'<p class="{name}" style="{style}">{words.html}</p>\n'
+
+
+def _button(label: str, url: str) -> str:
+    style = "display:inline-block;margin:0 0 8px 6px;padding:10px 14px;border:1px solid #b9cbd9;background:#e8eff5;"
+    style += "color:#1f3a52;font-size:15px;font-weight:bold;text-decoration:none"
+    return f'<a class="button" href="{escape_markup(url)}" style="{style}">{escape(label)}</a>\n'
+
+
+def _html_table(table: Table) -> str:
+    style = f"margin:14px 6px 4px;font-size:13px;font-weight:bold;color:{GREY}"
+    heading = f'<p class="soft" style="{style}"><bdi>{escape(table.heading)}</bdi></p>\n' if table.heading else ""
+    columns = len(table.rows[0]) if table.rows else 1
+    name = "stack" if columns > 3 else ""
+    return f"""{heading}<table class="{name}" width="100%" cellpadding="0" cellspacing="0"
+ style="table-layout:fixed;font-size:15px;line-height:1.4">
+{"".join([_html_row(row, columns) for row in table.rows])}</table>
+"""
+
+
+@functools.lru_cache(maxsize=256)  # most rows of a mail stood in the one before it, too
+def _html_row(row: tuple[str | Bar | Link, ...], columns: int) -> str:
+    drawn, name, colour = "", "soft", GREY
+    line = "border-top:1px solid #e3e8ec" if row[0] else "border:0"  # without a first cell it belongs to the row above
+    for number, cell in enumerate(row):
+        text = escape(cell if isinstance(cell, str) else cell.text)
+        inside = f"<bdi>{text}</bdi>"
+        if isinstance(cell, Link):
+            inside = f'<bdi><a class="link" href="{text}" style="color:{BLUE}">{text}</a></bdi>'
+        elif isinstance(cell, Bar):
+            inside += _bar(cell.level)
+        last = number == len(row) - 1
+        width = sum(COLUMNS[columns][number:]) if last else COLUMNS[columns][number]
+        span = f' colspan="{columns - number}"' if last and columns > len(row) else ""
+        style = f"padding:5px 6px;{line};vertical-align:top;color:{colour}"
+        drawn += f'<td class="{name}"{span} width="{width}%" style="{style}">{inside}</td>'
+        name, colour = "", "inherit"
+    return f"<tr>{drawn}</tr>\n"
+
+
+def _bar(level: float) -> str:
+    filled = round(100 * min(1.0, max(0.0, level)))
+    cell = '<td{} width="{}%" bgcolor="{}" style="height:8px;line-height:8px;font-size:1px">&nbsp;</td>'
+    halves = (("", filled, "#2f7fb8"), (' class="rest"', 100 - filled, "#dfe6ec"))
+    cells = "".join([cell.format(*half) for half in halves if half[1]])
+    return f'<table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>{cells}</tr></table>'
+
+
+def escape(text: str) -> str:
+    """What stands in a <bdi>: no markup, and each line with a direction of its own."""
+    return escape_markup(clean(text)).replace("\n", "</bdi><br><bdi>")
+
+
+def clean(text: str) -> str:
+    """Line breaks stay; what hides or reorders text does not."""
+    if not (text.isprintable() or text.replace("\n", "").isprintable()):
+        text = "\n".join([UNPRINTABLE.sub(" ", line) for line in text.split("\n")])
+    return text if text.isascii() else RTL_BEFORE_TIME.sub("\\g<0>\u200e", text)
 
 
 # ───────────────────────────────────────────── Outcome ──────────────────────────────────────────────
@@ -1781,7 +2045,7 @@ class Delivery(NamedTuple):
     why: str = ""
 
 
-COLUMNS = "number, kind, entries, recipient, recipients, tries, tried_at, first_failed, data_failures, max_bytes, error"
+DELIVERY_COLUMNS = "number, kind, entries, recipient, recipients, tries, tried_at, first_failed, data_failures, max_bytes, error"
 
 
 @dataclass
@@ -2148,7 +2412,7 @@ class Outbox:
         others = "FROM deliveries WHERE state = 'open' AND recipient NOT IN (SELECT value FROM json_each(?))"
         names, limit = json.dumps(list(troubled)), most + len(known)
         with self._lock:
-            sql = f"SELECT {COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
+            sql = f"SELECT {DELIVERY_COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
             rows = self.rows(sql, names, now, limit)
             ((later,),) = self.rows(f"SELECT min(next_try) {others} AND next_try > ?", names, now)
             unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
@@ -2161,7 +2425,7 @@ class Outbox:
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
         """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
-        sql = f"SELECT {COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ? AND next_try <= ?"
+        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ? AND next_try <= ?"
         ended = {delivery.number for delivery, _ in self._ended}
         rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT ?", recipient, now, 1 + len(ended))
         return next((delivery for delivery in map(_delivery, rows) if delivery.number not in ended), None)
@@ -2273,7 +2537,7 @@ class Outbox:
         the number of deliveries. `recipients` tells who gets a group."""
         number = 0
         with self._transaction() as db:
-            rows = db.execute(f"SELECT {COLUMNS} FROM deliveries WHERE state = 'open'").fetchall()
+            rows = db.execute(f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE state = 'open'").fetchall()
             for delivery in map(_delivery, rows):
                 entries = json.dumps(delivery.entries)
                 groups = db.execute(f"SELECT DISTINCT kind, source FROM entries WHERE {SEQS}", (entries,)).fetchall()

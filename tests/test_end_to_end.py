@@ -235,7 +235,7 @@ def test_forty_alerts_come_as_the_first_and_a_digest(start: Any, mailbox: Mailbo
     assert first["X-Alert-Id"] == "n0"
     assert digest["Subject"].startswith("DVR ALERT: 40 alerts - ")
     csv = next(part for part in digest.walk() if part.get_filename() == "events.csv").get_content()
-    assert csv.splitlines()[0] == "id,event,camera,time"
+    assert csv.splitlines()[0] == "\ufeffid,event,camera,time,arrived,meta"
     assert {line.split(",")[0] for line in csv.splitlines()[1:]} == {f"n{n}" for n in range(1, 41)}
 
 

@@ -604,8 +604,8 @@ def fuzz(rounds: int, seed: int) -> dict[str, int]:
         if found == "event":
             parsed = parse(line)
             json.loads(server.answer(smtp.Receipt(parsed.item.id, new=True), parsed))
-            shown = server.Shown.of(smtp.Item(1, parsed.item.id, parsed.item.lane, NOW, parsed.item.payload))
-            assert shown.camera == parsed.camera and shown.day and shown.utc()
+            view = server.EventView.of(smtp.Item(1, parsed.item.id, parsed.item.lane, NOW, parsed.item.payload))
+            assert view.camera == parsed.camera and view.local and server.utc_time(view.happened)
     return counts
 
 
