@@ -21,11 +21,11 @@ import smtp_module as smtp
 NOW = 1_777_673_700.0  # 2026-05-01T22:15:00Z
 WIDE, PERSIAN, CHINESE = "WAREHOUSE_NORTH_ENTRANCE", "دوربین حیاط پشتی ۲", "前门摄像头 👁"
 LONG_PATH = "/mnt/nas/recordings/" + "0123456789abcdef" * 8
-FAILED = {"failed": 3, "why": f"owner@example.com: 550 5.1.1 <{WIDE.lower()}@example.com> no such user"}
+FAILED = {"reports": (7, 8, 9), "why": f"owner@example.com: 550 5.1.1 <{WIDE.lower()}@example.com> no such user"}
 LANGS = server.LANGS
 
 
-def item(seq: int = 1, picture: bytes | None = None, arrived: float = NOW, **fields: Any) -> smtp.Item:
+def item(seq: int = 1, picture: bytes | None = None, arrived: float = NOW, **fields: Any) -> smtp.Entry:
     """What the spool would hand over for a line with these fields."""
     line: dict[str, Any] = {"event": "MOTION_DETECTED", "camera": "garage", "id": f"id{seq}"} | fields
     if picture is not None:
@@ -33,33 +33,33 @@ def item(seq: int = 1, picture: bytes | None = None, arrived: float = NOW, **fie
     parsed = server.parse_line(json.dumps(line).encode(), b"", arrived)
     assert isinstance(parsed, server.Event)
     new = parsed.item
-    return smtp.Item(seq, new.id, new.lane, new.arrived, new.payload, lambda: new.picture)
+    return smtp.Entry(seq, new.id, new.kind, new.source, new.arrived, new.payload, lambda: new.picture, picture is not None)
 
 
-def own(event: str, **content: Any) -> smtp.Item:
+def own(event: str, **content: Any) -> smtp.Entry:
     """An alert of the relay's own."""
     payload = json.dumps({"event": event, "camera": "garage", **content}).encode()
-    return smtp.Item(1, "relay-1", f"{event} garage", NOW, payload)
+    return smtp.Entry(1, "relay-1", event, "garage", NOW, payload)
 
 
-def summary(arrived: float = NOW, **meta: Any) -> smtp.Item:
+def summary(arrived: float = NOW, **meta: Any) -> smtp.Entry:
     """The relay's daily mail."""
-    counts = {"received": 7, "lanes": [["MOTION_DETECTED garage", 5], ["X.y باغ", 2]], "silent": [], "why": ""}
+    counts = {"received": 7, "groups": [["MOTION_DETECTED", "garage", 5], ["X.y", "باغ", 2]], "silent": [], "why": ""}
     counts |= {"queued": 2, "sent": 9, "failed": 0} | meta
     payload = json.dumps({"event": server.SUMMARY, "camera": "relay", "meta": counts}).encode()
-    return smtp.Item(1, "summary/2026-05-02", f"{server.SUMMARY} relay", arrived, payload)
+    return smtp.Entry(1, "summary-1", server.SUMMARY, "relay", arrived, payload)
 
 
 def envelope(
-    items: Sequence[smtp.Item], config: server.RelayConfig, *, size_limit: int = 0, said: str = "", **mail: Any
-) -> smtp.Envelope:
-    """What the relay would send for these items; `mail` are fields of the frozen mail."""
-    to = mail.pop("recipients", ("a@x.org", "b@y.org"))
-    frozen = smtp.Mail(1, "alert", tuple(one.seq for one in items), to, **mail)
-    return server.Alerts(config).render(frozen, items, size_limit=size_limit, said=said)
+    items: Sequence[smtp.Entry], config: server.RelayConfig, **fields: Any
+) -> smtp.Message:
+    """What the relay would send for these entries; `fields` are those of the delivery."""
+    to = fields.pop("recipients", ("a@x.org", "b@y.org"))
+    delivery = smtp.Delivery(1, "alert", tuple(one.seq for one in items), to[0], to, **fields)
+    return server.Alerts(config).render(delivery, items)
 
 
-def day(picture: bytes) -> list[smtp.Item]:
+def day(picture: bytes) -> list[smtp.Entry]:
     """Sixty alerts of three cameras, with and without a picture, a wrong clock and long values."""
     events, items = ("MOTION_DETECTED", "DOOR_OPENED", "CAMERA_DISCONNECTED"), []
     for n in range(60):
@@ -76,7 +76,7 @@ def of_the_relay(lang: str, picture: bytes) -> dict[str, bytes]:
     """The relay's mails by a name for each kind."""
     full = {"zone": 4, "score": 0.87, "W" * 24: "W" * 100, "sha256": "0123456789abcdef" * 4, "path": LONG_PATH}
     link = "https://nas.lan/clips/" + "front-door_2026-05-01_" * 8
-    kinds: dict[str, tuple[list[smtp.Item], dict[str, Any]]] = {
+    kinds: dict[str, tuple[list[smtp.Entry], dict[str, Any]]] = {
         "alert": ([item(camera="CAM1")], {}),
         "alert with a picture": ([item(2, picture, camera="FRONT DOOR", event="DOOR_OPENED")], {}),
         "alert with everything": (
@@ -84,7 +84,7 @@ def of_the_relay(lang: str, picture: bytes) -> dict[str, bytes]:
         ),
         "alert of a Persian camera": ([item(4, picture, camera=PERSIAN, image_filename="باغ.png")], {}),
         "alert of a Chinese camera": ([item(5, picture, camera=CHINESE, event="TAMPER_DETECTED")], {}),
-        "alert without its picture": ([item(6, picture)], {"bare": True}),
+        "alert without its picture": ([item(6, picture)], {"max_bytes": 0, "error": "dot: 552 5.3.4 too big"}),
         "silent camera": ([own("CAMERA_DISCONNECTED", last_seen="2026-05-01T21:00:00Z")], {}),
         "camera that is back": ([own("CAMERA_RECONNECTED", gone_s=4000)], {}),
         "digest": (day(picture), {}),

@@ -74,10 +74,10 @@ class Bench:
     def replies(self) -> list[EmailMessage]:
         """What waits to be sent, oldest first, and forgotten with this look."""
         with self.outbox.transaction() as db:
-            rows = db.execute("SELECT lane, payload FROM items ORDER BY seq").fetchall()
-            db.execute("DELETE FROM items")
+            rows = db.execute("SELECT source, payload FROM entries ORDER BY seq").fetchall()
+            db.execute("DELETE FROM entries")
         messages = [email.message_from_bytes(payload, policy=email.policy.default) for _, payload in rows]
-        assert [message["To"] for message in messages] == [lane for lane, _ in rows]
+        assert [message["To"] for message in messages] == [to for to, _ in rows]
         return messages  # type: ignore[return-value]
 
     def ask(self, subject: str, **options: object) -> str:

@@ -300,7 +300,7 @@ def test_event_without_an_id_gets_a_fresh_one() -> None:
 
 def test_event_keeps_its_fields_and_its_lane() -> None:
     parsed = event(camera="باغ", meta={"zone": 2, "hot": True, "none": None}, image_url="http://x/a.jpg", extra=[1])
-    assert (parsed.name, parsed.camera, parsed.item.lane) == ("MOTION_DETECTED", "باغ", "MOTION_DETECTED باغ")
+    assert (parsed.name, parsed.camera, parsed.item.kind, parsed.item.source) == ("MOTION_DETECTED", "باغ", "MOTION_DETECTED", "باغ")
     assert parsed.item.arrived == NOW
     assert content(parsed) == {
         "event": "MOTION_DETECTED",
@@ -412,7 +412,7 @@ def test_wrong_picture_costs_only_the_picture(value: Any) -> None:
     assert parsed.item.picture is None
     assert parsed.warning.startswith("image dropped: ")
     assert content(parsed)["dropped"] and "image" not in content(parsed)
-    answer = json.loads(server.answer(smtp.Receipt(parsed.item.id, new=True), parsed))
+    answer = json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed))
     assert answer == {"ok": True, "id": parsed.item.id, "status": "queued", "warning": parsed.warning}
 
 
@@ -603,8 +603,8 @@ def fuzz(rounds: int, seed: int) -> dict[str, int]:
         counts[found] = counts.get(found, 0) + 1
         if found == "event":
             parsed = parse(line)
-            json.loads(server.answer(smtp.Receipt(parsed.item.id, new=True), parsed))
-            view = server.EventView.of(smtp.Item(1, parsed.item.id, parsed.item.lane, NOW, parsed.item.payload))
+            json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed))
+            view = server.EventView.of(smtp.Entry(1, parsed.item.id, parsed.item.kind, parsed.item.source, NOW, parsed.item.payload))
             assert view.camera == parsed.camera and view.local and server.utc_time(view.happened)
     return counts
 

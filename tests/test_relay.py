@@ -175,7 +175,7 @@ def test_the_right_token_lets_in_and_is_not_kept(run: Any) -> None:
     line = json.dumps({"event": "E", "camera": "c", "token": "s3cret ütf"}).encode() + b"\n"
     assert running.ask(line)[0]["status"] == "queued"
     with running.outbox.transaction() as db:
-        assert b"s3cret" not in db.execute("SELECT payload FROM items").fetchone()[0]
+        assert b"s3cret" not in db.execute("SELECT payload FROM entries").fetchone()[0]
 
 
 def test_a_ping_needs_the_token_only_for_the_counts(run: Any) -> None:
