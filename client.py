@@ -91,14 +91,10 @@ def printable(text: str) -> str:
 
 def print_line(text: str, *, end: str = "\n", stream: "TextIO | None" = None) -> None:
     """Print at once, on standard output or on `stream`. A reader that has gone or a full disk stops no alert."""
-    stream = stream or sys.stdout
-    if stream is None:  # It was closed before the program started.
-        return
     try:
         print(text, end=end, file=stream, flush=True)
     except OSError:
-        # What is still in the buffer would fail again when Python ends, and make the exit code 120.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        pass
 
 
 def warn(text: str, *, end: str = "\n") -> None:

@@ -623,6 +623,12 @@ def test_a_wrong_token_is_exit_77_at_once_and_the_event_is_kept_without_it(
     assert "set ALERT_TOKEN to the relay's" in said and "wr0ng" not in said
 
 
+def test_a_wrong_token_ends_a_loop(start_relay: Callable[..., Relay]) -> None:
+    relay = start_relay(refuse("unauthorized", close=True))
+    assert send(relay, "--loop", "0.01", "--count", "5") == 77
+    assert relay.connections == 1
+
+
 def test_lost_heartbeat_is_named_as_one(closed_port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert send(closed_port, "--heartbeat", "1", "--count", "1", "--camera", "cam7", "--retries", "0") == 75
     assert "client.py: lost: heartbeat cam7" in capsys.readouterr().err.splitlines()
@@ -1271,7 +1277,7 @@ def test_a_kept_event_that_cannot_be_read_now_goes_next_time(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000, b'{"x": %s}' % (b"9" * 5000), b" " * 2000 + b"{}"]
+    "content", [b"", b"{", b"{}", b"[]", b"7", b"\xff", b"[" * 100_000, b'{"x": %s}' % (b"9" * 5000), b" " * 2000 + b"{}"]
 )
 def test_a_file_that_holds_no_event_is_moved_aside_and_blocks_nothing(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
@@ -1311,6 +1317,13 @@ def test_a_new_event_is_on_disk_before_the_older_ones_are_handed_over(
     process.kill()
     process.communicate()
     assert [event["event"] for event in kept_in(tmp_path / "kept")] == ["old", "new"]
+
+    # As fast as the relay acknowledges: the new ones are not made before the older ones are acknowledged.
+    process = start_process(relay, "--loop", "0", "--outbox", "kept")
+    relay.wait_for(lambda: len(relay.lines) == 2)
+    process.kill()
+    process.communicate()
+    assert len(kept_in(tmp_path / "kept")) == 2
 
 
 def test_a_loop_keeps_its_events_through_an_outage_and_hands_them_over_in_order(
