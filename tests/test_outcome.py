@@ -236,6 +236,26 @@ def test_pictures_are_left_out_before_a_delivery_fails() -> None:
         ("mail", "smtp.gmail.com", 530, "5.7.0 Must issue a STARTTLS command first", "SMTP_SECURITY"),
         ("dot", "smtp.gmail.com", 550, "5.4.5 Daily user sending quota exceeded", "ALERT_DAILY_MAX"),
         ("dot", "mail.example.com", 552, "5.3.4 Message size exceeds limit", "too big"),
+        ("dot", "mail.example.com", 550, "Message size exceeds fixed limit", "too big"),
+        ("mail", "mail.example.com", 534, "5.3.4 SIZE=Message too big", "too big"),
+        ("rcpt", "mail.example.com", 452, "4.2.2 The email account that you tried to reach is over quota", "full"),
+        ("rcpt", "mail.example.com", 553, "5.7.1 <a@x>: Sender address rejected: not owned by user a", "SMTP_FROM"),
+        ("dot", "mail.example.com", 550, "5.7.60 Client does not have permissions to send as this sender", "SMTP_FROM"),
+        ("dot", "mail.example.com", 554, "5.2.252 SendAsDenied; a@x not allowed to send as b@x", "SMTP_FROM"),
+        ("dot", "mail.example.com", 554, "Message rejected: Email address is not verified", "SMTP_FROM"),
+        ("dot", "mail.example.com", 550, "The from address does not match a verified Sender Identity", "SMTP_FROM"),
+        ("rcpt", "mail.example.com", 554, "5.7.1 Client host [203.0.113.9] blocked using zen.spamhaus.org", "block list"),
+        ("rcpt", "mail.example.com", 554, "5.7.1 <a@x>: Relay access denied", "log in"),
+        ("rcpt", "mail.example.com", 554, "5.7.1 <unknown[203.0.113.9]>: Client host rejected: Access denied", "log in"),
+        ("rcpt", "mail.example.com", 550, "relay not permitted, authentication required", "log in"),
+        ("mail", "mail.example.com", 550, "5.7.9 Mail to submission port must be authenticated", "log in"),
+        ("rcpt", "mail.example.com", 550, "sorry, too many emails (#5.7.1)", "ALERT_COOLDOWN"),
+        ("data", "mail.example.com", 554, "5.7.1 Data command rejected: only 10 messages per day", "ALERT_COOLDOWN"),
+        ("dot", "mail.example.com", 550, "5.7.1 User a@x has exceeded its 24-hour sending limit", "ALERT_COOLDOWN"),
+        ("dot", "mail.example.com", 451, "4.7.0 rate limited, slow down", "ALERT_COOLDOWN"),
+        ("rcpt", "mail.example.com", 450, "4.2.0 greylisted", "by itself"),
+        ("dot", "mail.example.com", 0, "timed out", "by itself"),
+        ("dot", "mail.example.com", 554, "5.6.0 Message contains a banned attachment", "content"),
         ("rcpt", "mail.example.com", 552, "5.2.2 mailbox full", "full"),
         ("mail", "mail.example.com", 550, "5.7.1 sender not allowed", "SMTP_FROM"),
         ("rcpt", "mail.example.com", 550, "5.1.1 no such user", "address"),
@@ -274,7 +294,7 @@ def test_what_to_do_about_it(step: str, host: str, code: int, words: str, said: 
 
 
 def test_no_advice_where_there_is_none() -> None:
-    assert smtp.advice(Outcome(REFUSED, 554, "5.7.1 spam", "dot"), "mail.example.com") == ""
+    assert smtp.advice(Outcome(LATER, 0, "the server closed the connection", "dot"), "mail.example.com") == ""
 
 
 def test_real_certificate_errors_are_understood() -> None:
