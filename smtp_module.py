@@ -1032,7 +1032,7 @@ ADVICE = (
     ("", "", "concurrent|too many (connections|sessions)",
      "The server allows fewer connections at once: set ALERT_SENDERS=1, and see what else uses the account."),
     ("", "", r"\b5\.4\.5\b|\b5\.7\.233\b|limit (exceeded|reached)|exceed(ed|s) .{0,40}(limit|max|quota|threshold)"
-     "|quota exceeded|too many (messages|mails|emails)|rate limit|receiving mail (at a rate|too)",
+     "|quota exceeded|too many (messages|mails|emails)|rate limit|per (minute|hour|day)|receiving mail (at a rate|too)",
      "The limit on the number of mails is reached, of the account or of the mailbox; ALERT_DAILY_MAX and ALERT_COOLDOWN"
      " make fewer mails."),
     # who may send to whom
