@@ -33,6 +33,7 @@ import errno
 import functools
 import glob
 import hashlib
+import io
 import ipaddress
 import itertools
 import json
@@ -40,6 +41,7 @@ import logging
 import math
 import mimetypes
 import os
+import queue
 import random
 import re
 import shutil
@@ -56,7 +58,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar
 
 try:
     import fcntl
@@ -90,6 +92,7 @@ LONGEST_S = 20 * DAY_S  # a socket cannot wait longer than 24 days
 MEMORY_S = 7 * DAY_S  # how long settled ids are remembered
 CHECKED_MAX_BYTES = 256 << 20  # a larger spool is not read through at every start
 DISK_RESERVE_BYTES = 16 << 20  # nothing new is accepted when less is free: deliveries must be written down, too
+LOG_LINES_MAX, LOG_END_S = 10_000, 0.5  # lines that wait to be written; how long the end of the program waits for them
 PIECE = 76 * 1000  # Base64 is cut in pieces of so many bytes, a thousand lines: a larger buffer may have to be mapped
 
 T = TypeVar("T")
@@ -295,13 +298,67 @@ def _clock(second: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
+class BackgroundHandler(logging.Handler):
+    """Write lines in a thread of its own, so that a reader of the log that stalls stops nothing else.
+
+    At most LOG_LINES_MAX lines wait. More are dropped, and the next line that is not says how many.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Let a record wait to be written; logging calls this for one record at a time."""
+        if self._lines.qsize() >= LOG_LINES_MAX:
+            self._dropped += 1
+            return
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        if self._dropped:
+            line += f" (lines dropped before this one, because nobody read the log: {self._dropped})"
+            self._dropped = 0
+        self._lines.put(line)
+
+    def close(self) -> None:
+        """Wait a moment for what is left to be written; logging calls this when the program ends."""
+        self._lines.put(None)
+        self._thread.join(LOG_END_S)
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):  # a closed standard error must not cost anything
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+
+
+def _stderr_handler() -> logging.Handler:
+    if not sys.stderr:  # it was closed
+        return logging.NullHandler()
+    try:
+        number = sys.stderr.fileno()
+    except io.UnsupportedOperation:  # it is caught in memory
+        return logging.StreamHandler()
+    # A second stream, because Python at its end would wait for a thread that is stuck in a write to sys.stderr.
+    stream = os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
+    return BackgroundHandler(stream)
+
+
 def start_logging(level: str = "info") -> None:
     """Log to standard error, one line a record."""
-    logging.raiseExceptions = False  # a closed standard error must not cost anything
+    logging.raiseExceptions = False  # an error in a log line must not cost anything
     # what no line shows need not be found out: docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
-    handler = logging.StreamHandler()
+    handler = _stderr_handler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
