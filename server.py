@@ -78,7 +78,8 @@ SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up 
 UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
 TROUBLE_OVER_S = 60.0  # a trouble that was not seen for so long is over; the next one is logged again
 STOP_S = 2.0  # for the connections, and again for the mails that are under way
-META_MAX = 32
+TOKEN_MAX, TIMESTAMP_MAX, LINK_MAX = 1024, 64, 4000  # characters
+META_MAX, META_KEY_MAX, META_VALUE_MAX = 32, 100, 2000  # entries, and the characters of a key and of a value
 NESTING_MAX = 16
 VALUES_MAX = 100_000  # in one line of JSON, so that it does not become a huge tree
 DIGEST_MAX = 10_000  # alerts in one digest
@@ -247,6 +248,8 @@ class RelayConfig:
             raise ConfigError(f"ALERT_TLS_CERT: missing, though {names[1 if key else 2]} is set")
         tls = smtp.server_tls(cert, key, client_ca, names=", ".join(names)) if cert else None
         token = settings.secret("ALERT_TOKEN").strip()
+        if len(token) > TOKEN_MAX:
+            raise ConfigError(f"ALERT_TOKEN: too long; at most {TOKEN_MAX} characters")
         return cls(**values, token=token, tls=tls, client_ca=bool(client_ca), sender=mail.sender)
 
     def exposed(self) -> bool:
@@ -267,7 +270,7 @@ class Refusal(Exception):
 
 
 class Event(NamedTuple):
-    """A checked event. `item` is what the spool keeps; `warning` says what became of a wrong picture."""
+    """A checked event. `item` is what the spool keeps; `warning` says what of the event was left out or cut."""
 
     item: NewItem
     camera: str
@@ -276,26 +279,34 @@ class Event(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """The camera lives."""
+    """A camera says that it is there."""
 
     camera: str
 
 
 class Ping(NamedTuple):
-    """The peer asks how things are; `trusted`: it may know the counts."""
+    """The peer asks how things are. `trusted`: it may know the counts."""
 
     trusted: bool
 
 
 EVENT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 EVENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+SURROGATE = re.compile("[\ud800-\udfff]")
 WEB_LINK = re.compile(
+    rf"""(?=.{{1,{LINK_MAX}}}\Z)"""
     r"""https?://(?:[^\s<>"\\/?#@]+@)?"""
     r"""(?:\[[0-9a-f:.]+\]|[^\s<>"\\/?#:@\[\]]+)(?::\d{1,5})?"""  # there is a host
-    r"""(?:[/?#][^\s<>"\\]{0,4000})?""",
+    r"""(?:[/?#][^\s<>"\\]*)?""",
     re.IGNORECASE,
 )
-CAMERA = re.compile("(?![ \xa0\u200b\u200c\u200d\u2060\u3000]*$).{1,128}", re.DOTALL)  # not all of it invisible
+# White space, what Unicode calls default-ignorable, the blank Braille pattern, and the marks of interlinear annotation:
+# a name must have something else, but may have these, too (Persian and emoji need some of them).
+NOTHING_SHOWN = (
+    r"\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    r"\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+CAMERA = re.compile(rf"(?![{NOTHING_SHOWN}]{{0,128}}\Z).{{1,128}}", re.DOTALL)
 
 
 def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Ping:
@@ -303,22 +314,23 @@ def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Pin
 
     `token` is the SHA-256 of the relay's secret, or b"" where there is none.
     """
-    fields, picture = read_json(line)
-    event, heartbeat, given = fields.get("event"), fields.get("heartbeat"), fields.get("token")
-    guess = given.encode("utf-8", "replace") if isinstance(given, str) else b""
+    values, picture = read_json(line)
+    event, heartbeat, given = values.get("event"), values.get("heartbeat"), values.get("token")
+    guess = given[: TOKEN_MAX + 1].encode("utf-8", "replace") if isinstance(given, str) else b""
     trusted = not token or hmac.compare_digest(hashlib.sha256(guess).digest(), token)
     if not trusted and any(value is not None for value in (event, heartbeat, given)):  # a ping, too, may hold a guess
         raise Refusal("unauthorized", "token is missing or wrong", closes=True)
     if event is not None:
-        return _event(fields, picture, now)
+        return _event(values, picture, now)
     if heartbeat is not None:
         return Heartbeat(FIELDS["camera"](heartbeat))
-    if fields.get("ping") is not None:
+    if values.get("ping") is not None:
         return Ping(trusted)
     raise Refusal("bad_event", "the line has neither event, heartbeat nor ping")
 
 
-# JSON that cannot hurt: bounded in depth and in values (in digits by Python), without NaN, and without the picture.
+# JSON that cannot hurt: its depth and the number of its values are bounded (the digits of a number by Python), NaN is
+# refused, and the picture does not pass through it.
 
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -343,15 +355,15 @@ def read_json(line: bytes) -> tuple[dict[str, Any], object]:
     short, picture = _cut_picture(line) if len(line) > CUT_FROM_BYTES else (line, None)
     try:
         _check_size(short)
-        fields = _decode(short.decode("utf-8"))
-        if picture is not None and (type(fields) is not dict or fields.get("image_b64") != CUT_MARK):
+        values = _decode(short.decode("utf-8"))
+        if picture is not None and (type(values) is not dict or values.get("image_b64") != CUT_MARK):
             picture = None  # what was cut stood in a nested object, or a second one followed
-            fields = _decode(line.decode("utf-8"))
+            values = _decode(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Refusal("bad_json", f"the line is not JSON: {error}") from None
-    if type(fields) is not dict:
+    if type(values) is not dict:
         raise Refusal("bad_json", "the line is JSON, but not an object; write {…}")
-    return fields, fields.get("image_b64") if picture is None else picture
+    return values, values.get("image_b64") if picture is None else picture
 
 
 def _cut_picture(line: bytes) -> tuple[bytes, bytes | None]:
@@ -384,19 +396,24 @@ def _check_size(line: bytes) -> None:
 # The fields. Each check returns the value as it is kept.
 
 
-def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
-    content = {key: check(value) for key, check in FIELDS.items() if (value := fields.get(key)) is not None}
+def _event(values: Mapping[str, Any], picture: object, now: float) -> Event:
+    content = {name: check(value) for name, check in FIELDS.items() if (value := values.get(name)) is not None}
     if "camera" not in content:
         raise Refusal("bad_event", "camera is missing")
-    wished, base64_text, warning = content.pop("id", ""), None, ""
+    wished, base64_text, warnings = content.pop("id", ""), None, []
+    if (meta := values.get("meta")) is not None:
+        content["meta"], shortened = check_meta(meta)
+        if shortened:
+            warnings.append(f"meta cut: a key has at most {META_KEY_MAX} characters, a value {META_VALUE_MAX}")
     if picture is not None:
         try:
             base64_text, kind = check_picture(picture)
-            content["image"] = picture_name(fields.get("image_filename"), kind)
+            content["image"] = picture_name(values.get("image_filename"), kind)
         except ValueError as error:
-            content["dropped"] = str(error)
-            base64_text, warning = None, f"image dropped: {error}"
-    return Event(spooled(content, now, wished, base64_text), content["camera"], content["event"], warning)
+            content["dropped"], base64_text = str(error), None
+            warnings.append(f"image dropped: {error}")
+    item = spooled(content, now, wished, base64_text)
+    return Event(item, content["camera"], content["event"], "; ".join(warnings))
 
 
 def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: bytes | None = None) -> NewItem:
@@ -405,9 +422,9 @@ def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: b
     return NewItem(wished or secrets.token_hex(12), lane, payload, picture, now, fresh=not wished)
 
 
-def _matching(pattern: re.Pattern[str], sentence: str) -> Callable[[object], str]:
+def _matching(allowed: re.Pattern[str], sentence: str) -> Callable[[object], str]:
     def check(value: object) -> str:
-        if type(value) is not str or not pattern.fullmatch(value) or smtp.UNPRINTABLE.search(value):
+        if type(value) is not str or not allowed.fullmatch(value) or smtp.UNPRINTABLE.search(value):
             raise Refusal("bad_event", sentence)
         return value
 
@@ -417,7 +434,7 @@ def _matching(pattern: re.Pattern[str], sentence: str) -> Callable[[object], str
 def _timestamp(value: object) -> str:
     """ISO 8601 in UTC; what came without an offset was UTC."""
     try:
-        when = dt.datetime.fromisoformat(value if type(value) is str else "")
+        when = dt.datetime.fromisoformat(value if type(value) is str and len(value) <= TIMESTAMP_MAX else "")
         when = when.astimezone(dt.UTC) if when.tzinfo else when.replace(tzinfo=dt.UTC)
         when.astimezone()  # it must have a local time, too
     except (ValueError, OverflowError, OSError):
@@ -425,25 +442,35 @@ def _timestamp(value: object) -> str:
     return when.isoformat()
 
 
-def _meta(value: object) -> dict[str, str | int | float | bool]:
-    # null is absent, and an object has no order
-    kept = {key: value[key] for key in sorted(value) if value[key] is not None} if type(value) is dict else None
-    if kept is None or len(kept) > META_MAX:
+def check_meta(value: object) -> tuple[dict[str, str | int | float | bool], bool]:
+    """The keys and values as they are kept, and whether one of them was too long and is cut. Raises Refusal."""
+    # null counts as absent, and the order of the keys tells nothing
+    given = {key: entry for key, entry in value.items() if entry is not None} if type(value) is dict else None
+    if given is None or len(given) > META_MAX:
         raise Refusal("bad_event", f"meta must be an object of at most {META_MAX} values")
-    for key, entry in kept.items():
+    kept, shortened = {}, False
+    for full_key in sorted(given):
+        key, entry = full_key[:META_KEY_MAX], given[full_key]
         if type(entry) not in (str, int, float, bool) or (type(entry) is float and not math.isfinite(entry)):
             raise Refusal("bad_event", f"meta {key!r} must be a string, a number, true or false")
-        if re.search("[\ud800-\udfff]", f"{key}{entry}"):
+        text = str(entry)  # a whole number, too, may have thousands of digits
+        if len(text) > META_VALUE_MAX:
+            entry = text = text[:META_VALUE_MAX]
+            shortened = True
+        if SURROGATE.search(f"{key}{text}"):
             raise Refusal("bad_event", "meta holds half a surrogate pair, which is no character")
-    return kept
+        shortened |= len(full_key) > META_KEY_MAX
+        kept[key] = entry
+    return kept, shortened
 
 
 FIELDS: Mapping[str, Callable[[object], Any]] = {
     "event": _matching(EVENT_NAME, "event must be 1 to 64 characters of A-Z a-z 0-9 _ . -"),
     "camera": _matching(CAMERA, "a camera's name must be 1 to 128 printable characters"),
     "timestamp": _timestamp,
-    "image_url": _matching(WEB_LINK, "image_url must be an http:// or https:// link without blanks, up to 4000 long"),
-    "meta": _meta,
+    "image_url": _matching(
+        WEB_LINK, f"image_url must be an http:// or https:// link without blanks, of at most {LINK_MAX} characters"
+    ),
     "id": _matching(EVENT_ID, "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"),
 }
 
@@ -485,7 +512,9 @@ def picture_name(name: object, kind: str) -> str:
     """The last path component of the wished name, cleaned, with the suffix of a picture. Raises ValueError."""
     if not isinstance(name, str | None):
         raise ValueError(NO_STRING)
-    last = re.split(r"[/\\]", name or "")[-1]
+    path = (name or "").replace("\\", "/")
+    start = path.rfind("/") + 1
+    last = path[start : start + 1000]
     clean = re.sub(r'[<>:"|?*\s]+', "_", smtp.UNPRINTABLE.sub("", last)).strip("._ -")[:100]
     known = re.search(r"\.(jpe?g|png|gif|webp|bmp)$", clean, re.IGNORECASE)
     return clean if known else f"{clean or 'picture'}.{kind.replace('jpeg', 'jpg')}"
