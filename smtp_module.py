@@ -824,12 +824,20 @@ def listen(host: str, port: int, backlog: int, tries: int = 9) -> list[socket.so
     return sockets
 
 
+Address = tuple[str, int] | tuple[str, int, int, int]  # of a socket, IPv4 or IPv6
+
+
+def show_address(address: Address) -> str:
+    """`192.0.2.1:25` or `[2001:db8::1]:25`. An IPv4 peer of a socket for both families is shown as IPv4."""
+    host, number = address[0].removeprefix("::ffff:"), address[1]
+    return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
+
+
 def log_listening(logger: logging.Logger, sockets: Iterable[socket.socket]) -> None:
-    """Log where they listen, whatever the level: who started the program waits for these lines."""
+    """Log where the sockets listen, whatever the level: whoever started the program waits for these lines."""
+    always = max(logging.INFO, logger.getEffectiveLevel())
     for sock in sockets:
-        host, number = sock.getsockname()[:2]
-        always = max(logging.INFO, logger.getEffectiveLevel())
-        logger.log(always, "listening on %s:%d", f"[{host}]" if ":" in host else host, number)
+        logger.log(always, "listening on %s", show_address(sock.getsockname()))
 
 
 def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CERT and TLS_KEY") -> ssl.SSLContext:
