@@ -37,6 +37,7 @@ import functools
 import glob
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -44,6 +45,7 @@ import logging
 import math
 import mimetypes
 import os
+import queue
 import random
 import re
 import select
@@ -63,7 +65,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from html import escape as escape_markup
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar
 
 try:
     import fcntl
@@ -109,6 +111,7 @@ STRIP_AFTER_S = 3600.0  # pictures are left out of what is deferred at or after 
 TICK_S = 0.5  # requests of the command line are noticed within this
 HOUSEKEEPING_S = 60.0
 CLOCK_STEP_S = 60.0  # a clock that moves by more against the monotonic one was set
+LOG_LINES_MAX, LOG_END_S = 10_000, 0.5  # lines that wait to be written; how long the end of the program waits for them
 
 T = TypeVar("T")
 log = logging.getLogger("mail")
@@ -416,13 +419,67 @@ def _clock(second: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
+class BackgroundHandler(logging.Handler):
+    """Write lines in a thread of its own, so that a reader of the log that stalls stops nothing else.
+
+    At most LOG_LINES_MAX lines wait. More are dropped, and the next line that is not says how many.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Let a record wait to be written; logging calls this for one record at a time."""
+        if self._lines.qsize() >= LOG_LINES_MAX:
+            self._dropped += 1
+            return
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        if self._dropped:
+            line += f" (lines dropped before this one, because nobody read the log: {self._dropped})"
+            self._dropped = 0
+        self._lines.put(line)
+
+    def close(self) -> None:
+        """Wait a moment for what is left to be written; logging calls this when the program ends."""
+        self._lines.put(None)
+        self._thread.join(LOG_END_S)
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):  # a closed standard error must not cost anything
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+
+
+def _stderr_handler() -> logging.Handler:
+    if not sys.stderr:  # it was closed
+        return logging.NullHandler()
+    try:
+        number = sys.stderr.fileno()
+    except io.UnsupportedOperation:  # it is caught in memory
+        return logging.StreamHandler()
+    # A second stream, because Python at its end would wait for a thread that is stuck in a write to sys.stderr.
+    stream = os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
+    return BackgroundHandler(stream)
+
+
 def start_logging(level: str = "info") -> None:
     """Log to standard error, one line a record."""
-    logging.raiseExceptions = False  # a closed standard error must not cost anything
+    logging.raiseExceptions = False  # an error in a log line must not cost anything
     # what no line shows need not be found out: docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
-    handler = logging.StreamHandler()
+    handler = _stderr_handler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
@@ -1283,12 +1340,20 @@ def when_possible(start: Callable[[], T], stopping: socket.socket, setting: str)
             return None
 
 
+Address = tuple[str, int] | tuple[str, int, int, int]  # of a socket, IPv4 or IPv6
+
+
+def show_address(address: Address) -> str:
+    """`192.0.2.1:25` or `[2001:db8::1]:25`. An IPv4 peer of a socket for both families is shown as IPv4."""
+    host, number = address[0].removeprefix("::ffff:"), address[1]
+    return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
+
+
 def log_listening(logger: logging.Logger, sockets: Iterable[socket.socket]) -> None:
-    """Log where they listen, whatever the level: who started the program waits for these lines."""
+    """Log where the sockets listen, whatever the level: whoever started the program waits for these lines."""
+    always = max(logging.INFO, logger.getEffectiveLevel())
     for sock in sockets:
-        host, number = sock.getsockname()[:2]
-        always = max(logging.INFO, logger.getEffectiveLevel())
-        logger.log(always, "listening on %s:%d", f"[{host}]" if ":" in host else host, number)
+        logger.log(always, "listening on %s", show_address(sock.getsockname()))
 
 
 def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CERT and TLS_KEY") -> ssl.SSLContext:

@@ -765,7 +765,7 @@ class Ledger:
             concerned = promise.state == "down" or name in promise.names
             if promise.turn == self.turn and concerned and promise.state in ("down", "held"):
                 began = self._now - LATENCY_S * 10
-                quick = not outcome or not ("timed out" in str(outcome))
+                quick = not outcome or "timed out" not in str(outcome)
                 in_flight = any(t.began <= promise.made_at for t in self.transactions[-10:] if t.ended in (None, self._now))
                 if quick and not in_flight and began < promise.next - early:
                     raise Violation("tried before queue said", f"{promise} at {self._now:.1f}")
