@@ -50,6 +50,7 @@ import sqlite3
 import ssl
 import struct
 import sys
+import threading
 import time
 import unicodedata
 import urllib.parse
@@ -68,6 +69,7 @@ give_way = getattr(os, "sched_yield", lambda: None)  # Windows has none
 
 BACKLOG = 5  # connections that wait in the kernel: the paper's number
 GATEWAY_BACKLOG = 128  # of the receiver for cameras, which may fire all together
+GATEWAY_SESSIONS = 4  # at once: a camera with a slow uplink does not hold up the others
 RECV_BYTES = 65536  # at once
 LOOKS = 50  # for about 50 us: a peer on this machine answers within that, and to be woken takes as long again
 TICK_SECONDS = 1.0  # how often a wait looks at its deadlines
@@ -86,6 +88,7 @@ SUBJECT_LENGTH = 4096
 PARAMETER_LENGTH = 2048  # of one structured header
 PARTS = 100  # of one mail
 DEPTH = 10  # of parts within parts
+NESTED_MAILS = 4  # that are read one inside the other: each may be as large as the whole
 TEXT_LENGTH = 1 << 18  # of a camera's text that is looked at
 TEXT_SHOWN = 1500  # of it in an alert, where it is not understood
 FIELDS_MOST = 1000  # of one text
@@ -114,7 +117,10 @@ STATE = Path("device-state")  # where everything durable lies
 
 
 class Server:
-    """Listens, and serves one peer at a time until `stop`, the handler of SIGTERM and SIGINT, is called."""
+    """Listens, and serves one peer at a time until `stop`, the handler of SIGTERM and SIGINT, is called.
+
+    Several threads may `serve`; each then serves one peer at a time.
+    """
 
     def __init__(self, listeners: Sequence[socket.socket] = (), timeout: float = 60.0):
         self.listeners = listeners
@@ -130,7 +136,7 @@ class Server:
         """Whether others wait for their turn."""
         return bool(self.listeners) and bool(select.select(self.listeners, [], [], 0)[0])
 
-    def serve(self, attend: Callable[[Link], None], idle: Callable[[], object]) -> None:
+    def serve(self, attend: Callable[[Link], object], idle: Callable[[], object]) -> None:
         """Attend to one peer after the other; `idle` is called about every second.
 
         No trouble of one peer ends it, nor does running out of file descriptors.
@@ -1148,7 +1154,7 @@ def decode_words(value: str, lenient: bool = False) -> str:
 
     for word in WORD.finditer(text):
         between, at = text[at : word.start()], word.end()
-        decoded = decode_word(*word.groups())
+        decoded = decode_word(*word.groups(), lenient)
         if decoded is None and not lenient:
             raise Refused(CANNOT_PARSE)
         if decoded is None or not label or between.strip() or word[1] != label:
@@ -1163,20 +1169,20 @@ def decode_words(value: str, lenient: bool = False) -> str:
     return "".join(pieces) + text[at:]
 
 
-def decode_word(label: str, encoding: str, payload: str) -> bytes | None:
-    """The bytes of an encoded word; None when it is none: another encoding, an unknown charset."""
-    codec = LABELS.get(plain_label(label))
+def decode_word(label: str, encoding: str, payload: str, lenient: bool) -> bytes | None:
+    """The bytes of an encoded word; None when it is none, or its character set is unknown."""
+    codec, written = LABELS.get(plain_label(label)), payload.encode("utf-8", "replace")
     if codec is None:
         return None
-    if encoding in "qQ":  # programs that fold a quoted-printable text leave soft line breaks behind
-        return binascii.a2b_qp(re.sub(r"=\s+", "", payload).encode("utf-8", "replace"), header=True)
-    written = payload.encode("utf-8", "replace")
+    if encoding in "qQ":
+        if lenient:  # programs that fold a quoted-printable text leave soft line breaks behind
+            written = re.sub(rb"=\s+", b"", written)
+        return binascii.a2b_qp(written, header=True)
     try:
         return strict_base64(written)
     except binascii.Error:
         data = loose_base64(written)  # without padding, or folded; or it is text that only says that it is encoded
-        in_alphabet = not written.translate(None, BASE64_BYTES)
-        return data if in_alphabet and decode_strictly(data, codec) is not None else None
+        return data if lenient and data and decode_strictly(data, codec) is not None else None
 
 
 # The codecs for the labels of character sets; others lead nowhere: some do more than decode (zip, uu, rot13), some
@@ -1250,11 +1256,11 @@ def decode_text(data: bytes, label: str = "") -> str:
 
 
 def decode_strictly(data: bytes, codec: str) -> str | None:
-    """The text without the bytes of a last character that is cut off; None when the bytes cannot be of that codec."""
+    """The text; None when the bytes cannot be of that codec."""
     if codec == "iso2022_jp_3":  # of the newer set, so that NEC's letters are in it
         data = data.replace(b"\x1b$B", b"\x1b$(O")
     try:
-        return codecs.getincrementaldecoder(codec)().decode(data)
+        return data.decode(codec)
     except UnicodeError:
         return None
 
@@ -2110,7 +2116,8 @@ def read_region(mail: CameraMail, content: bytes, start: int, end: int, contents
     charset = CHARSET.search(described)
     mail.charset = mail.charset or (charset[1] if charset else "")
     piece = Piece(kind, file_name(headers), charset[1] if charset else "", encoding, content, body, end)
-    if kind.startswith("message/") or piece.filename.lower().endswith(".eml"):
+    is_mail = kind.startswith("message/") or piece.filename.lower().endswith(".eml")
+    if is_mail and len(contents) < NESTED_MAILS:
         contents.append(with_lf(piece.decoders()[0](piece.raw())))
     elif kind.startswith("multipart/"):
         mail.preamble += text_of(piece)
@@ -2239,7 +2246,7 @@ def decode_base64(raw: bytes) -> bytes:
     return loose_base64(raw[:length] if 2 * length > len(raw) else raw)
 
 
-BASE64_TEXT = re.compile(rb"[A-Za-z0-9+/=\s]*")
+BASE64_TEXT = re.compile(rb"(?:[ \t]*+[A-Za-z0-9+/]*+=*+[ \t]*+(?:\n|\Z))*+")
 BASE64_LINES = re.compile(rb"\s*(?:[A-Za-z0-9+/]{20,}=*\s*)+")
 
 
@@ -2281,7 +2288,9 @@ def text_of(piece: Piece) -> str:
             data = decoded
     elif piece.encoding == "base64" and (lines := BASE64_LINES.match(raw)):  # and text below it
         data = loose_base64(lines[0]) + b"\n" + raw[lines.end() :]
-    return decode_text(data[:TEXT_LENGTH], piece.charset)
+    if len(data) > TEXT_LENGTH:
+        data = data[:TEXT_LENGTH].rpartition(b"\n")[0] or data[:TEXT_LENGTH]
+    return decode_text(data, piece.charset)
 
 
 BLANKS = dict.fromkeys(map(ord, "\t\r\n\f\ufeff"), " ")
@@ -2579,7 +2588,7 @@ def what_else(mail: Mail, read: CameraMail, facts: Facts, camera: str, now: floa
     """What the mail says besides, in its order, for `meta`: nothing twice, no more values than the relay takes."""
     said = {folded(value) for value in (camera, *facts.fields.values())}
     headers = {"subject": read.subject, "from": sender(mail, read), "date": other_date(read.header("date"), now)}
-    meta = {name: value for name, value in headers.items() if folded(value) not in said}
+    meta = {name: value for name, value in headers.items() if value and folded(value) not in said}
     fields = {name: value for name, value in facts.fields.items() if value != camera}
     others = {
         "text": "" if facts.event else " / ".join(facts.rest)[:TEXT_SHOWN],
@@ -2618,9 +2627,14 @@ class CameraMails(Replies):
     outbox: Outbox
     clock: Callable[[], float] = time.time
     ring: Callable[[], None] = lambda: None
+    reading: threading.Lock = field(default_factory=threading.Lock)  # one mail at a time: large ones take memory
 
     def deliver(self, mail: Mail, peer: str) -> bytes:
         """Keep the events of a mail. Raises SpoolError when they cannot be kept."""
+        with self.reading:
+            return self.keep(mail, peer)
+
+    def keep(self, mail: Mail, peer: str) -> bytes:
         now = self.clock()
         content = mail.content_with_lf()
         read = read_camera_mail(content)
@@ -2809,7 +2823,13 @@ def run(
         if args.stdio:
             attend(Link(Stdio(), "127.0.0.1", server))
         else:
-            server.serve(attend, functools.partial(safely, app.idle))
+            more = GATEWAY_SESSIONS - 1 if rules.lenient else 0
+            handle = functools.partial(safely, attend)
+            helpers = [threading.Thread(target=server.serve, args=(handle, bool)) for _ in range(more)]
+            for helper in helpers:
+                helper.start()
+                stack.callback(helper.join)
+            server.serve(handle, functools.partial(safely, app.idle))
 
 
 def on_stop_signals(act: Callable[..., object] | signal.Handlers) -> None:
