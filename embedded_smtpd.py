@@ -1154,7 +1154,7 @@ def decode_words(value: str, lenient: bool = False) -> str:
 
     for word in WORD.finditer(text):
         between, at = text[at : word.start()], word.end()
-        decoded = decode_word(*word.groups(), lenient)
+        decoded = decode_word(word[1], word[2], word[3], lenient)
         if decoded is None and not lenient:
             raise Refused(CANNOT_PARSE)
         if decoded is None or not label or between.strip() or word[1] != label:
@@ -2712,7 +2712,8 @@ class RelayTransport:
     port: int
     token: str = field(repr=False)
     file: io.BufferedRWPair | None = None
-    broken: tuple[bytes, int] = (b"", 0)  # the event with a picture with which the connection broke, how often in a row
+    broken_by: int = 0  # the hash of the event with which the connection broke last
+    breaks: int = 0  # in a row, with that event
 
     def open(self) -> None:
         if self.file is None:
@@ -2729,23 +2730,22 @@ class RelayTransport:
             yield dict.fromkeys(envelope.recipients, self._hand_over(b"".join(envelope.data))) if wanted() else {}
 
     def _hand_over(self, payload: bytes) -> smtp.Outcome:
-        pictured = payload.find(b', "image_b64": ')
-        bare = payload[:pictured] + b"}" if pictured >= 0 else payload
         try:
-            tries = self.broken[1] if self.broken[0] == bare else 0
-            said = self._ask(payload) if tries < BREAKS_MOST else {"error": "too_large"}
-            if said.get("error") == "too_large" and bare != payload:
-                log.warning("too large for the relay, it goes without its picture: %s", printable(bare.decode()))
-                self.close()  # the relay may close after a line that is much too long
+            hopeless = self.breaks >= BREAKS_MOST and self.broken_by == hash(payload)
+            said = {} if hopeless else self._ask(payload)
+            if (hopeless or said.get("error") == "too_large") and (bare := without_picture(payload)):
+                self.close()  # the relay closes after a line that is much too long
                 self.open()
                 said = self._ask(bare)
+            elif hopeless:
+                said = self._ask(payload)
         except smtp.Unavailable as error:
             return error.outcome
         except (OSError, ValueError) as error:
-            if bare != payload:
-                self.broken = (bare, tries + 1)
+            self.breaks = self.breaks + 1 if self.broken_by == hash(payload) else 1
+            self.broken_by = hash(payload)
             return self._later("data", error)
-        self.broken = (b"", 0)
+        self.breaks = 0
         if said.get("ok") is True:
             return smtp.Outcome(smtp.Verdict.SENT)
         words = printable(f"{said.get('error')}: {said.get('detail')}")
@@ -2784,6 +2784,15 @@ class RelayTransport:
             with contextlib.suppress(OSError):  # what was not written yet is written again on the next connection
                 self.file.close()
             self.file = None
+
+
+def without_picture(payload: bytes) -> bytes | None:
+    """An event that is too large for the relay, without its picture; None when it has none."""
+    event = json.loads(payload)
+    if not event.pop("image_b64", None):
+        return None
+    log.warning("%(event)s of %(camera)s is too large for the relay: it goes without its picture", event)
+    return json.dumps(event).encode("ascii")
 
 
 # ─────────────────────────────────────────── Command line ───────────────────────────────────────────
