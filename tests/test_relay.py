@@ -43,7 +43,7 @@ class Running:
     def __init__(self, folder: Path, outbox: smtp.Outbox | None = None, **settings: Any) -> None:
         self.config = replace(server.RelayConfig(port=0, spool=str(folder / "alerts.db")), **settings)
         self.outbox = outbox or smtp.Outbox(self.config.spool, size_max=self.config.spool_max)
-        self.relay = server.Relay(self.config, self.outbox, server.Watch(self.config, self.outbox), lambda: None)
+        self.relay = server.Relay(self.config, self.outbox, server.CameraMonitor(self.config, self.outbox), lambda: None)
         self.relay.listen()
         self.relay.start()
 
