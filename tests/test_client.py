@@ -406,6 +406,7 @@ def test_an_older_python_is_told_in_one_sentence_what_is_needed(version: str) ->
         (["--json=1"], "--json"),
         (["--host", "localhost:5000"], "--host: 'localhost:5000' holds a port"),
         (["--host", "[::1]:5000"], "--host: '[::1]:5000' holds a port"),
+        (["--host", "straße.example"], "xn--"),
         (["--port", "0"], "from 1 to 65535"),
         (["--port", "http"], "from 1 to 65535"),
         (["--count", "0"], "--count"),
@@ -463,7 +464,7 @@ def test_the_calls_that_help_shows_are_right(relay: Relay, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("90", 90), ("0.5", 0.5), (".5", 0.5), ("2s", 2), ("5m", 300), ("1h", 3600), ("5D", 432000), ("0", 0)],
+    [("90", 90), ("0.5", 0.5), (".5", 0.5), ("2 s", 2), ("5m", 300), ("1h", 3600), ("5D", 432000), ("0", 0)],
 )
 def test_durations_have_units(text: str, value: float) -> None:
     assert client.seconds(text) == value
@@ -534,11 +535,48 @@ def test_a_missing_env_file_is_exit_78(capsys: pytest.CaptureFixture[str]) -> No
     assert "nowhere.env" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "setting"),
+    [
+        ("K=v", {"K": "v"}),
+        (" export\tK = v \r\n", {"K": "v"}),
+        ("K=", {"K": ""}),
+        ("K=a=b", {"K": "a=b"}),
+        ("K=it's # comment", {"K": "it's"}),
+        ("K=a#b", {"K": "a#b"}),
+        ("K=# comment", {"K": ""}),
+        ("K=پارک", {"K": "پارک"}),
+        ("# K=v", {}),
+        (" ", {}),
+    ],
+)
+def test_lines_of_a_settings_file(line: str, setting: dict[str, str]) -> None:
+    assert client.read_env_line(line) == setting
+
+
+SHELL_WORDS = [
+    *("''", '""', "'a b'", '"a b"', r"'it'\''s'", r"""'it'"'"'s'""", r'"a\"b"', r'"a\\b"', r'"a\nb"', r"'a\b'", r'"pa\$\$w"'),
+    *(r'"a\`b"', r"'$HOME'", '"a"b', '"a"#b', "'a # b' # it's", '"a"\t# "x', r'"a"\ b', '"سلام"', r'"\""', "'\"'", "'' "),
+]
+
+
+def test_a_value_in_quotes_is_read_as_a_shell_reads_a_word() -> None:
+    shown = "".join(f"K={word}\nprintf '%s\\0' \"$K\"\n" for word in SHELL_WORDS)
+    expected = subprocess.run(["sh"], input=shown.encode(), capture_output=True, check=True).stdout.decode().split("\0")
+    assert [client.read_env_line(f"K={word}")["K"] for word in SHELL_WORDS] == expected[:-1]
+
+
+@pytest.mark.parametrize("value", ["'a", '"a', "'a' b", '"a" "b" # c', "'a'b'", '"a\\"', "'it's'", "'a'\\"])
+def test_what_is_left_over_behind_the_quotes_is_an_error(value: str) -> None:
+    with pytest.raises(ValueError, match="a value in quotes must end with its quote"):
+        client.read_env_line(f"K={value}")
+
+
 BAD_LINES = [
     (b"ALERT_HOST\n", "line 2: not KEY=value"),
     (b"if true; then X=1; fi\n", "line 2: not KEY=value"),
-    (b"KEY='s3cret\n", "line 2: No closing quotation"),
-    (b"KEY='s3cret' more\n", "line 2: something is left over behind the closing quote"),
+    (b"KEY='s3cret\n", "line 2: a value in quotes must end with its quote; only a # comment may follow"),
+    (b"KEY='s3cret' more\n", "line 2: a value in quotes must end with its quote; only a # comment may follow"),
     (b"KEY=s3cret\xff\n", "line 2: not UTF-8; save the file as UTF-8"),
 ]
 

@@ -50,7 +50,7 @@ def test_without_a_file_there_is_none_but_a_named_one_must_be_there(
         ("K='a b'", "a b"), ('K="a b"', "a b"), ('K=" a b "', " a b "), ('K="it\'s"', "it's"),
         ("K='say \"x\"'", 'say "x"'),
         ("K=a # comment", "a"), ("K=a#b", "a#b"), ("K='a # b' # comment", "a # b"), ("K=# comment", ""),
-        ("K='#x'", "#x"), ("K=''", ""),
+        ("K='#x'", "#x"), ("K='unfinished", "'unfinished"), ("K=''", ""),
         ("\ufeffK=v", "v"), ("K=v\r", "v"), ("K=پارک", "پارک"),
     ],
 )  # fmt: skip
@@ -71,7 +71,7 @@ def test_a_file_that_is_none_is_an_error_that_names_it(tmp_path: Path, content: 
     path = tmp_path / "settings"
     path.write_bytes(b"A=1\n" + content)
     for read in (smtp.read_env_file, client.read_env_file):
-        with pytest.raises((ConfigError, client.StartupError), match="settings") as caught:
+        with pytest.raises((ConfigError, client.Stop), match="settings") as caught:
             read(str(path))
         assert "abc" not in str(caught.value)
 
