@@ -74,6 +74,8 @@ class PermanentError(ConnectionError):
 def explain(error: BaseException) -> str:
     """What went wrong, in one sentence, with what to do about it where that is known."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
     if "CERTIFICATE_REQUIRED" in text:
         return "the relay wants to see a certificate; give one with --cert and --key"
     if "WRONG_VERSION_NUMBER" in text:
@@ -832,7 +834,7 @@ class Sender:
         """How many seconds a call on the socket may block now. Raises TimeoutError at the deadline."""
         left = min(self.deadline, self.stop_deadline) - time.monotonic()
         if left <= 0:
-            raise TimeoutError("no answer in time")
+            raise TimeoutError
         return min(left, SIGNAL_CHECK_S)
 
     def interrupt_in(self, call: "Callable[..., Any]", *arguments: object) -> "Any":

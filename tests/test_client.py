@@ -1545,6 +1545,24 @@ def test_an_encrypted_key_is_an_error_and_not_a_question(certificates: Certifica
     assert client.main(["--cert", cert, "--key", locked]) == 2
 
 
+def test_the_time_out_is_for_the_whole_tls_handshake(
+    start_relay: Callable[..., Relay], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = threading.Event()
+
+    def script(peer: Peer) -> None:
+        peer.say(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc")  # the beginning of a long ServerHello
+        while not done.wait(0.02):
+            peer.say(b"\0")
+
+    relay = start_relay(script)
+    start = time.monotonic()
+    assert send(relay, "--tls", "--timeout", "0.3", "--retries", "0") == 75
+    done.set()
+    assert 0.3 <= time.monotonic() - start < 5
+    assert "not handed over: no answer in time" in capsys.readouterr().err
+
+
 def test_tls_to_a_plain_port_and_plain_to_a_tls_port_say_so(
     start_relay: Callable[..., Relay], certificates: Certificates, capsys: pytest.CaptureFixture[str]
 ) -> None:
