@@ -30,6 +30,7 @@ import binascii
 import codecs
 import collections
 import contextlib
+import ctypes
 import email.message
 import email.utils
 import encodings.aliases
@@ -2923,6 +2924,7 @@ def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, r
         host, number = host_and_port(args.to_relay)
     except ValueError as error:
         raise ConfigError(f"--to-relay: {error}") from None
+    give_buffers_back()
     relay = functools.partial(RelayTransport, host, number, settings.secret("ALERT_TOKEN").strip())
     with contextlib.closing(Outbox(settings.read("DEVICE_STATE", folder, STATE) / "to-relay.db")) as outbox:
         app = CameraMails(outbox)
@@ -2930,6 +2932,15 @@ def run_to_relay(settings: Settings, args: argparse.Namespace, policy: Policy, r
         app.ring = courier.ring
         rules = replace(rules, lenient=True, any_login=not rules.user)
         run(settings, args, policy, rules, app, courier=courier)
+
+
+def give_buffers_back() -> None:
+    """Have malloc give large buffers back at once: glibc would keep those of each thread, which add up."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def run_sign(settings: Settings, args: argparse.Namespace, policy: Policy) -> None:
