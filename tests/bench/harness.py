@@ -442,8 +442,16 @@ class Stage:
         if retry:
             self.replanned |= {row["id"] for row in self.relay.queue() if row["state"] == "failed"}
             self.relay.command("retry", "all")
-        until("nothing waits", lambda: self.relay.counts()["queued"] == 0, HEAL_S)
+        self.drain()
         return time.monotonic() - began
+
+    def drain(self) -> None:
+        """Wait until nothing waits. Raises Red, which says what still does."""
+        try:
+            until("nothing waits", lambda: self.relay.counts()["queued"] == 0, HEAL_S)
+        except Red as red:
+            left = [row for row in self.relay.queue() if row["state"] != "failed"]
+            raise Red(f"{red}: {len(left)} wait, {left[:1]}") from None
 
     def delivered(self) -> dict[str, list[dict[str, Any]]]:
         """The mails in which each alert came."""
