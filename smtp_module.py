@@ -1921,7 +1921,8 @@ class Outbox:
         tried = [delivery for delivery in found if delivery.tried_at]
         allowed = tried[: int(max(0, min(room, most)))]
         left_out = len(rows) == limit or len(allowed) < len(tried)
-        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf)
+        unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
+        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf, *unwritten)
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
         """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
