@@ -2182,6 +2182,7 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
     tables = [name for (name,) in into.execute(ours)]
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(damaged)) as db:
         into.execute("BEGIN")
+        db.execute("PRAGMA writable_schema=ON")  # Else SQLite reads nothing of a file that is shorter than it was.
         for table, order in itertools.product(tables, ("", "DESC")):
             with contextlib.suppress(sqlite3.Error):
                 for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid {order}"):
