@@ -274,7 +274,10 @@ class Link:
 
 
 def converse(
-    link: Link, session: Session, deliver: Callable[[Mail], bytes], refused: Callable[[bytes], object] = bool
+    link: Link,
+    session: Session,
+    deliver: Callable[[Mail], bytes],
+    refused: Callable[[bytes], None] = lambda reply: None,
 ) -> None:
     """Carry one session from its greeting to its end; `refused` hears of every reply that refuses something."""
     try:
@@ -301,7 +304,7 @@ def converse(
     link.close(last)
 
 
-def answer(link: Link, session: Session, refused: Callable[[bytes], object]) -> None:
+def answer(link: Link, session: Session, refused: Callable[[bytes], None]) -> None:
     """Send the pending reply."""
     reply = session.take_reply()
     if reply >= b"4":
@@ -2270,8 +2273,8 @@ def stray_picture(content: bytes) -> Picture | None:
         for start in (b"/9j/", b"iVBORw0KGgo", b"R0lGOD"):
             at = content.find(before + start) + len(before)
             if at >= len(before) and PICTURES.match(decode_base64(content[at : at + 64])):
-                end = BASE64_RUN.match(content, at).end()  # type: ignore[union-attr]
-                return Picture("", decode_base64, Piece("", "", "", "", content, at, end).raw)
+                run = BASE64_RUN.match(content, at)
+                return Picture("", decode_base64, Piece("", "", "", "", content, at, run.end() if run else at).raw)
     return None
 
 
@@ -2830,9 +2833,13 @@ def run(
         else:
             kind = LenientSession if rules.lenient else Session
             session = kind(rules, smtp.is_loopback(link.address), trace)
-            link.whole_lines = not rules.lenient  # a slow uplink that sends steadily is not slow
-            refused = functools.partial(refusals.add, link.address) if rules.lenient else bool
-            converse(link, session, lambda mail: safely(app.deliver, mail, link.address), refused)
+            deliver = functools.partial(safely, app.deliver)
+            if rules.lenient:
+                link.whole_lines = False  # a slow uplink that sends steadily is not slow
+                refused = functools.partial(refusals.add, link.address)
+                converse(link, session, lambda mail: deliver(mail, link.address), refused)
+            else:
+                converse(link, session, lambda mail: deliver(mail, link.address))
 
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)
@@ -2850,7 +2857,7 @@ def run(
         else:
             more = GATEWAY_SESSIONS - 1 if rules.lenient else 0
             handle = functools.partial(safely, attend)
-            helpers = [threading.Thread(target=server.serve, args=(handle, bool)) for _ in range(more)]
+            helpers = [threading.Thread(target=server.serve, args=(handle, lambda: None)) for _ in range(more)]
             for helper in helpers:
                 helper.start()
                 stack.callback(helper.join)
