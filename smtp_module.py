@@ -2214,7 +2214,7 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")  # one moment for all that is read
             entries = db.execute(
-                "SELECT seq, id, kind, source, arrived, state, error FROM entries WHERE finished_at IS NULL ORDER BY seq"
+                "SELECT seq, id, kind, source, arrived, state, error, served FROM entries WHERE finished_at IS NULL ORDER BY seq"
             ).fetchall()
             deliveries = db.execute(
                 "SELECT entries, recipient, state, next_try, tries, error FROM deliveries WHERE state IN ('open', 'failed')"
@@ -2233,10 +2233,13 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
 def _queue_row(entry: sqlite3.Row, deliveries: Sequence[sqlite3.Row], status: Mapping[str, Any]) -> dict[str, Any]:
     """What `queue` shows of an entry: its open deliveries, or when it has failed those that failed, or who would get
     it."""
-    wanted = {"sending": "open", "failed": "failed"}.get(entry["state"])
+    wanted = "failed" if entry["state"] == "failed" else "open"
     mine = [delivery for delivery in deliveries if delivery["state"] == wanted]
     group = f"{entry['kind']} {entry['source']}"
-    recipients = list(dict.fromkeys(one["recipient"] for one in mine)) or status.get("recipients", {}).get(group, [])
+    recipients = list(dict.fromkeys(one["recipient"] for one in mine))
+    if entry["state"] == "waiting":
+        served = json.loads(entry["served"] or "[]")
+        recipients += [name for name in status.get("recipients", {}).get(group, []) if name not in served]
     pauses, hold = status.get("pauses", {}), status.get("hold") or {"upto": 0}
     held = [pauses[key] for key in (EVERYTHING, *recipients) if key in pauses]
     if EVERYTHING not in pauses and len(held) < len(recipients):
