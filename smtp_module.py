@@ -2120,8 +2120,8 @@ class Outbox:
         return {"queued": queued, "sent": states.get("sent", 0), "failed": states.get("failed", 0)}
 
     def groups(self) -> list[tuple[str, str]]:
-        """The groups of what waits or has failed, as far as the first 2000 entries show."""
-        sql = "SELECT DISTINCT kind, source FROM (SELECT kind, source FROM entries WHERE finished_at IS NULL LIMIT 2000)"
+        """The groups of what waits, as far as the first 2000 entries show."""
+        sql = "SELECT DISTINCT kind, source FROM (SELECT kind, source FROM entries WHERE state = 'waiting' LIMIT 2000)"
         return self.rows(sql)
 
     def status(self) -> dict[str, Any]:
@@ -2909,9 +2909,10 @@ class Courier:
             pauses = {key: {"why": str(one.outcome), "until": one.until + ahead} for key, one in paused.items()}
             holds = self._why and self._wake < math.inf and self._planned_to
             hold = {"why": self._why, "until": self._wake, "upto": self._planned_to} if holds else {"upto": 0}
-            published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold
+            groups = self._outbox.groups() if paused or holds else []
+        published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold, groups
         if published != self._published:
-            recipients = {" ".join(group): self._policy.recipients(*group) for group in self._outbox.groups()}
+            recipients = {" ".join(group): self._policy.recipients(*group) for group in groups}
             self._outbox.publish_status(pauses=pauses, hold=hold, recipients=recipients)
             self._published = published
 
