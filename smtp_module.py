@@ -2649,8 +2649,9 @@ class Courier:
                     room -= found.tried_at > 0
                 if paused and found:
                     paused.until = self._monotonic() + paused.length  # Nobody else tries meanwhile.
-                elif paused:
-                    self._resume(name, paused)  # Nothing is left to try: the next new message finds out.
+                elif paused:  # Nothing is left to try: the next new message finds out.
+                    paused.paused, paused.failures = False, FAILURES_TO_PAUSE - 1
+                    self._wake = 0.0  # What waits for this recipient is planned now.
         if limit:  # What is tried again takes a place as what was never tried does.
             self._history.untried = int(limit - len(self._history.times) - room)
 
