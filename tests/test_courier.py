@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ class Policy:
         for entry in waiting:
             self.planned[-1].append(entry.id)
             to = tuple(name for name in self.to if name not in entry.served)
+            taken = len(sent.times) + sent.untried + sum(len(message.recipients) for message in due)
+            if self.limit and taken + len(to) > self.limit:
+                continue
             if (self.hold_until and now < self.hold_until) or (to and sent.paused.issuperset(to)):
                 continue
             if self.together and due:
@@ -74,8 +78,9 @@ class Policy:
                 due.append(DueMessage((entry.seq,), to, "alert", ((entry.kind, entry.source),)))
             if len(due) >= most and not self.together:
                 break
-        held = self.hold_until and now < self.hold_until
-        return Plan(due, self.hold_until, "quiet hours") if held else Plan(due)
+        if self.hold_until and now < self.hold_until:
+            return Plan(due, self.hold_until, "quiet hours")
+        return Plan(due, sent.times[0] + DAY if self.limit and sent.times else None)
 
     def recipients(self, kind: str, source: str) -> tuple[str, ...]:
         return self.to
@@ -324,6 +329,15 @@ def test_the_connection_comes_before_anything_is_created(bench: Make) -> None:
     assert b.server.got == [("a", BOB)]
 
 
+def test_the_queue_names_the_recipients_of_what_arrives_while_all_waits(bench: Make) -> None:
+    b = bench()
+    fail_with(b, SENDER)
+    b.put("a")
+    b.wait(HOUR, every=MINUTE)
+    b.put("new", "zoo")
+    assert {name: row["recipients"] for name, row in b.queue().items()} == {"a": [ANN], "new": [ANN], "zoo": [ANN]}
+
+
 def test_history_tells_the_plan_what_was_sent_and_survives_a_restart(bench: Make) -> None:
     b = bench(Policy(window=3600.0, limit=5))
     start = b.clock()
@@ -342,18 +356,18 @@ def test_history_tells_the_plan_what_was_sent_and_survives_a_restart(bench: Make
         assert (history.groups["MOTION", "a"], history.groups["MOTION", "b"]) == (start, start + 10)
 
 
-def test_a_retry_needs_a_free_place_in_the_daily_limit(bench: Make) -> None:
+def test_a_retry_needs_a_free_place_in_the_daily_limit_as_a_new_message_does(bench: Make) -> None:
     b = bench(Policy(window=3600.0, limit=3))
     b.server.answer = lambda ids, to: BUSY if ids == "late" else YES
-    b.put("late", "a", "b", "c")
-    b.policy.hold_until = None
+    b.put("late", "a")
     b.run()
-    assert len(b.server.got) == 3
     b.server.answer = lambda ids, to: YES
+    b.put("b", "c", "d")
+    b.later(2 * FIRST)
+    assert len(b.server.got) == 3
     assert b.wait(HOUR, every=30.0) == 0
-    b.later(DAY - HOUR)
-    b.wait(HOUR, every=30.0)
-    assert sorted(b.server.ids()) == ["a", "b", "c", "late"]
+    b.wait(DAY + HOUR, every=5 * MINUTE)
+    assert sorted(b.server.ids()) == ["a", "b", "c", "d", "late"]
 
 
 # What goes wrong with one delivery
@@ -419,6 +433,8 @@ def test_a_refused_recipient_fails_in_its_time_and_is_shown_and_reported(bench: 
     b.wait(2 * DAY, every=HOUR)
     assert b.states() == {"a": "held"}, "the server has accepted nothing since"
     b.put("b")
+    b.run()
+    b.restart()  # It remembers when a mail was last accepted.
     b.wait(2 * HOUR, every=60.0)
     row = b.queue()["a"]
     assert [row[key] for key in ("state", "next", "recipients")] == ["failed", None, [BOB]]
@@ -516,6 +532,30 @@ def test_several_mails_that_are_cut_for_their_size_all_arrive_and_small_ones_at_
     b.put("small")
     b.wait(15 * MINUTE)
     assert sorted(b.server.ids()) == [*names(5, "big"), "small"]
+
+
+@pytest.mark.parametrize(("picture", "copies"), [(None, 2), (b"picture", 3)])
+def test_a_mail_whose_dot_is_never_answered_comes_again_once_and_then_hourly(
+    bench: Make, picture: bytes | None, copies: int
+) -> None:
+    """The server may have stored it each time. With pictures, they are left out before it waits."""
+    b = bench(rules=RetryRules())
+    b.server.answer = lambda ids, to: SILENT
+    b.put("a", picture=picture)
+    b.run()
+    assert 1 + b.wait(HOUR - MINUTE, every=5.0) == copies
+    assert b.wait(DAY, every=MINUTE) <= 25
+
+
+def test_mails_whose_dots_are_never_answered_do_not_make_the_others_come_again(bench: Make) -> None:
+    b = bench(rules=RetryRules())
+    b.server.answer = lambda ids, to: SILENT
+    b.put(*names(5))
+    b.wait(HOUR, every=5.0)
+    assert max(Counter(ids for ids, _ in b.server.tried).values()) <= 2
+    b.put("new")
+    b.wait(2 * HOUR, every=MINUTE)
+    assert "new" in dict(b.server.tried), "what is new has its try"
 
 
 # What cannot be sent at all

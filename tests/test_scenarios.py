@@ -16,7 +16,7 @@ from test_courier import AWAY, BUSY, CUT, LOGIN, QUOTA, REFUSED, SENDER, SILENT,
 
 import server
 import smtp_module as smtp
-from smtp_module import Delivery, Entry, History, Message, NewEntry, Outcome, PendingEntry, Plan, PreparedMessage
+from smtp_module import Delivery, Entry, History, Message, NewEntry, Outcome, PendingEntry, Plan
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 GOOD, OTHER, WRONG, MENDED = "good@x.org", "other@x.org", "wrong@x.org", "mended@x.org"
@@ -157,7 +157,7 @@ def test_an_outage_with_a_cooldown_ends_in_one_digest(relay: Callable[..., Relay
     r.set_trouble("", None)
     r.wait(HOUR + MINUTE)
     assert r.counts() == (0, 100, 0) and set(r.received(GOOD).values()) == {1}
-    assert len(r.server.got) <= 4, "what was begun before the pause, and one digest"
+    assert len(r.server.got) <= 4 + (outage is CUT), "what was begun before the pause, and one digest"
 
 
 def test_a_digest_for_a_dead_and_a_good_recipient_comes_to_the_good_one_in_time(relay: Callable[..., Relay]) -> None:
