@@ -9,12 +9,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Clock, wait_for
 
+import server
 import smtp_module as smtp
 from smtp_module import (
     Courier,
@@ -1114,8 +1116,7 @@ def test_a_disk_that_cannot_be_read_does_not_make_a_sender_run_hot(bench: Make, 
     with monkeypatch.context() as broken:
         broken.setattr(Outbox, "load", load)
         with running(b):
-            b.outbox.put([NewEntry("a", "MOTION", "yard", b"x")])
-            b.courier.notify()
+            b.put("a")
             wait_for(lambda: len(tried) == 2)
     assert len(tried) <= 3
     b.restart()
@@ -1264,3 +1265,44 @@ def test_stop_leaves_what_takes_too_long_for_the_next_start(real_time: Make) -> 
     b.restart()
     b.run()
     assert b.server.ids() == ["a", "a"], "the outcome was not written, so it goes again"
+
+
+# With the relay's plan
+
+
+class RelayPolicy(Policy):
+    """Digests as the relay makes them."""
+
+    def __init__(self, *to: str, cooldown: float) -> None:
+        super().__init__(*to, window=DAY)
+        self.config = replace(server.RelayConfig(), recipients=to, cooldown_s=cooldown)
+
+    def plan(self, waiting: Iterable[PendingEntry], sent: History, now: float, most: int) -> Plan:
+        return server.plan(self.config, waiting, sent, now, most)
+
+
+@pytest.mark.parametrize("outage", [AWAY, LOGIN, SENDER, QUOTA, BUSY, REFUSED, CUT, judge("dot", 554, "5.7.1 too many")], ids=str)
+def test_an_outage_with_a_cooldown_ends_in_one_digest(bench: Make, outage: Outcome) -> None:
+    b = bench(RelayPolicy(ANN, cooldown=5.0), rules=RetryRules())
+    fail_with(b, outage)
+    for name in names(60):
+        b.put(name)
+        b.wait(1)
+    assert b.wait(HOUR) <= 20 and a_minute(b.server) <= 6
+    assert b.counts() == (60, 0, 0) and set(b.states().values()) == {"held"}
+    mend(b)
+    b.wait(HOUR + MINUTE)
+    assert sorted(",".join(b.server.ids()).split(",")) == names(60)
+    # What was begun before the pause, and one digest. After a cut a mail may be there: new ones find out.
+    assert len(b.server.got) <= 4 + 3 * (outage is CUT)
+
+
+def test_a_dead_recipient_does_not_delay_the_digests_of_a_good_one(bench: Make) -> None:
+    b = bench(RelayPolicy(ANN, BOB, cooldown=20.0), rules=RetryRules())
+    b.server.answer = lambda ids, to: REFUSED if to == BOB else YES
+    for name in names(200):
+        b.put(name)
+        b.wait(1)
+    b.wait(21)
+    mails = [ids for ids, to in b.server.got if to == ANN]
+    assert 10 <= len(mails) <= 12 and sorted(",".join(mails).split(",")) == names(200)

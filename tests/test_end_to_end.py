@@ -235,7 +235,7 @@ def test_forty_alerts_come_as_the_first_and_a_digest(start: Any, mailbox: Mailbo
     assert first["X-Alert-Id"] == "n0"
     assert digest["Subject"].startswith("DVR ALERT: 40 alerts - ")
     csv = next(part for part in digest.walk() if part.get_filename() == "events.csv").get_content()
-    assert csv.splitlines()[0] == "id,event,camera,time"
+    assert csv.splitlines()[0] == "\ufeffid,event,camera,time,arrived,meta"
     assert {line.split(",")[0] for line in csv.splitlines()[1:]} == {f"n{n}" for n in range(1, 41)}
 
 
@@ -328,6 +328,27 @@ def test_a_wrong_setting_stops_the_start_with_78_and_names_it(start: Any, enviro
     assert process.wait() == 78
     assert named in "".join(process.log)
     assert "hunter2" not in "".join(process.log)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"ALERT_HOST": "192.0.2.1", "ALERT_TOKEN": "x"}, "cannot start yet: ALERT_HOST: "),
+        ({"ALERT_HOST": "nowhere.invalid", "ALERT_TOKEN": "x"}, "cannot start yet: ALERT_HOST: "),
+        pytest.param(
+            {"ALERT_SPOOL": "/proc/nothing/alerts.db"}, "cannot start yet: ALERT_SPOOL: ",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which nobody makes folders"),
+        ),
+        ({"SMTP_HOST": "mail.example.com", "SMTP_USER": "me", "SMTP_PASS_COMMAND": "exit 6", "ALERT_RECIPIENT": "a@b.c"},
+         "listening on"),
+    ],
+)  # fmt: skip
+def test_what_heals_itself_after_the_machine_has_booted_does_not_end_the_start(
+    start: Any, environ: dict[str, str], said: str
+) -> None:
+    process = start("server.py", "--port", "0", **environ)
+    until(lambda: said in "".join(process.log))
+    assert process.running and process.end() == 0
 
 
 @pytest.mark.parametrize("program", ["server.py", "embedded_smtpd.py"])

@@ -150,6 +150,43 @@ def test_send(run: Run, scripted: Start, tmp_path: Path) -> None:
     assert len({mail.content for mail in server.mails}) == 1 and server.mails[0].sender == "me@example.com"
 
 
+@pytest.mark.parametrize(("terminal", "text"), [(False, "from a pipe"), (True, "")])
+def test_without_a_body_standard_input_is_read_unless_it_is_a_terminal(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch, terminal: bool, text: str
+) -> None:
+    class Input(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return terminal
+
+    server = scripted()
+    for name, value in at(server).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdin", Input(io.BytesIO(b"from a pipe")))
+    assert smtp.main(["send", "--to", "a@x.org", "--subject", "s"]) == 0
+    assert message(server).get_content().strip() == text
+
+
+@pytest.mark.parametrize(
+    ("extensions", "sentence"),
+    [
+        (("STARTTLS",), "only over TLS"), ((), "offers no login here"), (("AUTH XOAUTH2",), "only access tokens"),
+        (("STARTTLS", "AUTH NTLM GSSAPI"), "Windows logins"),
+    ],
+)  # fmt: skip
+def test_a_login_that_the_server_does_not_offer(
+    run: Run, scripted: Callable[..., Scripted], extensions: tuple[str, ...], sentence: str
+) -> None:
+    login = {"SMTP_USER": "ann", "SMTP_PASS": "secret-word"}
+    code, _, err = run("send", "--to", "a@x.org", "--subject", "s", **at(scripted(extensions=extensions), **login))
+    assert code == 75 and sentence in err and "secret-word" not in err
+
+
+def test_a_password_command_that_fails_is_asked_again_later(run: Run, scripted: Callable[..., Scripted]) -> None:
+    login = {"SMTP_USER": "ann", "SMTP_PASS_COMMAND": "exit 6"}
+    code, _, err = run("send", "--to", "a@x.org", "--subject", "s", **at(scripted(extensions=("AUTH PLAIN",)), **login))
+    assert code == 75 and "SMTP_PASS_COMMAND: gives no password (exit code 6)" in err
+
+
 @pytest.mark.parametrize(
     ("answers", "code"),
     [
@@ -249,9 +286,9 @@ def test_check_asks_about_every_recipient_and_sends_each_a_mail_where_that_is_wa
     ("answers", "code", "step", "words"),
     [
         ({"AUTH": b"535 5.7.139 basic authentication is disabled\r\n"}, 77, "login", "SMTP_AUTH=xoauth2"),
-        ({"MAIL": b"550 5.7.1 not your address\r\n"}, 69, "sender", "SMTP_FROM"),
+        ({"MAIL": b"553 5.7.1 sender address rejected: not yours\r\n"}, 69, "sender", "SMTP_FROM"),
         ({"RCPT": b"553 5.7.1 <a@x.org>: Sender address rejected: not owned by user ann\r\n"}, 69, "recipient", "SMTP_FROM"),
-        ({"RCPT": b"554 5.7.1 <a@x.org>: Relay access denied\r\n"}, 69, "recipient", "log in"),
+        ({"RCPT": b"554 5.7.1 <a@x.org>: Relay access denied\r\n"}, 69, "recipient", "after a login"),
         ({"RCPT": b"450 4.2.0 greylisted, come back\r\n"}, 75, "recipient", "by itself"),
         ({"DATA": b"554 5.7.1 only 10 messages per day\r\n"}, 69, "data", "ALERT_COOLDOWN"),
         ({".": b"550 5.7.60 not permitted to send as this sender\r\n"}, 69, "dot", "SMTP_FROM"),
@@ -440,8 +477,10 @@ def test_a_mail_of_cron(run: Run, scripted: Start) -> None:
     assert recipients(server) == ["ann@example.com", "bob@example.com"]
     (writer,) = mail["From"].addresses
     assert (writer.addr_spec, writer.display_name) == ("relay@example.com", "Cron Daemon")
-    assert (mail["Subject"], mail["To"]) == ("Cron <root@nas> /usr/bin/backup", "root")
+    assert mail["Subject"] == "Cron <root@nas> /usr/bin/backup"
+    assert mail["To"] == "root <ann@example.com>, root <bob@example.com>"
     assert mail["Date"] and mail["Message-ID"] and mail.get_content() == "backup failed: ü\r\n"
+    assert server.mails[0].content.isascii()
 
 
 def test_recipients_in_one_argument_with_commas(run: Run, scripted: Start) -> None:
@@ -493,6 +532,7 @@ def test_without_i_a_dot_ends_the_mail(run: Run, scripted: Start, end: bytes) ->
         (b"Subject: x\nnot a header\n", "not a header\r\n"), (b"Subject: x\n\na\rb\n", "a\r\nb\r\n"),
         (b"Subject: x\n\nno end", "no end\r\n"),
         (b"Subject: x\n\n\xc3\xbc\n", "ü\r\n"), (b"Subject: x\n\na\0b\n", "ab\r\n"),
+        (b"x" * 1200 + b": y\n", "x" * 1200 + ": y"),
     ],
 )  # fmt: skip
 def test_odd_mails_arrive(run: Run, scripted: Start, stdin: bytes, text: str) -> None:
@@ -504,25 +544,232 @@ def test_odd_mails_arrive(run: Run, scripted: Start, stdin: bytes, text: str) ->
     assert b"\0" not in server.mails[0].content
 
 
-def test_a_line_longer_than_smtp_allows_is_broken_and_no_letter_with_it(
-    run: Run, scripted: Start
+@pytest.fixture
+def sent(run: Run, scripted: Callable[..., Scripted]) -> Callable[..., Any]:
+    """Send through a server without extensions, hold the mail against what strict servers want, and return it."""
+
+    def send(stdin: bytes | str, *flags: str, **environment: str) -> Any:
+        server = scripted(extensions=())
+        stdin = stdin.encode() if isinstance(stdin, str) else stdin
+        environment = {"ALERT_RECIPIENT": "ann@example.com"} | environment
+        code, _, err = run("sendmail", "-i", *flags, stdin=stdin, **at(server, **environment))
+        assert (code, err) == (0, "")
+        content = server.mails[0].content
+        assert content.isascii() and max(map(len, content.split(b"\r\n"))) <= 998
+        head = email.message_from_bytes(content.partition(b"\r\n\r\n")[0], policy=email.policy.default)
+        for name, value in head.items():
+            if name in ("From", "Sender", "Reply-To", "To", "Cc", "Resent-From", "Resent-To"):
+                assert not value.defects and all("." in one.domain for one in value.addresses), value
+        assert len(set(map(str.lower, head))) == len(head)
+        mail = message(server)
+        mail.sender, mail.recipients = server.mails[0].sender, recipients(server)
+        return mail
+
+    return send
+
+
+def test_a_line_longer_than_smtp_allows_arrives_whole(sent: Callable[..., Any]) -> None:
+    lines = ["y" * 990, "abü" * 1000, "z" * 3000, "end"]
+    mail = sent("Subject: x\n\n" + "\n".join(lines), "a@x.org")
+    assert mail.get_content().split() == lines
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("To", "root", "root <ann@example.com>"), ("To", "root@localhost", "root <ann@example.com>"),
+        ("To", "Root <root>, bob@x.org", "Root <ann@example.com>, bob@x.org"), ("Cc", "root", "root <ann@example.com>"),
+        ("Reply-To", "ops@localhost", "ops <ann@example.com>"), ("Resent-To", "root", "root <ann@example.com>"),
+        ("From", "root (Cron Daemon)", "Cron Daemon <relay@example.com>"), ("From", "root", "root <relay@example.com>"),
+        ("From", "root@localhost.localdomain", "root <relay@example.com>"), ("From", "<>", "relay@example.com"),
+        ("From", "", "relay@example.com"), ("Sender", "root", "root <relay@example.com>"),
+        ("From", "Jörg <j@x.org>", "Jörg <j@x.org>"), ("To", "Jörg Müller <j@x.org>, 车库 <g@x.org>",
+         "Jörg Müller <j@x.org>, 车库 <g@x.org>"), ("From", '"Door, yard" <d@x.org>', '"Door, yard" <d@x.org>'),
+        ("From", "=?utf-8?q?J=C3=B6rg?= <j@x.org>", "Jörg <j@x.org>"), ("To", "undisclosed-recipients:;",
+         "undisclosed-recipients:;"), ("Subject", "Tür offen", "Tür offen"), ("Subject", "x" * 3000, "x" * 3000),
+        ("Subject", "word " * 400 + "end", "word " * 400 + "end"), ("X-Note", "سلام " * 300 + "end", "سلام " * 300 + "end"),
+        ("Subject", "=?utf-8?q?T=C3=BCr?= " * 60, "Tür" * 60), ("Subject", "=?utf-8?q?T=C3=BCr?=", "Tür"),
+    ],
+)  # fmt: skip
+def test_header_fields_as_strict_servers_want_them(
+    sent: Callable[..., Any], field: str, value: str, expected: str
 ) -> None:
+    assert sent(f"{field}: {value}\n\ntext\n", "a@x.org")[field] == expected
+
+
+def test_a_field_in_latin_1_is_read_as_that(sent: Callable[..., Any]) -> None:
+    mail = sent(b"From: root (M\xfcller)\nSubject: T\xfcr\n\ntext\n", "a@x.org")
+    (writer,) = mail["From"].addresses
+    assert (writer.addr_spec, writer.display_name, mail["Subject"]) == ("relay@example.com", "Müller", "Tür")
+
+
+def test_a_to_field_with_hundreds_of_addresses_in_one_line(sent: Callable[..., Any]) -> None:
+    for comma in (",", ", "):
+        names = [f"somebody.{number}@example.com" for number in range(300)]
+        assert [one.addr_spec for one in sent(f"To: {comma.join(names)}\n\n", "a@x.org")["To"].addresses] == names
+
+
+def test_of_fields_that_may_stand_once_the_first_stands(sent: Callable[..., Any]) -> None:
+    mail = sent("Subject: a\nSubject: b\nTo: x@x.org\nto: y@x.org\nDate: Mon, 1 Jan 2024 00:00:00 +0000\nDate: x\n\n", "a@x.org")
+    assert (mail["Subject"], mail["To"], len(mail.get_all("Date"))) == ("a", "x@x.org", 1)
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "text"),
+    [
+        ("", "Grüße\n".encode(), "Grüße\r\n"), ("", "Gr\xfc\xdfe\n".encode("latin-1"), "Grüße\r\n"),
+        ("Content-Type: text/plain", "Grüße\n".encode(), "Grüße\r\n"),
+        ("Content-Type: text/plain; charset=US-ASCII", "Grüße\n".encode(), "Grüße\r\n"),
+        ("Content-Type: text/plain; charset=ANSI_X3.4-1968", "Grüße\n".encode(), "Grüße\r\n"),
+        ("Content-Type: text/plain; charset=gb2312", "车库\n".encode("gb2312"), "车库\r\n"),
+        ("Content-Type: text/plain; charset*=us-ascii''utf-8", "Grüße\n".encode(), "Grüße\r\n"),
+        ("Content-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: 8bit", "Grüße\n".encode(), "Grüße\r\n"),
+        ("Content-Transfer-Encoding: base64", b"R3LDvMOfZQo=\n", "Gr\ufffd\ufffd\ufffd\ufffde\n"),
+        ("Content-Transfer-Encoding: quoted-printable\nContent-Type: text/plain; charset=utf-8",
+         ("=C3=BC" * 500).encode(), "ü" * 500 + "\r\n"),
+        ("Content-Type: multipart/mixed", "Grüße\n".encode(), "Grüße\r\n"),
+        ("Content-Type: multipart/mixed; boundary=b", "Grüße\n".encode(), "Grüße\r\n"),
+    ],
+)  # fmt: skip
+def test_bodies_arrive_in_seven_bits(sent: Callable[..., Any], head: str, body: bytes, text: str) -> None:
+    mail = sent(f"Subject: x\n{head}\n\n".replace("\n\n\n", "\n\n").encode() + body, "a@x.org")
+    assert mail.get_content() == text
+
+
+PARTS = """Subject: x
+MIME-Version: 1.0
+Content-Type: multipart/mixed; boundary="b"
+Content-Transfer-Encoding: 8bit
+
+Ein mehrteiliger Text für alte Programme
+--b
+Content-Type: text/html; charset=utf-8
+Content-Transfer-Encoding: 8bit
+
+<p>Grüße</p>
+--b
+Content-Type: text/x-log; name="Übersicht.log"
+Content-Description: Überwachung
+Content-Disposition: attachment; filename="Übersicht.log"
+
+{long}
+--b
+Content-Type: message/rfc822
+Content-Transfer-Encoding: 8bit
+
+Subject: Weitergeleitet: Tür
+Content-Type: text/plain; charset=utf-8
+
+Tür
+--b
+Content-Type: application/octet-stream; name=a.bin
+Content-Transfer-Encoding: binary
+
+\u0080ü
+--b
+Content-Type: image/png
+Content-Transfer-Encoding: base64
+
+iVBORw0KGgo=
+--b--
+"""
+
+
+def test_each_part_of_a_multipart_is_encoded_for_itself(sent: Callable[..., Any]) -> None:
+    mail = sent(PARTS.format(long="z" * 2000), "a@x.org")
+    html, log, forwarded, binary, image = mail.iter_parts()
+    assert html.get_content() == "<p>Grüße</p>\r\n"[:-2]
+    assert (log.get_filename(), log.get_param("name"), log["Content-Description"], log.get_content()) == (
+        "Übersicht.log", "Übersicht.log", "Überwachung", "z" * 2000,
+    )  # fmt: skip
+    inner = forwarded.get_content()
+    assert (inner["Subject"], inner.get_content()) == ("Weitergeleitet: Tür", "Tür")
+    assert (binary.get_content(), binary["Content-Transfer-Encoding"]) == ("\u0080ü".encode(), "base64")
+    assert image.get_content() == b"\x89PNG\r\n\x1a\n"
+    assert mail["Content-Transfer-Encoding"] == forwarded["Content-Transfer-Encoding"] == "7bit"
+
+
+def test_a_mail_that_is_right_keeps_every_byte_of_its_body(run: Run, scripted: Callable[..., Scripted]) -> None:
+    body = b"preamble\r\n--b\r\nX-Odd:  1\r\n\r\n signed  \r\n\r\n--b\r\n\r\n=3D\r\n--b--\r\nepilogue\r\n"
+    mime = b"Content-Type: multipart/signed;\r\n\tboundary=b; protocol=x\r\n"
     server = scripted()
-    stdin = "Subject: x\n\n{}\n{}\nend\n".format("y" * 990, "abü" * 1000)
-    assert run("sendmail", "a@x.org", stdin=stdin.encode(), **at(server))[0] == 0
+    stdin = b"From: a@x.org\r\nTo: b@x.org\r\nSubject: a\r\n  b\r\n" + mime + b"\r\n" + body
+    assert run("sendmail", "-ti", stdin=stdin, **at(server))[0] == 0
     content = server.mails[0].content
-    assert max(map(len, content.split(b"\r\n"))) <= 998
-    assert message(server).get_content().replace("\r\n ", "").split() == ["y" * 990, "abü" * 1000, "end"]
+    assert content.endswith(mime + b"\r\n" + body) and b"\r\nSubject: a\r\n  b\r\n" in content
 
 
-def test_a_writer_in_no_known_letters_costs_the_letters_and_not_the_mail(
-    run: Run, scripted: Start
-) -> None:
+def test_a_bomb_of_parts_is_unusable_input(run: Run, scripted: Callable[..., Scripted]) -> None:
+    nested = "".join(f"Content-Type: multipart/mixed; boundary={n}\n\n--{n}\n" for n in range(2000)) + "ü"
     server = scripted()
-    stdin = b"From: root (M\xfcller)\nSubject: x\n\ntext\n"  # Latin-1, as an old GECOS field may be
-    assert run("sendmail", "a@x.org", stdin=stdin, **at(server))[0] == 0
-    (writer,) = message(server)["From"].addresses
-    assert (writer.addr_spec, writer.display_name) == ("relay@example.com", "M ller")
+    code, _, err = run("sendmail", "-i", "a@x.org", stdin=nested.encode(), **at(server))
+    assert (code, server.mails) == (65, []) and "nested too deeply" in err
+
+
+def test_local_addresses_are_the_owner(sent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtp.socket, "gethostname", lambda: "nas")
+    monkeypatch.setattr(smtp.socket, "getfqdn", lambda: "nas.home.lan")
+    for name in ("root", "root@localhost", "root@LOCALHOST.", "root@nas", "root@nas.home.lan", "<root@nas>"):
+        assert sent("To: x@x.org\n\n", name).recipients == ["ann@example.com"], name
+        assert sent(f"To: {name}\n\n", "-t").recipients == ["ann@example.com"], name
+        assert sent("To: x@x.org\n\n", "-f", name, "a@x.org").sender == "relay@example.com", name
+    for name in ("root@nas.example.com", "root@nas2", "root@localhost.evil.org"):
+        assert sent("To: x@x.org\n\n", name).recipients == [name]
+    monkeypatch.setattr(smtp.socket, "gethostname", lambda: "example.com")
+    assert sent("To: x@x.org\n\n", "bob@example.com").recipients == ["bob@example.com"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-r", "me@example.com"], ["-rme@example.com"], ["-fme@example.com", "-F", "Me", "-N", "never", "-R", "hdrs"],
+        ["-f", "Me <me@example.com>", "-m", "-G", "-v", "-oem", "-odb", "-L", "tag", "-V", "id", "-X", "/dev/null"],
+        ["-OIgnoreDots=yes", "-f", "me@example.com", "-em", "-bm", "-B", "8BITMIME", "-Nfailure,delay", "-U", "-n"],
+        ["-tvi", "-fme@example.com"],
+    ],
+)  # fmt: skip
+def test_flags_of_sendmail(sent: Callable[..., Any], flags: list[str]) -> None:
+    assert sent("To: a@x.org\nFrom: x@x.org\n\n", *flags, "--", "a@x.org").sender == "me@example.com"
+
+
+@pytest.mark.parametrize(
+    ("head", "shown"),
+    [
+        ("", "Backup job <relay@example.com>"), ("From: root\n", "Backup job <relay@example.com>"),
+        ("From: root (Cron)\n", "Cron <relay@example.com>"), ("From: a@x.org\n", "a@x.org"),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_sender_that_has_none(sent: Callable[..., Any], head: str, shown: str) -> None:
+    assert sent(f"{head}Subject: x\n\n", "-F", "Backup job", "a@x.org")["From"] == shown
+
+
+def test_a_mode_other_than_a_mail_on_standard_input_is_refused_with_a_sentence(run: Run) -> None:
+    for mode in "sdpit":
+        code, _, err = run("sendmail", f"-b{mode}", stdin=b"EHLO x\r\n")
+        assert code == 2 and f"-b{mode} is not supported: give a whole mail on standard input" in err
+
+
+def test_a_mail_that_is_resent_goes_to_whom_it_is_resent(sent: Callable[..., Any]) -> None:
+    mail = sent(
+        "Resent-To: bob@x.org\nResent-Cc: root\nResent-Bcc: dora@x.org\nTo: old@x.org\nCc: older@x.org\n\ntext\n", "-t"
+    )
+    assert mail.recipients == ["bob@x.org", "ann@example.com", "dora@x.org"]
+    assert (mail["To"], mail["Resent-Cc"], mail["Resent-Bcc"]) == ("old@x.org", "root <ann@example.com>", None)
+
+
+@pytest.mark.parametrize("flags", [["-f", "root@nas.lan"], ["-f", ""], ["-f", "<>"], []])
+def test_the_envelope_sender_of_the_account_takes_the_place_of_every_other(
+    sent: Callable[..., Any], flags: list[str]
+) -> None:
+    mail = sent("From: a@x.org\n\n", *flags, "a@x.org", SMTP_ENVELOPE_FROM="Me <me@gmx.example>")
+    assert (mail.sender, mail["From"]) == ("me@gmx.example", "a@x.org")
+
+
+def test_send_has_the_envelope_sender_of_the_account_too(run: Run, scripted: Callable[..., Scripted]) -> None:
+    server = scripted()
+    flags = ("send", "--to", "a@x.org", "--from", "b@x.org", "--subject", "s", "--body", "")
+    assert run(*flags, **at(server, SMTP_ENVELOPE_FROM="me@gmx.example"))[0] == 0
+    assert (server.mails[0].sender, message(server)["From"]) == ("me@gmx.example", "b@x.org")
 
 
 @pytest.mark.parametrize("sender", ["", "<>"])

@@ -397,7 +397,7 @@ def test_daily_mail_counts_what_was_received_waits_failed_and_is_silent(station:
     (alert,) = here.raised()
     assert alert["event"] == server.SUMMARY
     assert alert["meta"]["received"] == 6 and alert["meta"]["queued"] == 7 and alert["meta"]["failed"] == 0
-    assert alert["meta"]["lanes"] == [["MOTION_DETECTED", "باغ", 5], ["CAMERA_DISCONNECTED", "cam9", 1]]
+    assert alert["meta"]["groups"] == [["MOTION_DETECTED", "باغ", 5], ["CAMERA_DISCONNECTED", "cam9", 1]]
     assert alert["meta"]["silent"] == ["cam9"]
 
 
