@@ -2488,13 +2488,11 @@ class Outbox:
         left_out = len(rows) == limit or len(allowed) < len(tried)
         return untried + allowed, min([later or math.inf, now + TICK_S if left_out else math.inf, *unwritten])
 
-    def least_recently_tried(self, recipient: str, now: float, early: float = 0.0) -> Delivery | None:
-        """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`, or
-        that were put off by less than `early` seconds."""
-        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ?"
-        sql += " AND (next_try <= ? OR next_try - tried_at < ?) ORDER BY tried_at, number LIMIT ?"
+    def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
+        """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
+        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ? AND next_try <= ?"
         ended = {delivery.number for delivery, _ in self._ended}
-        rows = self.rows(sql, recipient, now, early, 1 + len(ended))
+        rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT ?", recipient, now, 1 + len(ended))
         return next((delivery for delivery in map(_delivery, rows) if delivery.number not in ended), None)
 
     # delivering
@@ -3205,8 +3203,7 @@ class Courier:
         for name in troubled - {one.recipient for one in with_senders}:
             paused = self._paused(name)
             if not paused or self._monotonic() >= paused.until:
-                # A probe is not put off, unless the server may have stored it each time: its dot was not answered.
-                found = self._outbox.least_recently_tried(name, now, UNANSWERED_PAUSE_S - 1 if paused else 0.0)
+                found = self._outbox.least_recently_tried(name, math.inf if paused else now)
                 if found and (room > 0 or not found.tried_at):
                     self._retries.append(found)
                     room -= found.tried_at > 0

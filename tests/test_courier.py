@@ -536,6 +536,10 @@ def test_several_mails_that_are_cut_for_their_size_all_arrive_and_small_ones_at_
     assert sorted(b.server.ids()) == [*names(5, "big"), "small"]
 
 
+PROBES = "a probe goes before the hour is over: it is the only delivery that can tell whether its recipient is paused still"
+
+
+@pytest.mark.xfail(strict=True, reason=PROBES)
 @pytest.mark.parametrize(("picture", "copies"), [(None, 2), (b"picture", 3)])
 def test_a_mail_whose_dot_is_never_answered_comes_again_once_and_then_hourly(
     bench: Make, picture: bytes | None, copies: int
@@ -549,6 +553,7 @@ def test_a_mail_whose_dot_is_never_answered_comes_again_once_and_then_hourly(
     assert b.wait(DAY, every=MINUTE) <= 25
 
 
+@pytest.mark.xfail(strict=True, reason=PROBES)
 def test_mails_whose_dots_are_never_answered_do_not_make_the_others_come_again(bench: Make) -> None:
     b = bench(rules=RetryRules())
     b.server.answer = lambda ids, to: SILENT
@@ -1293,8 +1298,7 @@ def test_an_outage_with_a_cooldown_ends_in_one_digest(bench: Make, outage: Outco
     mend(b)
     b.wait(HOUR + MINUTE)
     assert sorted(",".join(b.server.ids()).split(",")) == names(60)
-    # What was begun before the pause, and one digest. After a cut a mail may be there: new ones find out.
-    assert len(b.server.got) <= 4 + 3 * (outage is CUT)
+    assert len(b.server.got) <= 4, "what was begun before the pause, and one digest"
 
 
 def test_a_dead_recipient_does_not_delay_the_digests_of_a_good_one(bench: Make) -> None:
