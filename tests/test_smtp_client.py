@@ -176,6 +176,13 @@ def test_starttls_stripped_or_refused_sends_nothing_in_the_clear(scripted: Start
     assert not {"AUTH", "MAIL"} & set(server.verbs())
 
 
+def test_what_came_before_the_handshake_is_forgotten(scripted: Start, certificates: Certificates) -> None:
+    """Else somebody in the middle could put words into the server's mouth (CVE-2011-0411)."""
+    injected = b"220 go\r\n250-scripted\r\n250 SIZE 10\r\n"
+    server = scripted(tls=certificates.context("good"), extensions=("STARTTLS",), answers={"STARTTLS": injected})
+    assert send_one(server.port, security="starttls", cafile=certificates.ca).verdict is SENT
+
+
 # AUTH
 
 
@@ -363,7 +370,8 @@ def test_every_address_is_tried_until_one_greets_and_what_worked_comes_first_nex
     for _ in range(3):
         assert client.send(prepared()).verdict is SENT
         client.close()
-    assert time.monotonic() - began < 5 * PATIENCE, "the addresses share the time, and only the first connection asks the bad one"
+    if first == "silent":
+        assert time.monotonic() - began < 2 * PATIENCE, "the addresses share the time for connecting"
     assert len(good.mails) == 3
     if first != "nobody":
         assert getattr(bad, "connections", 1) == 1
