@@ -2685,8 +2685,8 @@ class Outbox:
         return {"queued": queued, "sent": states.get("sent", 0), "failed": states.get("failed", 0)}
 
     def groups(self) -> list[tuple[str, str]]:
-        """The groups of what waits or has failed, as far as the first 2000 entries show."""
-        sql = "SELECT DISTINCT kind, source FROM (SELECT kind, source FROM entries WHERE finished_at IS NULL LIMIT 2000)"
+        """The groups of what waits, as far as the first 2000 entries show."""
+        sql = "SELECT DISTINCT kind, source FROM (SELECT kind, source FROM entries WHERE state = 'waiting' LIMIT 2000)"
         return self.rows(sql)
 
     def status(self) -> dict[str, Any]:
@@ -2985,7 +2985,7 @@ class Courier:
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()  # guards all that follows
         self._queue: deque[Delivery] = deque()  # created and due, with no sender yet
-        self._with_senders: dict[int, str] = {}  # deliveries that senders have, and their recipients
+        self._with_senders: dict[int, Delivery] = {}  # those that senders have, by number
         self._troubles: dict[str, Trouble] = {}
         self._history = outbox.history(clock() - policy.window) if policy.window else History()
         self._active = 0  # senders at work
@@ -3161,7 +3161,7 @@ class Courier:
         if not self._queue:
             return None
         delivery = self._queue.popleft()
-        self._with_senders[delivery.number] = delivery.recipient
+        self._with_senders[delivery.number] = delivery
         self._taken_at = self._monotonic()
         return delivery
 
@@ -3201,21 +3201,27 @@ class Courier:
     def _find_retries(self, now: float, most: int) -> None:
         """Find open deliveries that are due; to a recipient in trouble the one least recently tried, and only while no
         other is with a sender. Those that were tried before need a free place in the daily limit."""
-        limit = self._policy.limit
+        limit, with_senders = self._policy.limit, self._with_senders.values()
         room = limit - len(self._history.times) - self._history.untried if limit else math.inf
+        room -= sum(one.tried_at > 0 for one in with_senders)
         troubled = self._troubles_now()
         if now >= self._retry_at:
             self._retries, self._retry_at = self._outbox.due(now, self._with_senders, troubled, most, room)
-        for name in troubled - set(self._with_senders.values()):
+            room -= sum(one.tried_at > 0 for one in self._retries)
+        for name in troubled - {one.recipient for one in with_senders}:
             paused = self._paused(name)
             if not paused or self._monotonic() >= paused.until:
                 found = self._outbox.least_recently_tried(name, math.inf if paused else now)
                 if found and (room > 0 or not found.tried_at):
                     self._retries.append(found)
+                    room -= found.tried_at > 0
                 if paused and found:
                     paused.until = self._monotonic() + paused.length  # Nobody else tries meanwhile.
-                elif paused:
-                    self._resume(name, paused)  # Nothing is left to try: the next new message finds out.
+                elif paused:  # Nothing is left to try: the next new message finds out.
+                    paused.paused, paused.failures = False, FAILURES_TO_PAUSE - 1
+                    self._wake = 0.0  # What waits for this recipient is planned now.
+        if limit:  # What is tried again takes a place as what was never tried does.
+            self._history.untried = int(limit - len(self._history.times) - room)
 
     def _plan(self, now: float, most: int) -> None:
         """Ask the policy. Entries that the plan has held are not looked at again before their time."""

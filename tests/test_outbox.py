@@ -444,6 +444,20 @@ def test_salvage_keeps_deliveries_failures_duplicates_pictures_and_the_owners_ta
         assert not outbox.put([entry("sent", picture=b"sent")])[0].new
 
 
+def test_salvage_loses_no_entry_for_pictures_that_cannot_be_read(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([entry(name, picture=name.encode() * 50_000) for name in "abcdefgh"])
+    data = bytearray(spool.read_bytes())
+    place = data.find(b"d" * 1000)
+    data[place - 8192 : place + 8192] = os.urandom(16384)
+    spool.write_bytes(data)
+    with contextlib.closing(Outbox(spool)) as outbox:
+        found = pictures(outbox)
+        assert list(found) == list("abcdefgh")
+        assert sum(picture is not None for picture in found.values()) >= 4
+        assert all(picture in (None, name.encode() * 50_000) for name, picture in found.items())
+
+
 def test_what_was_in_deliveries_that_cannot_be_read_waits_again(spool: Path) -> None:
     with contextlib.closing(Outbox(spool)) as outbox:
         outbox.put([entry("a"), entry("b")])
@@ -834,7 +848,7 @@ def test_what_was_dropped_in_flight_stays_dropped(outbox: Outbox) -> None:
 
 def test_who_is_a_recipient_again_was_not_served_by_a_delivery_that_was_voided(outbox: Outbox) -> None:
     outbox.put([entry("a")])
-    to_ann, to_bob = create(outbox, to=(ANN, BOB))
+    to_ann, _ = create(outbox, to=(ANN, BOB))
     finish(outbox, to_ann, state="failed", error="550 no")
     outbox.retry()
     assert outbox.void_changed(lambda kind, source: (ANN,)) == 1

@@ -23,6 +23,7 @@ from smtp_module import Message, Outcome, PreparedMessage, SMTPClient, SMTPConfi
 SENT, LATER, REFUSED = Verdict.SENT, Verdict.TRY_LATER, Verdict.REFUSED
 MAIL = [b"Subject: hello\r\n\r\n", b"one\r\n.two\r\n", b".\r\nthree\r\n"]
 TO = "ann@example.com"
+PATIENCE = 0.7  # seconds to wait for a server that is silent, and long enough for one on a busy machine
 USUAL = {"MAIL": b"250 ok\r\n", "RCPT": b"250 ok\r\n", "DATA": b"354 go\r\n", ".": b"250 ok\r\n"}
 Start = Callable[..., Scripted]
 
@@ -173,6 +174,13 @@ def test_starttls_stripped_or_refused_sends_nothing_in_the_clear(scripted: Start
     found = send_one(server.port, security="starttls", user="ann", password=lambda: "secret", timeout_s=1.0)
     assert (found.verdict, found.step, found.about_us) == (LATER, "tls", True)
     assert not {"AUTH", "MAIL"} & set(server.verbs())
+
+
+def test_what_came_before_the_handshake_is_forgotten(scripted: Start, certificates: Certificates) -> None:
+    """Else somebody in the middle could put words into the server's mouth (CVE-2011-0411)."""
+    injected = b"220 go\r\n250-scripted\r\n250 SIZE 10\r\n"
+    server = scripted(tls=certificates.context("good"), extensions=("STARTTLS",), answers={"STARTTLS": injected})
+    assert send_one(server.port, security="starttls", cafile=certificates.ca).verdict is SENT
 
 
 # AUTH
@@ -357,12 +365,13 @@ def test_every_address_is_tried_until_one_greets_and_what_worked_comes_first_nex
     elif first == "silent":
         bad = Silent("127.0.0.2", good.port)
     resolve_to(monkeypatch, good.port, "127.0.0.2", "127.0.0.1")
-    client = SMTPClient(config(good.port, host="mail.test", timeout_s=0.4))
+    client = SMTPClient(config(good.port, host="mail.test", timeout_s=2 * PATIENCE))
     began = time.monotonic()
     for _ in range(3):
         assert client.send(prepared()).verdict is SENT
         client.close()
-    assert time.monotonic() - began < 1.5, "the addresses share the time, and only the first connection asks the bad one"
+    if first == "silent":
+        assert time.monotonic() - began < 2 * PATIENCE, "the addresses share the time for connecting"
     assert len(good.mails) == 3
     if first != "nobody":
         assert getattr(bad, "connections", 1) == 1
@@ -643,14 +652,14 @@ def test_trouble_with_the_next_mail_does_not_leave_the_dialogue_out_of_step(scri
 @pytest.mark.parametrize("loses", ["command", "dot"])
 def test_commands_that_are_lost_in_a_group_cost_one_timeout_and_no_mail(scripted: Start, loses: str) -> None:
     server = scripted(loses=loses)
-    client = SMTPClient(config(server.port, timeout_s=0.3))
+    client = SMTPClient(config(server.port, timeout_s=PATIENCE))
     began = time.monotonic()
     assert [outcome.code for outcome in send_all(client, *named(*"abcd"))] == [250] * 4
     client.close()
     assert [outcome.code for outcome in send_all(client, *named("e"))] == [250]
     client.close()
     assert recipients(server) == "abcde" and server.connections == 3
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4 * PATIENCE
 
 
 @pytest.mark.parametrize("place", ["MAIL", "RCPT", "DATA"])
@@ -659,7 +668,7 @@ def test_a_group_that_is_answered_with_nonsense_is_sent_again_in_lock_step(
     scripted: Start, place: str, answer: bytes
 ) -> None:
     server = scripted(answers={place: [answer]})
-    client = SMTPClient(config(server.port, timeout_s=0.3))
+    client = SMTPClient(config(server.port, timeout_s=PATIENCE if answer == STALL else 5.0))
     assert [outcome.code for outcome in send_all(client, *named("a", "b", "c"))] == [250] * 3
     client.close()
     assert recipients(server) == "abc" and server.connections == 2
@@ -671,7 +680,8 @@ def test_nonsense_to_what_came_with_the_dot_is_put_down_to_the_group(
     scripted: Start, place: str, answer: bytes
 ) -> None:
     server = scripted(answers={place: [USUAL[place], answer]})
-    assert [outcome.code for outcome in send(server.port, *named("a", "b", "c"), timeout_s=0.3)] == [250] * 3
+    patience = PATIENCE if answer == STALL else 5.0
+    assert [outcome.code for outcome in send(server.port, *named("a", "b", "c"), timeout_s=patience)] == [250] * 3
     assert recipients(server) == "abc" and server.connections == 2
 
 
