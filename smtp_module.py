@@ -2087,11 +2087,21 @@ class Outbox:
         with self._transaction() as db:
             db.execute("UPDATE entries SET state = 'failed', error = ? WHERE state IN ('waiting', 'sending') AND seq = ?", (why, seq))
 
-    def shift_times(self, seconds: float) -> None:
-        """The clock was set by so many seconds: the times of open deliveries move with it."""
+    def shift_times(self, since: float, until: float, seconds: float) -> None:
+        """The clock was set by so many seconds: the times that were noted from `since` to `until` move with it."""
+        moved = [("deliveries", "next_try", "max(created_at, tried_at)"), ("entries", "finished_at", "finished_at")]
+        moved += [("deliveries", name, name) for name in ("created_at", "tried_at", "first_failed", "finished_at")]
         with self._transaction() as db:
-            sql = "UPDATE deliveries SET next_try = next_try + ?, first_failed = first_failed + ? WHERE state = 'open'"
-            db.execute(sql, (seconds, seconds))
+            for table, name, noted in moved:
+                sql = f"UPDATE {table} SET {name} = {name} + ? WHERE {noted} BETWEEN ? AND ?"
+                db.execute(sql, (seconds, since, until))
+
+    def limit_times(self, now: float, longest: float) -> None:
+        """No open delivery waits longer than `longest`, or has failed in the future: another clock may have said so."""
+        with self._transaction() as db:
+            latest = "CASE WHEN tried_at = 0 THEN ?1 ELSE ?1 + ?2 END"
+            sql = f"UPDATE deliveries SET next_try = min(next_try, {latest}), first_failed = min(first_failed, ?1)"
+            db.execute(f"{sql} WHERE state = 'open' AND (next_try > {latest} OR first_failed > ?1)", (now, longest))
 
     def prune(self, now: float) -> int:
         """Forget what ended more than MEMORY_S ago, a little at a time; the number of entries forgotten. A delivery is
@@ -2380,6 +2390,7 @@ class _Work(NamedTuple):
     about: str
     has_pictures: bool
     began: float  # monotonic
+    clock_offset: float  # from the monotonic clock to the other one
 
 
 def write_request(path: Path, content: object, mode: int = 0o600) -> None:
@@ -2418,13 +2429,13 @@ class Courier:
         self._queue: deque[Delivery] = deque()  # created and due, with no sender yet
         self._with_senders: dict[int, str] = {}  # deliveries that senders have, and their recipients
         self._troubles: dict[str, Trouble] = {}
-        self._history = outbox.history(clock() - policy.window) if policy.window else History()
+        self._history = self._read_history()
         self._active = 0  # senders at work
         self._taken_at = -math.inf  # when a sender last took a delivery, monotonic
-        self._accepted_at = outbox.last_accepted()  # when the server last accepted a delivery
+        self._accepted_at = min(outbox.last_accepted(), clock())  # when the server last accepted a delivery
         self._unreported = True  # there may be failures to report
         self._reporting = 0  # the delivery that reports them
-        self._clock_offset = clock() - monotonic()
+        self._started, self._clock_offset = monotonic(), clock() - monotonic()
         self._kept_house = -math.inf
         self._published: object = None
         self._groups: set[str] = set()  # those whose recipients `queue` can show
@@ -2433,6 +2444,7 @@ class Courier:
         self._planned: list[DueMessage] = []  # due, not created yet
         self._retries: list[Delivery] = []  # due, not in the queue yet
         self._look_again()
+        self._outbox.limit_times(clock(), max(rules.longest, UNANSWERED_PAUSE_S))
         self._void_changed()
 
     # life
@@ -2680,7 +2692,7 @@ class Courier:
             message = self._policy.render(delivery, entries)
             prepared = PreparedMessage(message, delivery.recipient)
             pictures = any(entry.has_picture for entry in entries)
-            held.append(_Work(delivery, prepared, message.about, pictures, began))
+            held.append(_Work(delivery, prepared, message.about, pictures, began, self._clock_offset))
             return True
         except Damaged as error:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
@@ -2731,6 +2743,9 @@ class Courier:
             self._note_failure(EVERYTHING, outcome, work.began)
             self._release(delivery)
             return
+        first_failed, step = delivery.first_failed, self._clock_offset - work.clock_offset
+        if first_failed and (step > 0 or first_failed >= self._started + work.clock_offset):
+            delivery = delivery._replace(first_failed=first_failed + step)  # The clock may have been set meanwhile.
         with self._changed:
             paused = self._paused(delivery.recipient)
             probe, accepted_at = bool(paused and work.began >= paused.since), self._accepted_at
@@ -2845,19 +2860,29 @@ class Courier:
             self._keep_house()
         self._publish()
 
+    def _read_history(self) -> History:
+        window = self._policy.window
+        return self._outbox.history(self._clock() - window) if window else History()
+
     def _void_changed(self) -> None:
         if number := self._outbox.void_changed(self._policy.recipients):
             log.info("%d deliveries to somebody who is no longer a recipient are planned anew", number)
 
     def _follow_clock(self) -> None:
-        """When the clock was set, times that were noted before move with it, so that nothing ages by that."""
+        """When the clock was set, times that were noted before move with it, so that nothing ages by that. Set back, it
+        may have been right before this program began: what was noted then stays."""
         step = self._clock() - self._monotonic() - self._clock_offset
         if abs(step) > CLOCK_STEP_S:
+            began = self._started + self._clock_offset if step < 0 else -math.inf
+            until = self._monotonic() + self._clock_offset
+            self._outbox.shift_times(began, until, step)
+            self._outbox.limit_times(self._clock(), max(self._rules.longest, UNANSWERED_PAUSE_S))
             self._clock_offset += step
             self._published = None
-            self._outbox.shift_times(step)
             with self._changed:
-                self._accepted_at += step
+                self._history = self._read_history()
+                self._accepted_at += step if self._accepted_at >= began else 0.0
+                self._queue.clear()  # It is found again, with its times moved.
                 self._look_again()
 
     def _keep_house(self) -> None:
