@@ -1551,8 +1551,9 @@ COLUMNS = "number, kind, entries, recipient, recipients, tries, tried_at, first_
 
 @dataclass
 class History:
-    """What was sent: when deliveries of the last day were accepted, how many open ones were never tried, and when a
-    message of each group and kind was last created. `paused` are the recipients to whom nothing can go now."""
+    """What was sent: when deliveries of the last day were accepted, how many open ones go next without being planned
+    (`untried`), and when a message of each group and kind was last created. `paused` are the recipients to whom nothing
+    can go now."""
 
     times: Sequence[float] = ()
     untried: int = 0
@@ -1868,8 +1869,9 @@ class Outbox:
             history.kinds[kind] = history.groups[group_kind, source] = when
         return history
 
-    def budget(self, now: float, limit: int) -> tuple[list[float], int]:
-        """When the newest `limit` deliveries of the last day were accepted, and how many open ones were never tried.
+    def budget(self, now: float, limit: int, under_way: Collection[int] = ()) -> tuple[list[float], int]:
+        """When the newest `limit` deliveries of the last day were accepted, and how many open ones were never tried or
+        are `under_way`.
 
         Some may have ended since `now`, or the clock was set back: those of the next day count, too.
         """
@@ -1877,8 +1879,10 @@ class Outbox:
         with self._lock:
             self.flush()
             rows = self.rows(f"{sql} ORDER BY finished_at DESC LIMIT ?", now - DAY_S, now + DAY_S, limit)
-            untried = self.rows("SELECT count(*) FROM deliveries WHERE state = 'open' AND tried_at = 0")[0][0]
-        return [when for (when,) in reversed(rows)], untried
+            which = "state = 'open' AND (tried_at = 0 OR number IN (SELECT value FROM json_each(?)))"
+            sql = f"SELECT count(*) FROM deliveries WHERE {which}"
+            reserved = self.rows(sql, json.dumps(list(under_way)))[0][0]
+        return [when for (when,) in reversed(rows)], reserved
 
     def create(self, due: Sequence[DueMessage], now: float) -> list[Delivery]:
         """Make deliveries of what is due, durably: from now on each is the same message, whatever happens.
@@ -2225,8 +2229,8 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
                 " ORDER BY seq"
             ).fetchall()
             deliveries = db.execute(
-                "SELECT entries, recipient, state, next_try, tries, error FROM deliveries WHERE state IN ('open', 'failed')"
-                " ORDER BY number"
+                "SELECT entries, recipient, state, next_try, tried_at, tries, error FROM deliveries"
+                " WHERE state IN ('open', 'failed') ORDER BY number"
             ).fetchall()
             status = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM status")}
     except sqlite3.Error as error:
@@ -2253,6 +2257,8 @@ def _queue_row(entry: sqlite3.Row, deliveries: Sequence[sqlite3.Row], status: Ma
         held.append(hold)
     next_try = dict.fromkeys(recipients, 0.0) | {one["recipient"]: one["next_try"] for one in mine}
     next_try |= {name: pauses[name]["until"] for name in recipients if name in pauses}  # whatever is tried then
+    if (full := status.get("full")) and mine and all(one["tried_at"] for one in mine):  # A retry needs a place, too.
+        held.append(full)
     due = max([min(next_try.values(), default=0.0), *(one["until"] for one in held)])
     if all(name in pauses for name in recipients):
         held += [pauses[name] for name in recipients]
@@ -2441,6 +2447,7 @@ class Courier:
         self._groups: set[str] = set()  # those whose recipients `queue` can show
         self._last_error = ""  # of the machine, logged once
         self._why = ""  # the last plan held something
+        self._full_until = 0.0  # the daily limit is used up
         self._planned: list[DueMessage] = []  # due, not created yet
         self._retries: list[Delivery] = []  # due, not in the queue yet
         self._look_again()
@@ -2627,8 +2634,13 @@ class Courier:
         if not (self._queue or self._retries or self._planned):
             now, most = self._clock(), 1 if self._paused(EVERYTHING) else FILL
             if self._policy.limit:
-                self._history.times, self._history.untried = self._outbox.budget(now, self._policy.limit)
+                budget = self._outbox.budget(now, self._policy.limit, self._with_senders)
+                self._history.times, self._history.untried = budget
+                full = len(self._history.times) >= self._policy.limit
+                self._full_until = self._history.times[0] + DAY_S if full else 0.0
             self._find_retries(now, most)
+            if self._policy.limit:  # They take places, too.
+                self._history.untried += sum(one.tried_at > 0 for one in self._retries)
             if len(self._retries) < most:
                 self._plan(now, most)
         return bool(self._queue or self._retries or self._planned)
@@ -2770,7 +2782,7 @@ class Courier:
             self._release(delivery)
             self._unreported |= delivery.refused or delivery.state == "failed"
             if self._policy.limit and delivery.state != "open":
-                self._wake = 0.0  # Its place in the daily limit may be free.
+                self._planned_at = math.inf  # Its place in the daily limit may be free: plan anew.
 
     def _flush(self) -> None:
         """Write the outcomes. While they cannot be written nothing new is begun, or it would be sent twice."""
@@ -2929,10 +2941,11 @@ class Courier:
             pauses = {key: {"why": str(one.outcome), "until": one.until + ahead} for key, one in paused.items()}
             holds = self._why and self._wake < math.inf and self._planned_to
             hold = {"why": self._why, "until": self._wake, "upto": self._planned_to} if holds else {"upto": 0}
-            published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold
+            full = {"why": "the daily limit is used up", "until": self._full_until} if self._full_until else None
+            published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold, full
         recipients = {" ".join(group): self._policy.recipients(*group) for group in self._outbox.groups()}
         if published != self._published or not self._groups.issuperset(recipients):
-            self._outbox.publish_status(pauses=pauses, hold=hold, recipients=recipients)
+            self._outbox.publish_status(pauses=pauses, hold=hold, full=full, recipients=recipients)
             self._published, self._groups = published, set(recipients)
 
 
