@@ -2688,10 +2688,6 @@ class Outbox:
         """When a delivery was last accepted by the server; 0: none that is remembered."""
         return float(self.rows("SELECT max(finished_at) FROM deliveries WHERE state = 'sent'")[0][0] or 0.0)
 
-    def latest_try(self) -> float:
-        """When the last of the open deliveries is due; 0: there are none."""
-        return float(self.rows("SELECT max(next_try) FROM deliveries WHERE state = 'open'")[0][0] or 0.0)
-
     def counts(self) -> dict[str, int]:
         """How many entries wait (created or not), were sent (and are remembered), failed."""
         states = dict(self.rows("SELECT state, count(*) FROM entries GROUP BY state"))
@@ -3019,9 +3015,6 @@ class Courier:
         self._full_until = 0.0  # the daily limit is used up
         self._planned: list[DueMessage] = []  # due, not created yet
         self._retries: list[Delivery] = []  # due, not in the queue yet
-        too_far = outbox.latest_try() - clock() - max(rules.longest, UNANSWERED_PAUSE_S)
-        if too_far > 0:  # The clock was set back since they were written, as on a machine without one of its own.
-            outbox.shift_times(-too_far)
         self._look_again()
         self._outbox.limit_times(clock(), max(rules.longest, UNANSWERED_PAUSE_S))
         self._void_changed()
@@ -3212,8 +3205,6 @@ class Courier:
                 full = len(self._history.times) >= self._policy.limit
                 self._full_until = self._history.times[0] + DAY_S if full else 0.0
             self._find_retries(now, most)
-            if self._policy.limit:  # They take places, too.
-                self._history.untried += sum(one.tried_at > 0 for one in self._retries)
             if len(self._retries) < most:
                 self._plan(now, most)
         return bool(self._queue or self._retries or self._planned)
@@ -3227,7 +3218,6 @@ class Courier:
         other is with a sender. Those that were tried before need a free place in the daily limit."""
         limit, with_senders = self._policy.limit, self._with_senders.values()
         room = limit - len(self._history.times) - self._history.untried if limit else math.inf
-        room -= sum(one.tried_at > 0 for one in with_senders)
         troubled = self._troubles_now()
         if now >= self._retry_at:
             self._retries, self._retry_at = self._outbox.due(now, self._with_senders, troubled, most, room)
