@@ -14,7 +14,7 @@ What is promised: exit code 0 means that the relay has every event on disk. An e
 however often it is sent, so the relay accepts it once. With an outbox, an event that failed is on disk here before the
 client waits to try again.
 
-Cameras start one process an event. So modules that only some runs need (ssl, random, shlex) are imported where they
+A camera starts one process for each event. So modules that only some runs need (ssl, random) are imported where they
 are used, and typing is not loaded at all.
 """
 
@@ -26,7 +26,6 @@ if sys.version_info < (3, 11):  # noqa: UP036  All that follows keeps to the syn
 
 import argparse
 import binascii
-import io
 import json
 import os
 import re
@@ -75,6 +74,8 @@ class PermanentError(ConnectionError):
 def explain(error: BaseException) -> str:
     """What went wrong, in one sentence, with what to do about it where that is known."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
     if "CERTIFICATE_REQUIRED" in text:
         return "the relay wants to see a certificate; give one with --cert and --key"
     if "WRONG_VERSION_NUMBER" in text:
@@ -149,7 +150,7 @@ class Parser(argparse.ArgumentParser):
 
 def seconds(text: str) -> float:
     """`90`, `.5`, `5m`, `1h`, `5d` -> seconds."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)([smhd]?)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([smhd]?)", text.strip().lower())
     value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else INFINITE
     if value > LONGEST_S:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration up to 20d; write 90 (seconds), .5, 5m, 1h or 5d")
@@ -178,6 +179,8 @@ def host_name(text: str) -> str:
     """A name or an address without brackets; "", 0.0.0.0 and :: mean this machine."""
     if text.count(":") == 1 or "]:" in text:
         raise argparse.ArgumentTypeError(f"{text!r} holds a port, which is given apart from the host")
+    if set(text) & set("\u00df\u03c2\u200c\u200d"):  # IDNA 2003, as in Python, makes another domain of them than 2008.
+        raise argparse.ArgumentTypeError(f"{text!r} is ambiguous; give the name in its ASCII form, xn--...")
     host = text.strip().removeprefix("[").removesuffix("]")
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
@@ -267,17 +270,23 @@ def read_env_line(line: str) -> dict[str, str]:
     key, equals, value = (part.strip() for part in line.partition("="))
     if not equals or len(key.split()) != 1:
         raise ValueError("not KEY=value")
-    if not value.startswith(("'", '"')):
-        return {key: re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()}
-    import shlex  # noqa: PLC0415
+    return {key: shell_word(value) if value.startswith(("'", '"')) else re.split(r"(?:^|\s)#", value)[0].rstrip()}
 
-    rest = io.StringIO(value)
-    words = shlex.shlex(rest, posix=True)
-    words.whitespace_split, words.commenters = True, ""
-    word = words.get_token() or ""
-    if not re.fullmatch(r"(#.*)?", rest.read().strip()):
-        raise ValueError("something is left over behind the closing quote")
-    return {key: word}
+
+def shell_word(text: str) -> str:
+    """The word in quotes at the beginning, as a POSIX shell reads it but for `$`, which stands for itself here.
+
+    The module shlex keeps the backslash of `"\\$"`, which a shell takes away (POSIX.1-2017, Shell Command Language,
+    2.2.3). Raises ValueError where more than a comment follows.
+    """
+    piece = r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)|([^'"\\\s])"""  # in single quotes, in double quotes, escaped, bare
+    end = next(re.finditer(f"(?:{piece})*", text)).end()
+    if not re.fullmatch(r"(\s+#.*|\s*)", text[end:]):
+        raise ValueError("a value in quotes must end with its quote; only a # comment may follow")
+    return "".join(
+        single + re.sub(r'\\([$`"\\])', r"\1", double) + escaped + bare
+        for single, double, escaped, bare in re.findall(piece, text[:end])
+    )
 
 
 def read_env_file(path: str) -> dict[str, str]:
@@ -825,7 +834,7 @@ class Sender:
         """How many seconds a call on the socket may block now. Raises TimeoutError at the deadline."""
         left = min(self.deadline, self.stop_deadline) - time.monotonic()
         if left <= 0:
-            raise TimeoutError("no answer in time")
+            raise TimeoutError
         return min(left, SIGNAL_CHECK_S)
 
     def interrupt_in(self, call: "Callable[..., Any]", *arguments: object) -> "Any":

@@ -807,7 +807,7 @@ class Relay:
     def __init__(self, config: RelayConfig, outbox: Outbox, watch: CameraMonitor, notify: Callable[[], object]) -> None:
         self.config, self._outbox, self._watch, self._notify = config, outbox, watch, notify
         self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
-        self._lock = threading.RLock()  # guards the next two; reentrant, because log_once takes it, too
+        self._lock = threading.RLock()  # guards the next two
         self._connections: dict[Connection, None] = {}  # in the order in which they came
         self._counted_bytes = 0  # of all connections
         self._large_lines = threading.Lock()  # held while one is parsed
@@ -930,16 +930,14 @@ class Relay:
         return False
 
     def _turn_out_first(self, candidates: Iterable[Connection]) -> bool:
-        """End the connection of the stranger who came first of these, to make room. False: there is none.
-
-        The caller holds the lock.
-        """
-        stranger = next((one for one in candidates if not (one.trusted or one.turned_out)), None)
-        if stranger is None:
-            return False
-        self._counted_bytes -= stranger.counted_bytes
-        stranger.counted_bytes = 0
-        stranger.turn_out()
+        """End the connection of the stranger who came first of these, to make room. False: there is none."""
+        with self._lock:
+            stranger = next((one for one in candidates if not (one.trusted or one.turned_out)), None)
+            if stranger is None:
+                return False
+            self._counted_bytes -= stranger.counted_bytes
+            stranger.counted_bytes = 0
+            stranger.turn_out()
         text = "room is short, and peers that have shown neither token nor certificate are turned out, as"
         self.log_once("room", f"{text} {stranger.peer}")
         return True
@@ -979,7 +977,8 @@ class Relay:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     text = f"no connection can be accepted: {error.strerror}"
                     self.log_once("accept", text, logging.ERROR)
-                time.sleep(0.1)  # the connection stays in the queue: trying again at once would be a busy loop
+                    self._turn_out_first(self._connections)
+                time.sleep(0.02)  # the connection stays in the queue: trying again at once would be a busy loop
             except (RuntimeError, MemoryError):
                 self.short_of_memory()
                 time.sleep(0.1)
@@ -998,6 +997,7 @@ class Relay:
             self.short_of_memory()
             if connection:
                 self.forget(connection)
+            self._turn_out_first(self._connections)  # for who comes next
         self._refuse(sock)
 
     def _refuse(self, sock: socket.socket) -> None:

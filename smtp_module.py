@@ -2674,6 +2674,10 @@ class Outbox:
         """When a delivery was last accepted by the server; 0: none that is remembered."""
         return float(self.rows("SELECT max(finished_at) FROM deliveries WHERE state = 'sent'")[0][0] or 0.0)
 
+    def latest_try(self) -> float:
+        """When the last of the open deliveries is due; 0: there are none."""
+        return float(self.rows("SELECT max(next_try) FROM deliveries WHERE state = 'open'")[0][0] or 0.0)
+
     def counts(self) -> dict[str, int]:
         """How many entries wait (created or not), were sent (and are remembered), failed."""
         states = dict(self.rows("SELECT state, count(*) FROM entries GROUP BY state"))
@@ -2750,6 +2754,7 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
     tables = [name for (name,) in into.execute(ours)]
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(damaged)) as db:
         into.execute("BEGIN")
+        db.execute("PRAGMA writable_schema=ON")  # Else SQLite reads nothing of a file that is shorter than it was.
         for table, order in itertools.product(tables, ("", "DESC")):
             with contextlib.suppress(sqlite3.Error):
                 for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid {order}"):
@@ -2985,7 +2990,7 @@ class Courier:
         self._history = outbox.history(clock() - policy.window) if policy.window else History()
         self._active = 0  # senders at work
         self._taken_at = -math.inf  # when a sender last took a delivery, monotonic
-        self._accepted_at = outbox.last_accepted()  # when the server last accepted a delivery
+        self._accepted_at = min(outbox.last_accepted(), clock())  # when the server last accepted a delivery
         self._unreported = True  # there may be failures to report
         self._reporting = 0  # the delivery that reports them
         self._clock_offset = clock() - monotonic()
@@ -2996,6 +3001,9 @@ class Courier:
         self._why = ""  # the last plan held something
         self._planned: list[DueMessage] = []  # due, not created yet
         self._retries: list[Delivery] = []  # due, not in the queue yet
+        too_far = outbox.latest_try() - clock() - max(rules.longest, UNANSWERED_PAUSE_S)
+        if too_far > 0:  # The clock was set back since they were written, as on a machine without one of its own.
+            outbox.shift_times(-too_far)
         self._look_again()
         self._void_changed()
 

@@ -169,6 +169,8 @@ def test_subject_says_what_happened_where_no_field_does(subject: str, event: str
         ("Alarm Event: Door opened\n", "Video loss", "alerts", "DOOR_OPENED"),
         ("Alarm Event: Something new\n", "Video loss", "alerts", "MOTION_DETECTED"),
         ("Please test e-mail settings\n", "Video loss", "alerts", "CAMERA_DISCONNECTED"),
+        ("x", "Camera masked", "a", "TAMPER_DETECTED"),
+        ("Channel Name: \u5927\u95e8\n", "\u5927\u95e8\u5f00\u95e8", "alerts", "DOOR_OPENED"),
     ],
 )
 def test_event_is_in_the_field_else_in_the_subject_without_the_name_of_the_camera(text: str, subject: str, recipient: str, event: str) -> None:
@@ -281,7 +283,7 @@ WRITTEN = {
     "blanks behind the encoding": USUAL.replace("Encoding: base64", "Encoding: BASE64 ;  "),
     "text in Base64": written(TEXT, encoding="base64").decode(),
     "text in Base64, unlabelled": written(TEXT, encoding="base64").decode().replace("Transfer-Encoding: base64\n\nQ", "Foo: base64\n\nQ"),
-    "text in Base64, text below it": written(TEXT + "zone 3 of the house\n", encoding="base64").decode().replace("\n\n--=_b1\n", "\n-- \nsent by: me\n--=_b1\n"),
+    "text in Base64, text below it": written(TEXT, encoding="base64").decode().replace("\n\n--=_b1\n", "\n-- \nsent by: me\n--=_b1\n"),
     "text says Base64 and is none": USUAL.replace("Encoding: 7bit", "Encoding: base64"),
     "text in quoted-printable": USUAL.replace("Encoding: 7bit", "Encoding: quoted-printable").replace("Channel Name", "Ch=61nnel=20Na=\nme"),
     "uuencode in the text": f"Subject: Alarm\n\n{TEXT}{uuencoded()}",
@@ -337,6 +339,9 @@ WRITTEN = {
     "HTML labelled as text": mixed("Content-Type: text/plain\n\n<html><p>Alarm Event: Video Loss</p><p>Channel Name: yard", IMAGE),
     "HTML beside a blank text": mixed("Content-Type: text/plain\n\n \n", HTML + "Alarm Event: Video Loss<br>Channel Name: yard", IMAGE),
     "HTML beside a text that says nothing": mixed("Content-Type: text/plain\n\nThis mail is HTML.\n", HTML + "Alarm Event: Video Loss<br/>Channel Name: yard", IMAGE),
+    "HTML that names the character set itself": mixed("Content-Type: text/html\n\n<meta charset=utf-8>Alarm Event: Video Loss<br>Channel Name: yard", IMAGE),
+    "picture in the source of HTML": f"Subject: Alarm\n{HTML}Alarm Event: Video Loss<br>Channel Name: yard<br><img src='data:image/jpeg;base64,{B64}'>bye, bye",
+    "no header at all": f"--=_b\n{PART}\n--=_b\n{IMAGE}\n--=_b--\n",
     "a signature's hyphens": USUAL.replace(TEXT, TEXT + "-- \nNVR\n"),
     "an epilogue": USUAL + "-- End --\n",
 }  # fmt: skip
@@ -510,6 +515,17 @@ def test_line_of_the_text_is_split_after_its_whole_name() -> None:
     said = alert_of(written("Alarm Start Time(D/M/Y H:M:S): 01/02/2026 03:04:05\nOdd (name: 1\nhttp://x/y\n")).said
     assert said["alarm start time(d/m/y h:m:s)"] == "01/02/2026 03:04:05" and said["odd (name"] == "1"
     assert "http" not in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Alarm Event: Video Loss, Time: 2026-11-22 12:11:10, Channel Name: yard, Zone: 3", "Channel Name:yard;Zone:3;Time:2026-11-22 12:11:10;Event Type:Video Loss",
+     "[cam] Event Type : Video Loss | Channel Name [IP-CH1] : yard | zone\uff1a 3 | Time : 2026-11-22 12:11:10", "EVENT TYPE: Video Loss   CHANNEL NAME: yard , zone: 3, time: 2026-11-22 12:11:10"],
+)  # fmt: skip
+def test_one_line_with_several_fields_is_taken_apart(line: str) -> None:
+    alert = alert_of(written(line))
+    assert alert[:2] == ("CAMERA_DISCONNECTED", "yard")
+    assert alert.said["zone"] == "3" and alert.said["time"] == "2026-11-22 12:11:10"
 
 
 def test_mail_whose_end_never_came_says_so() -> None:

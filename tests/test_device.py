@@ -675,7 +675,7 @@ def test_report_comes_though_the_device_restarts_more_often(folder: Path) -> Non
             with outbox.transaction() as db:
                 db.execute("INSERT OR REPLACE INTO parameters VALUES ('report_every', '86400')")
             device.idle()
-            reports.append(len(list(outbox.waiting())))
+            reports.append(len(list(outbox.pending())))
     assert reports == [0] * 24 + [1] * 6
 
 

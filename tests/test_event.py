@@ -315,8 +315,8 @@ def test_token_is_kept_nowhere() -> None:
 
 def test_event_without_an_id_gets_a_fresh_one() -> None:
     first, second = event(), event()
-    assert first.item.fresh and first.item.id != second.item.id and server.EVENT_ID.fullmatch(first.item.id)
-    assert not event(id="x").item.fresh
+    assert first.item.unique and first.item.id != second.item.id and server.EVENT_ID.fullmatch(first.item.id)
+    assert not event(id="x").item.unique
 
 
 def test_event_keeps_its_fields_and_its_lane() -> None:
@@ -352,7 +352,7 @@ def test_too_long_keys_and_values_of_meta_are_cut_and_the_answer_says_so(
     assert content(parsed)["meta"] == kept
     said = "meta cut: a key has at most 100 characters, a value 2000"
     assert parsed.warning == ("" if kept == given else said)
-    assert json.loads(server.answer(smtp.Receipt(parsed.item.id, new=True), parsed)).get("warning", "") == parsed.warning
+    assert json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed)).get("warning", "") == parsed.warning
 
 
 def test_one_answer_warns_of_a_cut_value_and_of_a_dropped_picture() -> None:

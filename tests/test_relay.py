@@ -43,7 +43,7 @@ class Running:
     def __init__(self, folder: Path, outbox: smtp.Outbox | None = None, **settings: Any) -> None:
         self.config = replace(server.RelayConfig(port=0, spool=str(folder / "alerts.db")), **settings)
         self.outbox = outbox or smtp.Outbox(self.config.spool, size_max=self.config.spool_max)
-        self.relay = server.Relay(self.config, self.outbox, server.Watch(self.config, self.outbox), lambda: None)
+        self.relay = server.Relay(self.config, self.outbox, server.CameraMonitor(self.config, self.outbox), lambda: None)
         self.relay.listen()
         self.relay.start()
 
@@ -329,6 +329,22 @@ def test_silent_strangers_give_their_places_to_newcomers_and_known_peers_do_not(
         assert b"queued" in known.recv(4096)
     assert sum("turned out" in record.getMessage() for record in caplog.records) == 1
     assert sum("too many connections" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_strangers_give_way_also_where_the_system_permits_no_more_threads(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    running = run(token=TOKEN)
+    with running.connect() as stranger:
+        until(lambda: running.relay._connections)
+        with monkeypatch.context() as short:
+            short.setattr("server._thread.start_new_thread", cannot)
+            assert [entry["error"] for entry in running.ask(WITH_TOKEN)] == ["busy"]
+        assert [entry["error"] for entry in answers(stranger)] == ["busy"]
+        assert running.ask(WITH_TOKEN)[0]["status"] == "queued"
 
 
 def test_a_stranger_that_does_not_read_its_answers_gives_its_place_at_once(run: Any) -> None:

@@ -506,6 +506,7 @@ DIALOGUES = [
     (b"EHLO a\r\nMAIL FROM a@b\r\nRCPT TO : <@x,@y:c@d>\r\nRCPT TO:<north gate@d>\r\nDATA\r\nx\r\n.\r\nQUIT\r\n", ["c@d", "north gate@d"], b"x\n"),
     (b"  EHLO\ta\r\nMAIL\tFROM:<a@[IPv6:::1]>\r\nRCPT TO:<\"c d\"@e>\r\nRCPT TO:<>\r\nDATA \r\nx\r\n.\r\nQUIT\r\n", ["c d@e", ""], b"x\n"),
     (b"HELO a\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\nsee the recorder\r\n.\r\nQUIT\r\n", ["c@d"], b"x\n"),
+    (b"HELO a\0\r\nMAIL FROM:<a@b>\0\r\nRCPT TO:<c@d>\0\r\nDATA\0\r\nx\r\n.\r\nQUIT\0\r\n", ["c@d"], b"x\n"),
     (b"HELO a\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\n", ["c@d"], b"x\n\n"),
     (b"HELO a\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx", ["c@d"], b"x"),
 ]  # fmt: skip

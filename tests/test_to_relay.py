@@ -36,7 +36,7 @@ def written(text: str, subject: str = "Alert") -> bytes:
 
 
 def kept(outbox: Outbox) -> list[dict[str, Any]]:
-    return [json.loads(payload) for (payload,) in outbox.rows("SELECT payload FROM items ORDER BY seq")]
+    return [json.loads(payload) for (payload,) in outbox.rows("SELECT payload FROM entries ORDER BY seq")]
 
 
 DATED = b"Message-ID: <a@b>\r\nDate: Mon, 21 Sep 2026 14:13:00 +0000\r\n" + written("x")
@@ -219,7 +219,7 @@ def test_relay_that_closes_over_a_picture_gets_the_alarm_without_it_and_nothing_
         for size, camera in ((10, "one"), (3_000_000, "two"), (10, "three")):
             smtp.sendmail("cam", "alerts", with_picture(size, camera).replace(b"Channel", b"image_b64: x\r\nChannel"))
     events = relay.wait_for(3)
-    assert [(event["camera"], "image_b64" in event) for event in events] == [("one", True), ("two", False), ("three", True)]
+    assert {event["camera"]: "image_b64" in event for event in events} == {"one": True, "two": False, "three": True}
     assert program.logged("MOTION_DETECTED of two is too large for the relay: it goes without its picture")
     assert program.stop() == 0
     relay.close()

@@ -91,6 +91,7 @@ class Sink:
         self.pipelining, self.tls, self.auth, self.size = pipelining, tls, auth, size
         self.interval_s = 0.0  # a RCPT is deferred for so long after each mail
         self.mails_per_connection = 0  # MAIL is deferred after so many; 0: never
+        self.too_big: tuple[int, str, str] | None = None  # larger mails: at "mail" or "dot" this reply
         self.mails: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []
         self.commands: Counter[str] = Counter()  # received, by their verbs in lower case
@@ -210,7 +211,7 @@ class Session:
             if step == "data":
                 self._data(line + early)
                 continue
-            code = self._reply(step, self._answer(step), line + early)
+            code = self._reply(step, self._answer(step, line), line + early)
             if step == "starttls" and code == 220 and self.sink.tls:
                 self._start_tls(self.sink.tls)
             elif step == "mail":
@@ -220,9 +221,12 @@ class Session:
             elif step == "quit":
                 raise Closed
 
-    def _answer(self, step: str) -> str:
+    def _answer(self, step: str, line: str) -> str:
         """The reply to a command where no fault is scripted."""
         sink = self.sink
+        announced = re.search(r" SIZE=(\d+)", line)
+        if step == "mail" and announced and (reply := self._too_big(step, int(announced[1]))):
+            return reply
         if step == "ehlo":
             return self._capabilities()
         if step == "mail" and 0 < sink.mails_per_connection <= self._mails:
@@ -232,6 +236,11 @@ class Session:
         if step == "rcpt" and sink.too_soon():
             return "450 4.7.1 you send too fast"
         return REPLIES.get(step, "500 what?")
+
+    def _too_big(self, step: str, size: int) -> str:
+        """The reply to a mail that is larger than the script allows, or ""."""
+        limit, where, reply = self.sink.too_big or (ALWAYS, step, "")
+        return reply if step == where and size > limit else ""
 
     def _start_tls(self, tls: ssl.SSLContext) -> None:
         self._buffer.clear()
@@ -245,7 +254,7 @@ class Session:
     def _capabilities(self) -> str:
         sink = self.sink
         words = ["faultsink", "8BITMIME", "ENHANCEDSTATUSCODES"]
-        words += ["PIPELINING"] * sink.pipelining + [f"SIZE {sink.size}"] * bool(sink.size)
+        words += ["PIPELINING"] * sink.pipelining + [f"SIZE {sink.size}".removesuffix(" 0")]
         words += ["STARTTLS"] * bool(sink.tls and not isinstance(self.sock, ssl.SSLSocket)) + ["AUTH PLAIN"] * sink.auth
         return "\r\n".join(f"250{' ' if word is words[-1] else '-'}{word}" for word in words)
 
@@ -261,7 +270,7 @@ class Session:
             raise Closed
         self._mails += 1
         described = describe(mail) | {"to": self._recipients, "session": self._accepted}
-        return self._reply("dot", "250 2.0.0 taken", to, described) and None
+        return self._reply("dot", self._too_big("dot", len(mail)) or "250 2.0.0 taken", to, described) and None
 
     def _body(self, most: int) -> bytes:
         """Read a mail up to its final dot. Raises Closed after `most` bytes."""
@@ -284,7 +293,8 @@ class Session:
         if what[:1].isdigit():
             text = what if " " in what else f"{what} scripted"
         if mail is not None and what != "drop":
-            sure = "yes" if what in ("", "slow", "reset") else "no" if what[:1].isdigit() else "unknown"
+            unclear = what not in ("", "slow", "reset") and not what[:1].isdigit()
+            sure = "unknown" if unclear else "yes" if text[0] == "2" else "no"
             self.sink.store(mail | {"answered": sure, "fault": what, "code": int(text[:3])})
         if fault and what in ("drop", "die", "garbage", "stall", "endless", "lost"):
             return self._misbehave(what)

@@ -268,8 +268,10 @@ class Driver:
     """Clients, each a thread with one connection: it sends a batch, reads the answers, and sends again what was not
     acknowledged. Some events have long fields in several scripts, some have pictures."""
 
-    def __init__(self, port: Callable[[], int], clients: int, seed: int, picture_max: int = 60_000) -> None:
-        self.record, self._port, self._picture_max = Record(), port, picture_max
+    def __init__(
+        self, port: Callable[[], int], clients: int, seed: int, picture_max: int = 60_000, long_fields: bool = True
+    ) -> None:
+        self.record, self._port, self._picture_max, self._long_fields = Record(), port, picture_max, long_fields
         self._allowed, self._lock, self._idle = 0, threading.Condition(), 0
         self._ended, self._number = False, itertools.count()
         self._threads = [
@@ -330,8 +332,8 @@ class Driver:
         if rng.random() < 0.3 and self._picture_max:
             picture = b"\xff\xd8\xff" + rng.randbytes(rng.randrange(self._picture_max))
             fields |= {"image_filename": "a.jpg", "image_b64": base64.b64encode(picture).decode()}
-        if rng.random() < 0.2:
-            marks = long_fields(name, fields, rng)
+        if self._long_fields and rng.random() < 0.2:
+            marks = lengthen(name, fields, rng)
         else:
             fields["meta"] = {"number": 4}
         line = json.dumps(fields, ensure_ascii=rng.random() < 0.5).encode() + b"\n"
@@ -380,7 +382,7 @@ class Driver:
 SCRIPTS = ("abcdefghij ", "\u0641\u0627\u0631\u0633\u06cc ", "\u6444\u50cf\u5934", "\U0001f4f7 ", "<b>&amp;\"'\\", f"{'x' * 99} ")
 
 
-def long_fields(name: str, fields: dict[str, Any], rng: random.Random) -> set[str]:
+def lengthen(name: str, fields: dict[str, Any], rng: random.Random) -> set[str]:
     """Add a long link, file name and meta to an event; the marks by which its mail shows them."""
     filling = rng.choice(SCRIPTS) * 400
     kinds = ["meta", "last", "link"] + ["file"] * ("image_b64" in fields)
@@ -406,12 +408,13 @@ class Stage:
     """Sink, relay and clients in a folder of their own. On leaving, all of it is removed."""
 
     def __init__(self, product: Path = ROOT, *, seed: int = 1, clients: int = 3, picture_max: int = 60_000,
-                 recipients: Sequence[str] = (OWNER,), sink: dict[str, Any] | None = None, **environ: str) -> None:  # fmt: skip
+                 long_fields: bool = True, recipients: Sequence[str] = (OWNER,), sink: dict[str, Any] | None = None,
+                 **environ: str) -> None:  # fmt: skip
         self.folder, self.recipients = Path(tempfile.mkdtemp(prefix="proof-")), tuple(recipients)
         self.sink = Sink(self.folder / "got.jsonl", seed=seed, **(sink or {}))
         environ = {"ALERT_RECIPIENT": ",".join(recipients), "ALERT_SENDERS": str(SENDERS)} | environ
         self.relay = Relay(self.folder, self.sink.port, product, **environ)
-        self.driver = Driver(lambda: self.relay.port, clients, seed, picture_max)
+        self.driver = Driver(lambda: self.relay.port, clients, seed, picture_max, long_fields)
         self.record = self.driver.record
         self.replanned: set[str] = set()  # failed once and were retried: a digest of them may be another message
         self.damaged: set[str] = set()  # their pictures may be missing
@@ -442,8 +445,16 @@ class Stage:
         if retry:
             self.replanned |= {row["id"] for row in self.relay.queue() if row["state"] == "failed"}
             self.relay.command("retry", "all")
-        until("nothing waits", lambda: self.relay.counts()["queued"] == 0, HEAL_S)
+        self.drain()
         return time.monotonic() - began
+
+    def drain(self) -> None:
+        """Wait until nothing waits. Raises Red, which says what still does."""
+        try:
+            until("nothing waits", lambda: self.relay.counts()["queued"] == 0, HEAL_S)
+        except Red as red:
+            left = [row for row in self.relay.queue() if row["state"] != "failed"]
+            raise Red(f"{red}: {len(left)} wait, {left[:1]}") from None
 
     def delivered(self) -> dict[str, list[dict[str, Any]]]:
         """The mails in which each alert came."""
