@@ -274,7 +274,10 @@ class Link:
 
 
 def converse(
-    link: Link, session: Session, deliver: Callable[[Mail], bytes], refused: Callable[[bytes], object] = bool
+    link: Link,
+    session: Session,
+    deliver: Callable[[Mail], bytes],
+    refused: Callable[[bytes], None] = lambda reply: None,
 ) -> None:
     """Carry one session from its greeting to its end; `refused` hears of every reply that refuses something."""
     try:
@@ -301,7 +304,7 @@ def converse(
     link.close(last)
 
 
-def answer(link: Link, session: Session, refused: Callable[[bytes], object]) -> None:
+def answer(link: Link, session: Session, refused: Callable[[bytes], None]) -> None:
     """Send the pending reply."""
     reply = session.take_reply()
     if reply >= b"4":
@@ -1193,16 +1196,19 @@ MORE_LABELS = {
     "utf_16_be": "unicodefffe",
     "gb18030": "gb2312 gbk x_gbk x_gb2312 gb_2312 gb_2312_80 csgb2312 x_euc_cn cn_gb gb18030_2022",
     "big5hkscs": "big5 cp950 x_x_big5 x_big5 cn_big5",
-    "cp932": "shift_jis x_sjis x_ms_cp932",
+    "cp932": "shift_jis x_sjis x_ms_cp932 windows_31j",
     "euc_jp": "x_euc_jp x_euc cseucpkdfmtjapanese",
     "iso2022_jp_ext": "iso2022_jp csiso2022jp",
-    "cp949": "euc_kr ks_c_5601_1989 windows_949 x_windows_949 csksc56011987 iso_ir_149",
+    "cp949": "euc_kr ks_c_5601_1989 windows_949 x_windows_949 csksc56011987 cseuckr ksc_5601 iso_ir_149",
     "cp874": "windows_874 x_windows_874 dos_874 iso_8859_11 iso8859_11 tis_620",
     "iso8859_8": "iso_8859_8_i iso_8859_8_e csiso88598i csiso88598e logical visual",
     "iso8859_6": "iso_8859_6_i iso_8859_6_e csiso88596i csiso88596e",
     "cp1252": "latin_1 x_ansi",
     "mac_cyrillic": "x_mac_cyrillic x_mac_ukrainian",
-    "mac_roman": "x_mac_roman",
+    "iso8859_2": "iso88592",
+    "iso8859_7": "sun_eu_greek",
+    "iso8859_15": "csisolatin9",
+    "mac_roman": "x_mac_roman csmacintosh mac",
     "koi8_u": "koi8_ru",
     "koi8_r": "koi koi8",
     **{f"cp125{n}": f"x_cp125{n} win{n} win_125{n}" for n in range(9)},
@@ -2259,8 +2265,8 @@ def stray_picture(content: bytes) -> Picture | None:
         for start in (b"/9j/", b"iVBORw0KGgo", b"R0lGOD"):
             at = content.find(before + start) + len(before)
             if at >= len(before) and PICTURES.match(decode_base64(content[at : at + 64])):
-                end = BASE64_RUN.match(content, at).end()  # type: ignore[union-attr]
-                return Picture("", decode_base64, Piece("", "", "", "", content, at, end).raw)
+                run = BASE64_RUN.match(content, at)
+                return Picture("", decode_base64, Piece("", "", "", "", content, at, run.end() if run else at).raw)
     return None
 
 
@@ -2378,9 +2384,10 @@ SENTENCES = [  # where no line `label: value` says it
 ]
 EVENTS = {  # words of the event, or of the Subject; the first event of which one is found
     "TAMPER_DETECTED": (
-        "tamper", "mask", "blind", r"\bcover", "obstru", "occlu", "scene ?chang", "defocus", "manipulaci", "sabota",
-        "adultera", "violacao", "tapad", "tampon", "obtura", "verdeck", "abgedeckt", "abdeck", "manomi", "oscura",
-        "ostru", "cambio de escena", "mudanca de cena", "szenenwechsel", "закрыти", "маскир", "саботаж", "заслон",
+        "tamper", "mask", "blind", r"\bcover", "obstru", "occlu", "scene ?chang", "defocus", "manipula", "sabota",
+        "adultera", "violacao", "masqu", "enmascar", "mascaramento", "ocult", "tapad", "tampon", "obtura", "verdeck",
+        "abgedeckt", "abdeck", "manomi", "oscura", "ostru", "cambio (de e)?scena", "mudanca de cena",
+        "changement de scene", "desenfo", "desfoc", "szenenwechsel", "закрыти", "маскир", "саботаж", "заслон",
         "расфокус", r"смен\w+ сцен", "遮挡", "遮蔽", "场景变更", "虚焦", "防拆",
     ),
     "CAMERA_RECONNECTED": (
@@ -2393,9 +2400,9 @@ EVENTS = {  # words of the event, or of the Subject; the first event of which on
     "CAMERA_DISCONNECTED": (
         r"video\s*(signal\s*)?los[st]", r"no (video|signal)\b", "signal los[st]", "disconnect", "offline",
         "lost (connection|video|signal)", "(connection|communication) (lost|error)",
-        "(perdida|perda) d[eoa] (video|senal|sinal|conexion|conexao|imagem)", "video perdid", "sin (senal|video)",
+        "(perdida|perda) (d[eoa] )?(video|senal|sinal|conexion|conexao|imagem)", "video perdid", "sin (senal|video)",
         "sem (sinal|video)", "desconex", "desconect", "fuera de linea", "fora do ar", "(video|bild|signal)verlust",
-        "kein (video|signal|bild)", r"verbindung\w* (unterbrochen|verloren|getrennt)",
+        "kein (video|signal|bild)", r"verbindung\w* (unterbrochen|verloren)", "getrennt",
         "perte (de |du )?(la )?(video|signal|connexion)", "deconn", "hors ligne",
         "perdita (di |del )?(video|segnale|connessione)", "disconness", "scollegat",
         r"потер\w+ (видео|сигнал|связ|соедин)", "нет (видео|сигнал|связи)", "отключен", "обрыв", "не в сети",
@@ -2403,7 +2410,7 @@ EVENTS = {  # words of the event, or of the Subject; the first event of which on
     ),
     "DOOR_OPENED": (
         r"\bdoor\b", r"^\W*(is |was )?open(ed)?\W*$", r"\bpuerta\b", r"\bporta\b", r"\bportao\b",
-        r"\btur(en|kontakt|offnung)?\b", r"\bporte\b", r"\bдвер", "开门", "门磁", "门禁",
+        r"\btur(en|kontakt|offnung)?\b", r"\bporte\b", r"\bдвер", "开门", "门(被|已)?打开", "门磁", "门禁",
     ),
     "SYSTEM_RESTARTED": (
         "restart", "reboot", r"power.?on\b", "start.?up", "boot(ed)? up", "reinici", "neustart", "neu gestartet",
@@ -2431,7 +2438,7 @@ ALARM_WORDS = (
 END_WORDS = (
     "stop(ped)?", "end(ed)?", "finished", "fin", "finalizad[oa]", "terminad[oa]", "detenid[oa]", "fim",
     "encerrad[oa]", "ende", "beendet", "gestoppt", "terminee?", "arretee?", "fine", "terminat[oa]", "cessat[oa]",
-    "окончен[аоы]?", "окончание", "завершен[аоы]?", "стоп", "结束", "停止", "解除", "消失",
+    "окончен[аоы]?", "окончание", "конец", "завершен[аоы]?", "стоп", "结束", "停止", "解除", "消失",
 )  # fmt: skip
 
 
@@ -2815,9 +2822,13 @@ def run(
         else:
             kind = LenientSession if rules.lenient else Session
             session = kind(rules, smtp.is_loopback(link.address), trace)
-            link.whole_lines = not rules.lenient  # a slow uplink that sends steadily is not slow
-            refused = functools.partial(refusals.add, link.address) if rules.lenient else bool
-            converse(link, session, lambda mail: safely(app.deliver, mail, link.address), refused)
+            deliver = functools.partial(safely, app.deliver)
+            if rules.lenient:
+                link.whole_lines = False  # a slow uplink that sends steadily is not slow
+                refused = functools.partial(refusals.add, link.address)
+                converse(link, session, lambda mail: deliver(mail, link.address), refused)
+            else:
+                converse(link, session, lambda mail: deliver(mail, link.address))
 
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)
@@ -2836,7 +2847,7 @@ def run(
         else:
             more = GATEWAY_SESSIONS - 1 if rules.lenient else 0
             handle = functools.partial(safely, attend)
-            helpers = [threading.Thread(target=server.serve, args=(handle, bool)) for _ in range(more)]
+            helpers = [threading.Thread(target=server.serve, args=(handle, lambda: None)) for _ in range(more)]
             for helper in helpers:
                 helper.start()
                 stack.callback(helper.join)

@@ -2115,8 +2115,9 @@ DELIVERY_COLUMNS = "number, kind, entries, recipient, recipients, tries, tried_a
 
 @dataclass
 class History:
-    """What was sent: when deliveries of the last day were accepted, how many open ones were never tried, and when a
-    message of each group and kind was last created. `paused` are the recipients to whom nothing can go now."""
+    """What was sent: when deliveries of the last day were accepted, how many open ones go next without being planned
+    (`untried`), and when a message of each group and kind was last created. `paused` are the recipients to whom nothing
+    can go now."""
 
     times: Sequence[float] = ()
     untried: int = 0
@@ -2432,8 +2433,9 @@ class Outbox:
             history.kinds[kind] = history.groups[group_kind, source] = when
         return history
 
-    def budget(self, now: float, limit: int) -> tuple[list[float], int]:
-        """When the newest `limit` deliveries of the last day were accepted, and how many open ones were never tried.
+    def budget(self, now: float, limit: int, under_way: Collection[int] = ()) -> tuple[list[float], int]:
+        """When the newest `limit` deliveries of the last day were accepted, and how many open ones were never tried or
+        are `under_way`.
 
         Some may have ended since `now`, or the clock was set back: those of the next day count, too.
         """
@@ -2441,8 +2443,10 @@ class Outbox:
         with self._lock:
             self.flush()
             rows = self.rows(f"{sql} ORDER BY finished_at DESC LIMIT ?", now - DAY_S, now + DAY_S, limit)
-            untried = self.rows("SELECT count(*) FROM deliveries WHERE state = 'open' AND tried_at = 0")[0][0]
-        return [when for (when,) in reversed(rows)], untried
+            which = "state = 'open' AND (tried_at = 0 OR number IN (SELECT value FROM json_each(?)))"
+            sql = f"SELECT count(*) FROM deliveries WHERE {which}"
+            reserved = self.rows(sql, json.dumps(list(under_way)))[0][0]
+        return [when for (when,) in reversed(rows)], reserved
 
     def create(self, due: Sequence[DueMessage], now: float) -> list[Delivery]:
         """Make deliveries of what is due, durably: from now on each is the same message, whatever happens.
@@ -2651,11 +2655,21 @@ class Outbox:
         with self._transaction() as db:
             db.execute("UPDATE entries SET state = 'failed', error = ? WHERE state IN ('waiting', 'sending') AND seq = ?", (why, seq))
 
-    def shift_times(self, seconds: float) -> None:
-        """The clock was set by so many seconds: the times of open deliveries move with it."""
+    def shift_times(self, since: float, until: float, seconds: float) -> None:
+        """The clock was set by so many seconds: the times that were noted from `since` to `until` move with it."""
+        moved = [("deliveries", "next_try", "max(created_at, tried_at)"), ("entries", "finished_at", "finished_at")]
+        moved += [("deliveries", name, name) for name in ("created_at", "tried_at", "first_failed", "finished_at")]
         with self._transaction() as db:
-            sql = "UPDATE deliveries SET next_try = next_try + ?, first_failed = first_failed + ? WHERE state = 'open'"
-            db.execute(sql, (seconds, seconds))
+            for table, name, noted in moved:
+                sql = f"UPDATE {table} SET {name} = {name} + ? WHERE {noted} BETWEEN ? AND ?"
+                db.execute(sql, (seconds, since, until))
+
+    def limit_times(self, now: float, longest: float) -> None:
+        """No open delivery waits longer than `longest`, or has failed in the future: another clock may have said so."""
+        with self._transaction() as db:
+            latest = "CASE WHEN tried_at = 0 THEN ?1 ELSE ?1 + ?2 END"
+            sql = f"UPDATE deliveries SET next_try = min(next_try, {latest}), first_failed = min(first_failed, ?1)"
+            db.execute(f"{sql} WHERE state = 'open' AND (next_try > {latest} OR first_failed > ?1)", (now, longest))
 
     def prune(self, now: float) -> int:
         """Forget what ended more than MEMORY_S ago, a little at a time; the number of entries forgotten. A delivery is
@@ -2673,10 +2687,6 @@ class Outbox:
     def last_accepted(self) -> float:
         """When a delivery was last accepted by the server; 0: none that is remembered."""
         return float(self.rows("SELECT max(finished_at) FROM deliveries WHERE state = 'sent'")[0][0] or 0.0)
-
-    def latest_try(self) -> float:
-        """When the last of the open deliveries is due; 0: there are none."""
-        return float(self.rows("SELECT max(next_try) FROM deliveries WHERE state = 'open'")[0][0] or 0.0)
 
     def counts(self) -> dict[str, int]:
         """How many entries wait (created or not), were sent (and are remembered), failed."""
@@ -2784,8 +2794,8 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
                 " ORDER BY seq"
             ).fetchall()
             deliveries = db.execute(
-                "SELECT entries, recipient, state, next_try, tries, error FROM deliveries WHERE state IN ('open', 'failed')"
-                " ORDER BY number"
+                "SELECT entries, recipient, state, next_try, tried_at, tries, error FROM deliveries"
+                " WHERE state IN ('open', 'failed') ORDER BY number"
             ).fetchall()
             status = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM status")}
     except sqlite3.Error as error:
@@ -2812,6 +2822,8 @@ def _queue_row(entry: sqlite3.Row, deliveries: Sequence[sqlite3.Row], status: Ma
         held.append(hold)
     next_try = dict.fromkeys(recipients, 0.0) | {one["recipient"]: one["next_try"] for one in mine}
     next_try |= {name: pauses[name]["until"] for name in recipients if name in pauses}  # whatever is tried then
+    if (full := status.get("full")) and mine and all(one["tried_at"] for one in mine):  # A retry needs a place, too.
+        held.append(full)
     due = max([min(next_try.values(), default=0.0), *(one["until"] for one in held)])
     if all(name in pauses for name in recipients):
         held += [pauses[name] for name in recipients]
@@ -2949,6 +2961,7 @@ class _Work(NamedTuple):
     about: str
     has_pictures: bool
     began: float  # monotonic
+    clock_offset: float  # from the monotonic clock to the other one
 
 
 def write_request(path: Path, content: object, mode: int = 0o600) -> None:
@@ -2987,24 +3000,23 @@ class Courier:
         self._queue: deque[Delivery] = deque()  # created and due, with no sender yet
         self._with_senders: dict[int, Delivery] = {}  # those that senders have, by number
         self._troubles: dict[str, Trouble] = {}
-        self._history = outbox.history(clock() - policy.window) if policy.window else History()
+        self._history = self._read_history()
         self._active = 0  # senders at work
         self._taken_at = -math.inf  # when a sender last took a delivery, monotonic
         self._accepted_at = min(outbox.last_accepted(), clock())  # when the server last accepted a delivery
         self._unreported = True  # there may be failures to report
         self._reporting = 0  # the delivery that reports them
-        self._clock_offset = clock() - monotonic()
+        self._started, self._clock_offset = monotonic(), clock() - monotonic()
         self._kept_house = -math.inf
         self._published: object = None
         self._groups: set[str] = set()  # those whose recipients `queue` can show
         self._last_error = ""  # of the machine, logged once
         self._why = ""  # the last plan held something
+        self._full_until = 0.0  # the daily limit is used up
         self._planned: list[DueMessage] = []  # due, not created yet
         self._retries: list[Delivery] = []  # due, not in the queue yet
-        too_far = outbox.latest_try() - clock() - max(rules.longest, UNANSWERED_PAUSE_S)
-        if too_far > 0:  # The clock was set back since they were written, as on a machine without one of its own.
-            outbox.shift_times(-too_far)
         self._look_again()
+        self._outbox.limit_times(clock(), max(rules.longest, UNANSWERED_PAUSE_S))
         self._void_changed()
 
     # life
@@ -3188,7 +3200,10 @@ class Courier:
         if not (self._queue or self._retries or self._planned):
             now, most = self._clock(), 1 if self._paused(EVERYTHING) else FILL
             if self._policy.limit:
-                self._history.times, self._history.untried = self._outbox.budget(now, self._policy.limit)
+                budget = self._outbox.budget(now, self._policy.limit, self._with_senders)
+                self._history.times, self._history.untried = budget
+                full = len(self._history.times) >= self._policy.limit
+                self._full_until = self._history.times[0] + DAY_S if full else 0.0
             self._find_retries(now, most)
             if len(self._retries) < most:
                 self._plan(now, most)
@@ -3203,7 +3218,6 @@ class Courier:
         other is with a sender. Those that were tried before need a free place in the daily limit."""
         limit, with_senders = self._policy.limit, self._with_senders.values()
         room = limit - len(self._history.times) - self._history.untried if limit else math.inf
-        room -= sum(one.tried_at > 0 for one in with_senders)
         troubled = self._troubles_now()
         if now >= self._retry_at:
             self._retries, self._retry_at = self._outbox.due(now, self._with_senders, troubled, most, room)
@@ -3258,7 +3272,7 @@ class Courier:
             message = self._policy.render(delivery, entries)
             prepared = PreparedMessage(message, delivery.recipient)
             pictures = any(entry.has_picture for entry in entries)
-            held.append(_Work(delivery, prepared, message.about, pictures, began))
+            held.append(_Work(delivery, prepared, message.about, pictures, began, self._clock_offset))
             return True
         except Damaged as error:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
@@ -3309,6 +3323,9 @@ class Courier:
             self._note_failure(EVERYTHING, outcome, work.began)
             self._release(delivery)
             return
+        first_failed, step = delivery.first_failed, self._clock_offset - work.clock_offset
+        if first_failed and (step > 0 or first_failed >= self._started + work.clock_offset):
+            delivery = delivery._replace(first_failed=first_failed + step)  # The clock may have been set meanwhile.
         with self._changed:
             paused = self._paused(delivery.recipient)
             probe, accepted_at = bool(paused and work.began >= paused.since), self._accepted_at
@@ -3333,7 +3350,7 @@ class Courier:
             self._release(delivery)
             self._unreported |= delivery.refused or delivery.state == "failed"
             if self._policy.limit and delivery.state != "open":
-                self._wake = 0.0  # Its place in the daily limit may be free.
+                self._planned_at = math.inf  # Its place in the daily limit may be free: plan anew.
 
     def _flush(self) -> None:
         """Write the outcomes. While they cannot be written nothing new is begun, or it would be sent twice."""
@@ -3423,19 +3440,29 @@ class Courier:
             self._keep_house()
         self._publish()
 
+    def _read_history(self) -> History:
+        window = self._policy.window
+        return self._outbox.history(self._clock() - window) if window else History()
+
     def _void_changed(self) -> None:
         if number := self._outbox.void_changed(self._policy.recipients):
             log.info("%d deliveries to somebody who is no longer a recipient are planned anew", number)
 
     def _follow_clock(self) -> None:
-        """When the clock was set, times that were noted before move with it, so that nothing ages by that."""
+        """When the clock was set, times that were noted before move with it, so that nothing ages by that. Set back, it
+        may have been right before this program began: what was noted then stays."""
         step = self._clock() - self._monotonic() - self._clock_offset
         if abs(step) > CLOCK_STEP_S:
+            began = self._started + self._clock_offset if step < 0 else -math.inf
+            until = self._monotonic() + self._clock_offset
+            self._outbox.shift_times(began, until, step)
+            self._outbox.limit_times(self._clock(), max(self._rules.longest, UNANSWERED_PAUSE_S))
             self._clock_offset += step
             self._published = None
-            self._outbox.shift_times(step)
             with self._changed:
-                self._accepted_at += step
+                self._history = self._read_history()
+                self._accepted_at += step if self._accepted_at >= began else 0.0
+                self._queue.clear()  # It is found again, with its times moved.
                 self._look_again()
 
     def _keep_house(self) -> None:
@@ -3482,10 +3509,11 @@ class Courier:
             pauses = {key: {"why": str(one.outcome), "until": one.until + ahead} for key, one in paused.items()}
             holds = self._why and self._wake < math.inf and self._planned_to
             hold = {"why": self._why, "until": self._wake, "upto": self._planned_to} if holds else {"upto": 0}
-            published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold
+            full = {"why": "the daily limit is used up", "until": self._full_until} if self._full_until else None
+            published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold, full
         recipients = {" ".join(group): self._policy.recipients(*group) for group in self._outbox.groups()}
         if published != self._published or not self._groups.issuperset(recipients):
-            self._outbox.publish_status(pauses=pauses, hold=hold, recipients=recipients)
+            self._outbox.publish_status(pauses=pauses, hold=hold, full=full, recipients=recipients)
             self._published, self._groups = published, set(recipients)
 
 

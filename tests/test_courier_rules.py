@@ -34,14 +34,13 @@ AWAY = smtp.judge_error("connect", ConnectionRefusedError())
 class Policy:
     """Each entry is a message to everybody in `to`."""
 
-    window, limit = 0.0, 0
-
-    def __init__(self, *to: str) -> None:
-        self.to = to
+    def __init__(self, *to: str, limit: int = 0) -> None:
+        self.to, self.limit, self.window = to, limit, smtp.DAY_S if limit else 0.0
 
     def plan(self, waiting: Iterable[PendingEntry], sent: History, now: float, most: int) -> Plan:
         due = [DueMessage((one.seq,), tuple(name for name in self.to if name not in one.served)) for one in waiting]
-        return Plan([message for message in due if not sent.paused.issuperset(message.recipients or {""})])
+        due = [message for message in due if not sent.paused.issuperset(message.recipients or {""})]
+        return Plan(due[: self.limit - len(sent.times) - sent.untried] if self.limit else due)
 
     def recipients(self, kind: str, source: str) -> tuple[str, ...]:
         return self.to
@@ -53,8 +52,8 @@ class Policy:
 class Rig:
     """An outbox, and a courier that is run by hand with a clock of the test's own. `say` gives the outcomes."""
 
-    def __init__(self, spool: Path, clock: Clock, *to: str, **rules: Any) -> None:
-        self.spool, self.clock, self.policy = spool, clock, Policy(*(to or (ANN,)))
+    def __init__(self, spool: Path, clock: Clock, *to: str, limit: int = 0, **rules: Any) -> None:
+        self.spool, self.clock, self.policy = spool, clock, Policy(*(to or (ANN,)), limit=limit)
         self.rules = smtp.RetryRules(**{"first": 10.0, "longest": 100.0, **rules})
         self.away: Outcome | None = None
         self.say: Callable[[str, str], Outcome] = lambda entry, name: YES
@@ -186,3 +185,88 @@ def test_what_fails_again_after_a_retry_shows_who_has_not_got_it_now(rig: Callab
     r.request("retry", "a")
     r.run()
     assert r.queue()["a"]["recipients"] == [BOB]
+
+
+def test_a_retry_that_needs_a_place_in_the_daily_limit_is_held_until_there_is_one(rig: Callable[..., Rig]) -> None:
+    r = rig(limit=2)
+    r.say = lambda entry, name: LATER if entry == "a" else YES
+    r.put("a")
+    r.run()
+    r.put("b", "c")
+    r.run()
+    r.say = lambda entry, name: YES
+    assert r.later(10) == []
+    row = r.queue()["a"]
+    assert (row["state"], row["error"]) == ("held", "the daily limit is used up")
+    assert row["next"] == smtp.iso(r.clock() - 10 + smtp.DAY_S)
+    assert r.later(smtp.DAY_S) == [("a", ANN)]
+
+
+# the daily limit, and a clock that is set
+
+
+def test_retries_and_new_mails_that_are_due_together_do_not_exceed_the_daily_limit(rig: Callable[..., Rig]) -> None:
+    r = rig(limit=3)
+    r.say = lambda entry, name: LATER
+    r.put("a", "b")
+    r.run()
+    r.say = lambda entry, name: YES
+    r.put("c", "d", "e")
+    r.later(10)
+    assert r.outbox.counts() == {"queued": 2, "sent": 3, "failed": 0}
+
+
+def test_a_delivery_that_was_never_tried_goes_though_the_clock_was_set_back(rig: Callable[..., Rig]) -> None:
+    r = rig()
+    r.say = lambda entry, name: smtp.judge("dot", 550, "5.4.5 quota exceeded")
+    r.put("a")
+    r.run()
+    r.clock.now -= 400 * smtp.DAY_S
+    r.courier.tick()
+    r.say = lambda entry, name: YES
+    assert r.later(10) == [("a", ANN)]
+
+
+@pytest.mark.parametrize("back", [600.0, 10 * smtp.DAY_S, 19_000 * smtp.DAY_S])
+def test_a_machine_that_starts_in_the_past_and_then_hears_the_time_tries_again_within_an_hour(
+    rig: Callable[..., Rig], back: float
+) -> None:
+    r = rig()
+    r.say = lambda entry, name: LATER
+    r.put("a")
+    r.run()
+    r.outbox.close()
+    r.clock.now -= back
+    r.start()
+    r.clock.now += back
+    r.courier.tick()
+    r.say = lambda entry, name: YES
+    assert r.later(3600) == [("a", ANN)]
+
+
+def test_a_clock_that_is_set_while_a_mail_is_under_way_does_not_make_it_fail(rig: Callable[..., Rig]) -> None:
+    r = rig()
+    r.put("b", "a")
+    r.say = lambda entry, name: LATER if entry == "a" else YES
+    r.run()
+    r.put("c")
+    r.later(5)
+
+    def set_clock(entry: str, name: str) -> Outcome:
+        r.clock.now += 10 * smtp.DAY_S
+        r.courier.tick()
+        return LATER
+
+    r.say = set_clock
+    assert r.later(10) == [("a", ANN)]
+    assert r.outbox.counts()["failed"] == 0
+
+
+def test_what_was_sent_before_the_clock_was_set_is_still_a_duplicate(rig: Callable[..., Rig]) -> None:
+    r = rig()
+    r.put("a")
+    r.run()
+    r.clock.now += 10 * smtp.DAY_S
+    r.courier.tick()
+    r.put("a")
+    assert r.run() == []

@@ -726,7 +726,7 @@ def test_a_step_of_the_clock_moves_the_times_of_open_deliveries(outbox: Outbox) 
     outbox.put([entry("a")])
     (delivery,) = create(outbox)
     finish(outbox, delivery, state="open", next_try=100.0, tried_at=1.0, first_failed=1.0)
-    outbox.shift_times(-50.0)
+    outbox.shift_times(-1e9, 1e9, -50.0)
     ((moved,), _) = outbox.due(60.0, (), (), 9, 9)
     assert moved.first_failed == -49.0 and outbox.due(40.0, (), (), 9, 9) == ([], 50.0)
 

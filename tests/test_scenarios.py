@@ -394,9 +394,11 @@ class Ledger:
         self.by_seq: dict[int, Alert] = {}
         self.made: dict[int, Made] = {}
         self.transactions: list[Transaction] = []
+        self.in_flight: set[Transaction] = set()
         self.attempts: list[tuple[float, str]] = []  # to connect in vain, or to deliver
         self.accepted: list[tuple[float, int]] = []  # and told so
         self.failures: Counter[str] = Counter()  # in a row, of each recipient
+        self.unsure: set[str] = set()  # whose pause may be over, because nothing was left to try
         self.failing_since: dict[str, float] = {}  # since the first failure of that row was known
         self.down: Outcome | None = None  # the last trouble about us, until it is over
         self.down_since = 0.0
@@ -432,12 +434,14 @@ class Ledger:
         messages: dict[tuple[tuple[int, ...], tuple[str, ...]], list[Delivery]] = defaultdict(list)
         for delivery in created:
             messages[delivery.entries, delivery.recipients].append(delivery)
-        if self.down and len(messages) > 1:
+        if self.down and len(messages) > (2 if self._simulation.setup.plain else 1):
             raise Violation("created while all mail waits", f"{len(messages)} messages at once")
         for (seqs, recipients), deliveries in messages.items():
             alerts = tuple(self.by_seq[seq] for seq in seqs)
             self._note(f"created {','.join(alert.id for alert in alerts)} for {', '.join(recipients)}")
             self._check_created(alerts, recipients)
+            for name in recipients:
+                self._forgive(name)
             for delivery in deliveries:
                 self.made[delivery.number] = Made(delivery.number, alerts, delivery.recipient)
             for alert in alerts:
@@ -474,7 +478,8 @@ class Ledger:
                 continue
             again = any(alert.planned_again for alert in alerts)
             for group in groups:
-                for when in self.created_at[group] if not again else ():
+                overdue = any(wall - alert.wall > setup.cooldown for alert in alerts)
+                for when in self.created_at[group] if not (again or overdue) else ():
                     if self._now - when < setup.cooldown - 1:
                         raise Violation("two mails in one cooldown", f"{group} at {when:.1f} and now")
                 if not again:
@@ -513,6 +518,7 @@ class Ledger:
         if not any(made.recipient == name and made.state == "open" for made in self.made.values()):
             self.failures[name] = 0
             self.failing_since.pop(name, None)
+            self.unsure.add(name)
 
     def _check_failed(self, made: Made) -> None:
         setup, first, last = self._simulation.setup, made.first_failed(), made.tries[-1].outcome
@@ -556,10 +562,11 @@ class Ledger:
                 raise Violation("sent though dropped", alert.id)
         since = self.failing_since.get(name)
         if since is not None and message.prepared > since:
-            for other in self.transactions[-10:]:
-                if other.ended is None and other.recipient == name and other.message.prepared > since:
+            for other in self.in_flight:
+                if other.recipient == name and other.message.prepared > since:
                     raise Violation("two at a time to a failing recipient", f"{other.ids} and {transaction.ids} to {name}")
         made.tries.append(transaction)
+        self.in_flight.add(transaction)
         self.transactions.append(transaction)
 
     def stored(self, transaction: Transaction, answered: bool) -> None:
@@ -595,6 +602,7 @@ class Ledger:
 
     def ends(self, transaction: Transaction, outcome: Outcome) -> None:
         transaction.ended, transaction.outcome = self._now, outcome
+        self.in_flight.discard(transaction)
         name = transaction.recipient
         self.attempts.append((self._now, name))
         self._note(f"{transaction.ids} to {name}: {outcome}")
@@ -604,11 +612,14 @@ class Ledger:
         self.check_promises(name, outcome)
         self.down = None
         if outcome.verdict is Verdict.SENT:
+            self.unsure.discard(name)
             self.failures[name] = 0
             self.failing_since.pop(name, None)
             self.accepted.append((self._now, transaction.message.number))
             return
         self.failures[name] += 1
+        if self.is_paused(name):
+            self.unsure.discard(name)
         self.failing_since.setdefault(name, self._now)
         self.trouble.add(name)
 
@@ -617,14 +628,15 @@ class Ledger:
     def ended_life(self) -> None:
         """The courier has stopped."""
         self.failures.clear()
+        self.unsure.clear()
         self.failing_since.clear()
         self.trouble.clear()
         self.down = None
         self.turn += 1
         self.ended_at = self._now
-        for transaction in self.transactions:
-            if transaction.ended is None:
-                transaction.ended = self._now
+        for transaction in self.in_flight:
+            transaction.ended = self._now
+        self.in_flight.clear()
 
     def compare_with_disk(self, outbox: smtp.Outbox, killed: bool) -> None:
         """After a kill, outcomes of the last second may not be on disk; nothing else may be missing."""
@@ -735,25 +747,29 @@ class Ledger:
             if row["next"] is not None or not row["error"]:
                 raise wrong("next or error of what has failed")
             return
+        if not names:
+            return  # Nobody is left who should get it; the next plan ends it.
         blocked = bool(self.down) or all(map(self.is_paused, names))
         if blocked and row["state"] != "held":
             raise wrong("waiting, though it is held")
-        if not blocked and alert.state == "sending" and row["state"] == "held":
+        if not (blocked or self.unsure & names or self._is_full()) and alert.state == "sending" and row["state"] == "held":
             raise wrong("held, though it is not")
         if row["state"] == "held" and not (row["error"] and row["next"]):
             raise wrong("no next or error of what is held")
         if self.down and self.down.said not in row["error"]:
             raise wrong("error")
-        if row["next"] and smtp.from_iso(row["next"]) < now - 3 and not self.is_busy():
+        if row["next"] and smtp.from_iso(row["next"]) < now - 3 and not self._simulation.is_busy():
             raise wrong("next is over")
 
-    def is_busy(self) -> bool:
-        return any(one.ended is None for one in self.transactions[-10:])
+    def _is_full(self) -> bool:
+        """The daily limit is used up."""
+        most = self._simulation.setup.daily_max
+        return 0 < most <= sum(when > self._now - DAY_S for when, _ in self.accepted)
 
     def _promise(self, alert: Alert, row: dict[str, Any], first: str) -> None:
         """Keep in mind when an alert will be tried. Whatever is tried while all mail waits must be the first of them."""
         due = smtp.from_iso(row["next"]) - self._simulation.offset
-        if due > self._now + 3 and (not self.down or row["next"] == first):
+        if due > self._now + 3 and (not self.down or row["next"] == first) and not (self._simulation.is_busy() or self._is_full()):
             state = "down" if self.down else row["state"]
             names = frozenset(self.waits_for(alert))
             self.promises.append(Promise(alert, alert.id, names, state, due, self._now, self.turn))
@@ -806,13 +822,17 @@ class Ledger:
             for name in self.waits_for(alert):
                 well = max(alert.put_at, simulation.well_since(name))
                 longest = 60.0 + setup.cooldown
-                if self.trouble & {name, EVERYBODY}:
+                if self.trouble & {name, EVERYBODY} or self._has_failed(alert, name):
                     longest += max(setup.retry_max, 300.0)
                     if any(not copy.answered for copy in alert.copies[name]) or simulation.was_silent:
                         longest = max(longest, 3660.0 + setup.cooldown)
                 waited = self._now - well
                 if waited > longest + self.blocked(well) + self._followed(alert, name, well):
                     raise Violation("waits for another", f"{alert.id} for {name}, {waited:.0f} s, longest {longest:.0f} s")
+
+    def _has_failed(self, alert: Alert, name: str) -> bool:
+        deliveries = (self.made[number] for number in alert.deliveries)
+        return any(made.recipient == name and made.first_failed() is not None for made in deliveries)
 
     def _followed(self, alert: Alert, name: str, since: float) -> float:
         """Seconds in which it was begun behind a mail whose end was slow: a server that hangs holds two deliveries."""
@@ -1087,7 +1107,7 @@ class Simulation:
             return
         self._courier.stop(0)
         until = self.now + (0 if killed else 4)
-        while self.now < until and any(not sender.idle for sender in self._senders):
+        while self.now < until and self.is_busy():
             self.now = min(until, *(sender.until for sender in self._senders if not sender.idle))
             for sender in self._senders:
                 if not sender.idle and sender.until <= self.now:
@@ -1096,6 +1116,9 @@ class Simulation:
         self.close()
         self.ledger.ended_life()
         self._up_since = None
+
+    def is_busy(self) -> bool:
+        return any(not sender.idle for sender in self._senders)
 
     def close(self) -> None:
         """End the threads."""
@@ -1168,6 +1191,8 @@ class Simulation:
         self.clock_was_set = True
         self.ledger.turn += 1
         self._expected, self._restless = 0.0, True
+        if self._up_since is not None:
+            self._courier.tick()
 
     def check(self) -> None:
         if self._up_since is None:
@@ -1207,7 +1232,7 @@ class Simulation:
         """Wait until nothing waits."""
         setup, began = self.setup, self.now
         longest = max(setup.retry_max, 300.0, 3600.0 if self.was_silent else 0) + setup.cooldown + 120
-        longest += DAY_S if setup.quiet else 0
+        longest += DAY_S if setup.quiet else 3600 if self.clock_was_set else 0
         if setup.daily_max:
             longest += 2 * DAY_S + DAY_S * sum(len(self.ledger.waits_for(a)) for a in self.ledger.unfinished()) / setup.daily_max
         longest += sum(sender.until - self.now for sender in self._senders if not sender.idle)
@@ -1255,6 +1280,10 @@ def make(seed: int) -> Schedule:
         actions.append((choose.uniform(0, ends), "request", what, choose.choice(["all", "e1", "e2", "e3"])))
     for _ in range(choose.choice([0, 0, 0, 1, 1, 2, 3])):
         actions += _restart(choose, ends, setup)
+    if choose.random() < 0.06:  # a machine without a clock of its own: it starts in the past, until it hears the time
+        at, step = choose.uniform(0, ends), choose.choice([-DAY_S * 19_000, -36_000.0, -300.0])
+        actions += [(at, "stop", "kill"), (at, "clock", step), (at, "start", {})]
+        actions.append((at + choose.choice([1.0, 20.0, 600.0]), "clock", -step))
     if choose.random() < 0.08:
         step = choose.choice([-DAY_S * 400, -7200.0, -90.0, 30.0, 600.0, 86400.0 * 3, 86400.0 * 4000])
         actions.append((choose.uniform(0, ends), "clock", step))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Clock
+from conftest import Clock, wait_for
 from test_embedded_smtpd import PATIENCE, Program
 
 import embedded_smtpd as emb
@@ -337,17 +337,28 @@ def test_slow_uplink_that_sends_steadily_is_not_slow_and_a_silent_one_is_cut_off
     assert [event["event"] for event in events] == ["MOTION_DETECTED", "CAMERA_DISCONNECTED", "TAMPER_DETECTED"]
 
 
-def test_mail_that_is_under_way_when_the_gateway_stops_is_kept(gateway: Gateway, tmp_path: Path) -> None:
-    program, relay = gateway()
-    with program.connect() as sock, sock.makefile("rb") as answers:
-        sock.sendall(b"HELO\r\nMAIL FROM:<>\r\nRCPT TO:<last>\r\nDATA\r\n")
-        for _ in range(5):
-            answers.readline()
-        sock.sendall(b"Subject: tamper\r\n\r\n")
-        assert program.stop() == 0
-    again = Program(tmp_path, "--to-relay", f"127.0.0.1:{relay.port}", "--port", "0")
-    assert relay.wait_for(1)[0]["camera"] == "last"
-    again.stop()
+def test_mail_that_is_under_way_when_the_gateway_stops_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emb, "TICK_SECONDS", 0.02)
+    mails: list[Mail] = []
+    peer, ours = socket.socketpair()
+    emb.smtp.wait_at_most(ours, 0.02, 0.02)
+    server = emb.Server()
+    session = emb.LenientSession(emb.Rules("gateway", 1000, any_login=True, lenient=True))
+
+    def deliver(mail: Mail) -> bytes:
+        mails.append(mail)
+        return emb.ACCEPTED
+
+    thread = threading.Thread(target=emb.converse, args=(emb.Link(ours, "127.0.0.1", server), session, deliver))
+    thread.start()
+    with peer, peer.makefile("rb") as answers:
+        peer.sendall(b"HELO\r\nMAIL FROM:<>\r\nRCPT TO:<last>\r\nDATA\r\nSubject: tamper\r\n")
+        wait_for(lambda: b"tamper" in session._content)
+        server.stop()
+        assert answers.read().endswith(b"250 2.6.0 accepted\r\n")
+    thread.join(PATIENCE)
+    server.close()
+    assert [(mail.recipients, bytes(mail.data), mail.incomplete) for mail in mails] == [(["last"], b"Subject: tamper\r\n", True)]
 
 
 def test_clip_over_the_limit_costs_only_itself(gateway: Gateway) -> None:
