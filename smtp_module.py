@@ -1909,10 +1909,12 @@ class Outbox:
     ) -> tuple[list[Delivery], float]:
         """Open deliveries whose time has come, and when to ask again: not those that are `known`, not those of
         `troubled` recipients, and of those that were tried before no more than there is `room` for."""
-        known = {*known, *(delivery.number for delivery, _ in self._ended)}
         others = "FROM deliveries WHERE state = 'open' AND recipient NOT IN (SELECT value FROM json_each(?))"
-        names, limit = json.dumps(list(troubled)), most + len(known)
+        names = json.dumps(list(troubled))
         with self._lock:
+            known = {*known, *(delivery.number for delivery, _ in self._ended)}
+            unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
+            limit = most + len(known)
             sql = f"SELECT {COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
             rows = self.rows(sql, names, now, limit)
             ((later,),) = self.rows(f"SELECT min(next_try) {others} AND next_try > ?", names, now)
@@ -1921,7 +1923,6 @@ class Outbox:
         tried = [delivery for delivery in found if delivery.tried_at]
         allowed = tried[: int(max(0, min(room, most)))]
         left_out = len(rows) == limit or len(allowed) < len(tried)
-        unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
         return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf, *unwritten)
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
