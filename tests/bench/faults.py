@@ -599,6 +599,7 @@ def soak(run: Run, scripts: Sequence[str]) -> str:
                 stage.sink.open_port()
                 stage.offer(10 if run.short else 50)
                 if fault.startswith("quit"):  # A connection is kept for 30 s; at the end it is closed at once.
+                    stage.drain()
                     stage.relay.stop()
                     stage.relay.start()
                 until(f"{fault} happens", lambda: stage.sink.faults_done)
@@ -650,6 +651,29 @@ def takes_nothing(run: Run) -> str:
             finish(stage)
             said.append(f"{fault}: {tries}")
     return f"transactions in 6 s: {'; '.join(said)}"
+
+
+@row("nothing fails while nothing gets through", "rcpt:550, rcpt:450 for 5 s, ALERT_REFUSED_AFTER=ALERT_MAX_AGE=1")
+def nothing_ages(run: Run) -> str:
+    for fault in ("rcpt:550 5.7.1 sender address not owned", "rcpt:450 4.7.1 too many mails"):
+        with run.stage(picture_max=0, ALERT_REFUSED_AFTER="1", ALERT_MAX_AGE="1") as stage:
+            stage.sink.script(fault)
+            stage.relay.start()
+            stage.offer(2)
+            time.sleep(5)
+            must(not stage.relay.counts()["failed"], f"{fault}: alerts failed")
+            must(stage.sink.commands["mail"] >= 6, f"{fault}: {stage.sink.commands['mail']} tries only")
+            finish(stage)
+    people = ("bob@example.org", "alice@example.org")
+    with run.stage(recipients=people, picture_max=0, ALERT_REFUSED_AFTER="1", ALERT_MAX_AGE="1") as stage:
+        stage.sink.script("rcpt@bob:550 5.1.1 nobody")
+        stage.relay.start()
+        for number in (1, 2):
+            stage.offer(1)
+            until("alice has it", lambda: len(stage.sink.mails) == number)  # noqa: B023
+            until("it was tried for bob", lambda: stage.sink.faults_done.total() >= number)  # noqa: B023
+        until("the first has failed for bob", lambda: stage.relay.counts()["failed"] >= 1)
+        return f"and when something gets through it fails, {finish(stage, retry=True)}"
 
 
 @row("rate limit, with a cooldown", "rcpt:450 for 6 s, 150 alerts of 50 cameras: a handful of tries, then one digest")

@@ -142,7 +142,7 @@ MUTANTS = (
         (MAIL, r"self\._note_failure\(delivery\.recipient, outcome, work\.began\)",
          "self._note_failure(EVERYTHING, outcome, work.began)"),
     )),
-    Mutant("alerts fail while nothing gets through", "mail server takes nothing", takes_nothing, (
+    Mutant("alerts fail while nothing gets through", "nothing fails", faults.nothing_ages, (
         (MAIL, r" and accepted_at > first_failed$", ""),
     )),
 )  # fmt: skip
