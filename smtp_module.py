@@ -2446,27 +2446,27 @@ class Outbox:
     ) -> tuple[list[Delivery], float]:
         """Open deliveries whose time has come, and when to ask again: not those that are `known`, not those of
         `troubled` recipients, and of those that were tried before no more than there is `room` for."""
-        known = {*known, *(delivery.number for delivery, _ in self._ended)}
         others = "FROM deliveries WHERE state = 'open' AND recipient NOT IN (SELECT value FROM json_each(?))"
         names, limit = json.dumps(list(troubled)), most + len(known)
         with self._lock:
+            self.flush()
             sql = f"SELECT {DELIVERY_COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
             rows = self.rows(sql, names, now, limit)
             ((later,),) = self.rows(f"SELECT min(next_try) {others} AND next_try > ?", names, now)
-            unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
         found = [delivery for delivery in map(_delivery, rows) if delivery.number not in known][:most]
         untried = [delivery for delivery in found if not delivery.tried_at]
         tried = [delivery for delivery in found if delivery.tried_at]
         allowed = tried[: int(max(0, min(room, most)))]
         left_out = len(rows) == limit or len(allowed) < len(tried)
-        return untried + allowed, min([later or math.inf, now + TICK_S if left_out else math.inf, *unwritten])
+        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf)
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
         """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
         sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ? AND next_try <= ?"
-        ended = {delivery.number for delivery, _ in self._ended}
-        rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT ?", recipient, now, 1 + len(ended))
-        return next((delivery for delivery in map(_delivery, rows) if delivery.number not in ended), None)
+        with self._lock:
+            self.flush()
+            rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT 1", recipient, now)
+        return _delivery(rows[0]) if rows else None
 
     # delivering
 
