@@ -3147,10 +3147,11 @@ class Courier:
         return delivery
 
     def _release(self, delivery: Delivery) -> None:
-        """A sender has it no longer. If it is open in the database, it will be found there."""
+        """A sender has it no longer. If it is open in the database, it will be found there at its time."""
         with self._changed:
             self._with_senders.pop(delivery.number, None)
-            self._retry_at = 0.0
+            if delivery.state == "open":
+                self._retry_at = min(self._retry_at, delivery.next_try)
             if self._reporting == delivery.number:
                 self._reporting = 0
 
