@@ -1540,7 +1540,7 @@ class SMTPConnection:
 
 
 TROUBLE = (OSError, ReplyError, ValueError)  # all that a dialogue raises
-PROPER_RCPT_REFUSALS = frozenset({450, 451, 452, 550, 551, 552, 553})  # RFC 5321 4.3.2
+ENVELOPE_STEPS = ("mail", "rcpt", "data")
 
 
 class Transport(Protocol):
@@ -1557,10 +1557,6 @@ class Transport(Protocol):
         """End the connection politely, if there is one."""
 
 
-def _nothing_follows() -> None:
-    return None
-
-
 class SMTPClient:
     """Delivers to the configured server, over one connection that is kept while there is work.
 
@@ -1573,7 +1569,8 @@ class SMTPClient:
         self._connection: SMTPConnection | None = None
         self._step = ""  # how far the dialogue has come
         self._begun: PreparedMessage | None = None  # its commands went with the final dot of the one before
-        self._lock_step = False  # groups of commands went wrong with this server
+        self._lock_step = False  # a group of commands went wrong with this server
+        self._grouped = self._out_of_step = False  # of the last attempt: see there
         self._good_address: Any = None
         self._good_mechanism = ""
 
@@ -1754,66 +1751,52 @@ class SMTPClient:
     # transactions
 
     def send(
-        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None] | None = None
+        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None] = lambda: None
     ) -> Outcome:
         """One transaction. The commands of the message that `following` gives go with the final dot of this one where
         the server offers PIPELINING (RFC 2920 3.1).
 
-        It is begun again, once each, on a new connection where a kept one has come to its end (some servers limit the
-        mails of one by a 4xx to MAIL), and in lock step where commands that were sent in a group went wrong.
+        It is begun again, once, where a kept connection has come to its end (some servers limit the mails of one by a
+        4xx to MAIL), and in lock step where what was sent in a group went wrong.
         """
-        following = following or _nothing_follows
         if self._begun not in (None, message):  # The server waits for the content of another mail.
             self._drop()
-        outcome = Outcome(Verdict.TRY_LATER)
-        for _ in range(3):
-            kept = self._connection
-            worn = kept is not None and kept.mails > 0
-            outcome, desync = self._attempt(message, following)
-            if outcome.verdict is Verdict.SENT:
-                break
-            if desync and not self._lock_step:
-                self._lock_step = True
-                self._drop()
-                if self._step == "dot" and outcome.code < 500:  # The server may have the mail.
-                    break
-                following = _nothing_follows  # It may have been called already.
-            elif kept and self._step == "mail" and not outcome.too_big and (worn or outcome.code in (0, 421)):
-                self._drop()
-            else:
-                break
+        kept, begun = self._connection, self._begun is not None
+        worn = kept is not None and kept.mails > 0
+        outcome = self._attempt(message, following)
+        if outcome.verdict is Verdict.SENT:
+            return outcome
+        at_mail = kept is not None and self._step == "mail" and not outcome.too_big
+        again = at_mail and (worn or outcome.code in (0, 421))
+        if self._out_of_step and (self._grouped if self._step == "dot" else begun):
+            self._lock_step = True
+            again = self._step != "dot" or outcome.code >= 500  # else the server may have the mail
+        if again:
+            self._drop()
+            outcome = self._attempt(message, lambda: None)
         return outcome
 
-    def _attempt(
-        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]
-    ) -> tuple[Outcome, bool]:
-        """One transaction; and whether what went wrong may have come from sending commands in a group."""
-        grouped = False
+    def _attempt(self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]) -> Outcome:
+        """One transaction. Notes whether the server is out of step with what it was sent: silence, nonsense, or a 5xx
+        that is not about a recipient."""
+        self._out_of_step = self._grouped = False
         try:
             self.open()
             self._step = "mail"
             if too_big := self._beyond_size(message):
-                return too_big, False
-            grouped = self._may_group()
-            outcome = self._transaction(message, following, grouped)
-            broken = outcome.code >= 500 and not (self._step == "rcpt" and outcome.code in PROPER_RCPT_REFUSALS)
+                return too_big
+            outcome = self._transaction(message, following)
+            self._out_of_step = outcome.code >= 500 and (self._step, outcome.code // 10) != ("rcpt", 55)
         except Unavailable as error:
-            return error.outcome, False
+            return error.outcome
         except TROUBLE as error:
             outcome = judge_error(self._step, error)
-            broken = isinstance(error, TimeoutError) or (isinstance(error, ReplyError) and error.code != 421)
-            grouped = grouped and (self._step != "dot" or self._begun is not None)
+            self._out_of_step = isinstance(error, TimeoutError) or (isinstance(error, ReplyError) and error.code != 421)
             self._drop()
         except BaseException:  # Replies may be under way that belong to nobody.
             self._drop()
             raise
-        else:
-            grouped = grouped and (self._step != "dot" or self._begun is not None)
-        return outcome, grouped and broken
-
-    def _may_group(self) -> bool:
-        assert self._connection is not None
-        return "PIPELINING" in self._connection.extensions and not self._lock_step
+        return outcome
 
     def _beyond_size(self, message: PreparedMessage) -> Outcome | None:
         """The refusal of a message that is larger than the server's SIZE (RFC 1870)."""
@@ -1824,23 +1807,16 @@ class SMTPClient:
         outcome = judge("mail", 552, f"5.3.4 {message.length} bytes, the server takes {limit[:18]}")
         return replace(outcome, size_limit=int(limit[:18]))
 
-    def _sender(self, usual: str) -> str:
-        """The envelope sender: SMTP_ENVELOPE_FROM takes the place of every other, also of the null sender."""
-        return self._config.envelope_from or usual
+    def _mail_command(self, sender: str, size: int) -> str:
+        """MAIL. SMTP_ENVELOPE_FROM takes the place of every other sender, also of the null sender."""
+        assert self._connection is not None
+        parameter = f" SIZE={size}" if "SIZE" in self._connection.extensions else ""
+        return f"MAIL FROM:<{self._config.envelope_from or sender}>{parameter}"
 
     def _envelope_commands(self, message: PreparedMessage) -> list[str]:
-        assert self._connection is not None
-        size = f" SIZE={message.length}" if "SIZE" in self._connection.extensions else ""
-        return [f"MAIL FROM:<{self._sender(message.sender)}>{size}", f"RCPT TO:<{message.recipient}>", "DATA"]
+        return [self._mail_command(message.sender, message.length), f"RCPT TO:<{message.recipient}>", "DATA"]
 
-    def _group(self, message: PreparedMessage) -> bytes:
-        """All the commands that begin a transaction, in one packet."""
-        assert self._connection is not None
-        return b"".join(map(self._connection.line, self._envelope_commands(message)))
-
-    def _transaction(
-        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None], grouped: bool
-    ) -> Outcome:
+    def _transaction(self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]) -> Outcome:
         connection, begun = self._connection, self._begun is not None
         assert connection is not None
         self._begun = None
@@ -1849,25 +1825,19 @@ class SMTPClient:
         if connection.needs_rset:
             connection.command("RSET")
         connection.needs_rset = True
-        if grouped and not begun:
-            connection.write([self._group(message)])
-        for step, command in zip(("mail", "rcpt", "data"), self._envelope_commands(message), strict=True):
+        for left, step, command in zip((2, 1, 0), ENVELOPE_STEPS, self._envelope_commands(message), strict=True):
             self._step = step
-            reply = connection.reply() if grouped or begun else connection.command(command)
+            reply = connection.reply() if begun else connection.command(command)
             if reply.code < 400 and reply.code // 100 != (3 if step == "data" else 2):
                 raise ReplyError(-1, f"{reply.code} to {command[:4]}")
             if reply.code >= 400:
-                return self._refused(message, step, reply, grouped or begun)
-        return self._content(message, following, grouped)
-
-    def _refused(self, message: PreparedMessage, step: str, reply: Reply, grouped: bool) -> Outcome:
-        """The outcome of a transaction that a command ended; reads what else belongs to it."""
-        outcome = judge(step, *reply)
-        if grouped:
-            self._read_rest({"mail": 2, "rcpt": 1, "data": 0}[step])
-        if step == "mail" and message.length > SMALL_MAIL_BYTES and not (grouped and reply.code >= 500):
-            return self._about_size(message, outcome)
-        return outcome
+                outcome = judge(step, *reply)
+                if begun:
+                    self._read_rest(left)
+                if step == "mail" and (reply.code < 500 or not begun):
+                    return self._about_size(message, outcome)
+                return outcome
+        return self._content(message, following)
 
     def _read_rest(self, number: int) -> None:
         """Read the replies to the rest of a group. A server that hangs up after its no has said enough."""
@@ -1882,34 +1852,32 @@ class SMTPClient:
     def _about_size(self, message: PreparedMessage, outcome: Outcome) -> Outcome:
         """A MAIL that tells a SIZE was refused, in whatever words (Courier's are `534 SIZE=Message too big`). Whether
         that was about the size is found out by the MAIL of a small one."""
-        assert self._connection is not None
-        if "SIZE" not in self._connection.extensions:
+        if message.length <= SMALL_MAIL_BYTES:
             return outcome
         for _ in range(2):  # The server may have hung up.
             try:
                 self.open()
-                sender = self._sender(message.sender)
-                bare = self._connection.command(f"MAIL FROM:<{sender}> SIZE={SMALL_MAIL_BYTES}")
+                assert self._connection is not None
+                command = self._mail_command(message.sender, SMALL_MAIL_BYTES)
+                if not command.endswith(">") and self._connection.command(command).code == 250:
+                    verdict = Verdict.REFUSED if outcome.code >= 500 else Verdict.TRY_LATER
+                    return replace(outcome, verdict=verdict, about_us=False, too_big=verdict is Verdict.REFUSED)
+                break
             except (Unavailable, *TROUBLE):
                 self._drop()
-                continue
-            if bare.code == 250:
-                verdict = Verdict.REFUSED if outcome.code >= 500 else Verdict.TRY_LATER
-                return replace(outcome, verdict=verdict, about_us=False, too_big=verdict is Verdict.REFUSED)
-            break
+        self._step = "mail"
         return outcome
 
-    def _content(
-        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None], grouped: bool
-    ) -> Outcome:
+    def _content(self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]) -> Outcome:
         """The mail, the dot, and with it what begins the next transaction; the outcome of the dot."""
         connection = self._connection
         assert connection is not None
         connection.trace(f"C: ({message.length} bytes of mail, then the dot)")
         last = b".\r\n"
-        if grouped and (next_one := following()) and not self._beyond_size(next_one):
-            self._begun = next_one
-            last += self._group(next_one)
+        may_group = "PIPELINING" in connection.extensions and not self._lock_step
+        if may_group and (next_one := following()) and not self._beyond_size(next_one):
+            self._begun, self._grouped = next_one, True
+            last += b"".join(map(connection.line, self._envelope_commands(next_one)))
         self._step, connection.reply_timeout = "dot", FINAL_DOT_TIMEOUT_S
         connection.write([*message.pieces, last])
         connection.deadline = math.inf  # The answer to the dot has a time of its own.
@@ -1925,9 +1893,10 @@ class SMTPClient:
         self.open()
         connection = self._connection
         assert connection is not None
-        sender = self._sender(address(self._config.sender))
+        sender = self._config.envelope_from or address(self._config.sender)
         outcome = Outcome(Verdict.SENT)
-        steps = (("mail", "sender", f"MAIL FROM:<{sender}>", sender), ("rcpt", "recipient", f"RCPT TO:<{recipient}>", recipient))
+        steps = [("mail", "sender", f"MAIL FROM:<{sender}>", sender)]
+        steps += [("rcpt", "recipient", f"RCPT TO:<{recipient}>", recipient)]
         for self._step, name, command, words in steps:
             try:
                 if connection.needs_rset and self._step == "mail":
@@ -2477,27 +2446,27 @@ class Outbox:
     ) -> tuple[list[Delivery], float]:
         """Open deliveries whose time has come, and when to ask again: not those that are `known`, not those of
         `troubled` recipients, and of those that were tried before no more than there is `room` for."""
-        known = {*known, *(delivery.number for delivery, _ in self._ended)}
         others = "FROM deliveries WHERE state = 'open' AND recipient NOT IN (SELECT value FROM json_each(?))"
         names, limit = json.dumps(list(troubled)), most + len(known)
         with self._lock:
+            self.flush()
             sql = f"SELECT {DELIVERY_COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
             rows = self.rows(sql, names, now, limit)
             ((later,),) = self.rows(f"SELECT min(next_try) {others} AND next_try > ?", names, now)
-            unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
         found = [delivery for delivery in map(_delivery, rows) if delivery.number not in known][:most]
         untried = [delivery for delivery in found if not delivery.tried_at]
         tried = [delivery for delivery in found if delivery.tried_at]
         allowed = tried[: int(max(0, min(room, most)))]
         left_out = len(rows) == limit or len(allowed) < len(tried)
-        return untried + allowed, min([later or math.inf, now + TICK_S if left_out else math.inf, *unwritten])
+        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf)
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
         """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
         sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ? AND next_try <= ?"
-        ended = {delivery.number for delivery, _ in self._ended}
-        rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT ?", recipient, now, 1 + len(ended))
-        return next((delivery for delivery in map(_delivery, rows) if delivery.number not in ended), None)
+        with self._lock:
+            self.flush()
+            rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT 1", recipient, now)
+        return _delivery(rows[0]) if rows else None
 
     # delivering
 
