@@ -27,7 +27,6 @@ import fnmatch
 import functools
 import hashlib
 import hmac
-import html
 import io
 import itertools
 import json
@@ -41,13 +40,14 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import weakref
-from collections import ChainMap, deque
+import zoneinfo
+from collections import ChainMap, Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -73,23 +73,28 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 PICTURE_MAX_BYTES = 10 << 20  # decoded; most mail servers take 25 MiB, and Base64 adds a third
-SEND_TIMEOUT_S = 30  # a peer that does not read its answers is not answered any more
+SEND_TIMEOUT_S = 30  # a peer that does not read its answers for so long gets no more of them
 HANDSHAKE_TIMEOUT_S = 10.0
-LINGER_S = 0.5  # how long a peer may go on talking after the last answer, so that it gets to read it
-BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries; it caps this at somaxconn
+STRANGER_TIMEOUT_S = 30.0  # in place of a longer ALERT_IDLE_TIMEOUT, until a peer has shown the token
+LINGER_S = 0.5  # a peer may go on talking for so long after the last answer, so that it gets to read it
+BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries; the kernel caps this at somaxconn
 READ_BYTES = 64 << 10  # at once
-BATCH_BYTES = 4 << 20  # what has arrived is read up to this, or to so many lines, before it is committed
-LINES_AT_ONCE = 1000
-UNFINISHED_MAX_BYTES = 256 << 20  # shared by all connections: half-sent lines must not fill the memory
-UNFINISHED_FREE_BYTES = READ_BYTES  # each connection may hold this much of a line outside the shared budget
+BATCH_BYTES, BATCH_LINES = 4 << 20, 1000  # what has arrived is read up to one of these before it is committed
+UNANSWERED_MAX_BYTES = 256 << 20  # the memory of all connections together for what is read and not answered yet
+UNANSWERED_FREE_BYTES = READ_BYTES  # each connection may hold this much without being counted
+LARGE_LINE_BYTES = 1 << 20  # lines from this size on are parsed one at a time: each takes many times its size
 THREAD_STACK_BYTES = 512 << 10
-OTHER_FILES = 512  # open files besides the connections: mail servers, the spool, peers that are being turned away
-SWITCH_S, SWITCH_EACH_S = 0.005, 0.0001  # how long a thread that waits for the interpreter sleeps, for each connection
-SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up after ALERT_IDLE_TIMEOUT
+OTHER_FILES = 512  # open files besides the connections: mail servers, the spool, peers that are being turned out
+# A thread that waits for the interpreter wakes up once in an interval, 5 ms by default, and thousands of them do
+# nothing else. When 6,000 idle connections ended together, a client waited 45 s for its answer; with an interval that
+# grows by this for each connection it waited 0.9 s (2,000: 2.6 s and 0.3 s).
+SWITCH_S, SWITCH_EACH_S = 0.005, 0.0001
+SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up after the idle timeout
 UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
-TROUBLE_OVER_S = 60.0  # a trouble that was not seen for so long is over; the next one is logged again
+LOG_AGAIN_S = 60.0  # what can happen thousands of times a second is logged once in this time
 STOP_S = 2.0  # for the connections, and again for the mails that are under way
-META_MAX = 32
+TOKEN_MAX, TIMESTAMP_MAX, LINK_MAX = 1024, 64, 4000  # characters
+META_MAX, META_KEY_MAX, META_VALUE_MAX = 32, 100, 2000  # entries, and the characters of a key and of a value
 NESTING_MAX = 16
 VALUES_MAX = 100_000  # in one line of JSON, so that it does not become a huge tree
 DIGEST_MAX = 10_000  # alerts in one digest
@@ -106,7 +111,7 @@ log = logging.getLogger("relay")
 
 
 def positive(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The same converter, refusing 0."""
+    """Make a converter that refuses 0."""
 
     def check(text: str) -> Any:
         if not (value := convert(text)):
@@ -117,7 +122,7 @@ def positive(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def listed(separator: str, convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A converter for a list, which names the part that is wrong."""
+    """Make a converter for a list of values. Its error names the part that is wrong."""
 
     def convert_all(text: str) -> tuple[Any, ...]:
         found = []
@@ -132,7 +137,7 @@ def listed(separator: str, convert: Callable[[str], Any]) -> Callable[[str], tup
 
 
 def pattern(text: str) -> str:
-    """`DOOR_*` or `cam[12]`: what a name is held against."""
+    """A shell pattern that a name may match, such as `DOOR_*` or `cam[12]`."""
     if not text or ("[" in text and "]" not in text.partition("[")[2]):
         raise ValueError("it is no pattern; write them like DOOR_*,cam[12]")
     return text
@@ -146,14 +151,14 @@ def event_pattern(text: str) -> str:
 
 
 class Route(NamedTuple):
-    """Patterns of camera or event, and who gets what matches."""
+    """Who gets the alerts whose camera or event matches one of the patterns."""
 
     patterns: tuple[str, ...]
     recipients: tuple[str, ...]
 
     @classmethod
     def of(cls, text: str) -> Route:
-        """`cam1,DOOR_*=a@x.org,b@y.org` -> the route."""
+        """Read `cam1,DOOR_*=a@x.org,b@y.org`."""
         names, equals, recipients = text.partition("=")
         if not equals:
             raise ValueError("no = in it; write cam1,DOOR_*=a@example.com")
@@ -246,7 +251,7 @@ class RelayConfig:
 
     @classmethod
     def from_settings(cls, settings: Settings, mail: smtp.SMTPConfig) -> RelayConfig:
-        """Read them. Raises ConfigError."""
+        """Read the settings. Raises ConfigError."""
         named = [entry for entry in fields(cls) if entry.metadata]
         values: dict[str, Any] = {entry.name: settings.read(**entry.metadata, default=entry.default) for entry in named}
         if not settings.read("ALERT_RECIPIENT", str, "") and not mail.debug:
@@ -262,10 +267,12 @@ class RelayConfig:
         if 0 < values["daily_max"] < longest:
             raise ConfigError(f"ALERT_DAILY_MAX: an alert to {longest} recipients is {longest} mails; give at least that")
         token = settings.secret("ALERT_TOKEN").strip()
+        if len(token) > TOKEN_MAX:
+            raise ConfigError(f"ALERT_TOKEN: too long; at most {TOKEN_MAX} characters")
         return cls(**values, token=token, tls=tls, client_ca=bool(client_ca), sender=mail.sender)
 
     def exposed(self) -> bool:
-        """Would it listen beyond this machine with nothing that keeps strangers out?"""
+        """Would the relay listen beyond this machine with nothing that keeps strangers out?"""
         return not (self.token or self.client_ca or smtp.is_loopback(self.host))
 
 
@@ -282,7 +289,7 @@ class Refusal(Exception):
 
 
 class Event(NamedTuple):
-    """A checked event. `item` is what the spool keeps; `warning` says what became of a wrong picture."""
+    """A checked event. `item` is what the spool keeps; `warning` says what of the event was left out or cut."""
 
     item: NewEntry
     camera: str
@@ -291,26 +298,34 @@ class Event(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """The camera lives."""
+    """A camera says that it is there."""
 
     camera: str
 
 
 class Ping(NamedTuple):
-    """The peer asks how things are; `trusted`: it may know the counts."""
+    """The peer asks how things are. `trusted`: it may know the counts."""
 
     trusted: bool
 
 
 EVENT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 EVENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+SURROGATE = re.compile("[\ud800-\udfff]")
 WEB_LINK = re.compile(
+    rf"""(?=.{{1,{LINK_MAX}}}\Z)"""
     r"""https?://(?:[^\s<>"\\/?#@]+@)?"""
     r"""(?:\[[0-9a-f:.]+\]|[^\s<>"\\/?#:@\[\]]+)(?::\d{1,5})?"""  # there is a host
-    r"""(?:[/?#][^\s<>"\\]{0,4000})?""",
+    r"""(?:[/?#][^\s<>"\\]*)?""",
     re.IGNORECASE,
 )
-CAMERA = re.compile("(?![ \xa0\u200b\u200c\u200d\u2060\u3000]*$).{1,128}", re.DOTALL)  # not all of it invisible
+# White space, what Unicode calls default-ignorable, the blank Braille pattern, and the marks of interlinear annotation:
+# a name must have something else, but may have these, too (Persian and emoji need some of them).
+NOTHING_SHOWN = (
+    r"\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    r"\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+CAMERA = re.compile(rf"(?![{NOTHING_SHOWN}]{{0,128}}\Z).{{1,128}}", re.DOTALL)
 
 
 def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Ping:
@@ -318,22 +333,23 @@ def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Pin
 
     `token` is the SHA-256 of the relay's secret, or b"" where there is none.
     """
-    fields, picture = read_json(line)
-    event, heartbeat, given = fields.get("event"), fields.get("heartbeat"), fields.get("token")
-    guess = given.encode("utf-8", "replace") if isinstance(given, str) else b""
+    values, picture = read_json(line)
+    event, heartbeat, given = values.get("event"), values.get("heartbeat"), values.get("token")
+    guess = given[: TOKEN_MAX + 1].encode("utf-8", "replace") if isinstance(given, str) else b""
     trusted = not token or hmac.compare_digest(hashlib.sha256(guess).digest(), token)
     if not trusted and any(value is not None for value in (event, heartbeat, given)):  # a ping, too, may hold a guess
         raise Refusal("unauthorized", "token is missing or wrong", closes=True)
     if event is not None:
-        return _event(fields, picture, now)
+        return _event(values, picture, now)
     if heartbeat is not None:
         return Heartbeat(FIELDS["camera"](heartbeat))
-    if fields.get("ping") is not None:
+    if values.get("ping") is not None:
         return Ping(trusted)
     raise Refusal("bad_event", "the line has neither event, heartbeat nor ping")
 
 
-# JSON that cannot hurt: bounded in depth and in values (in digits by Python), without NaN, and without the picture.
+# JSON that cannot hurt: its depth and the number of its values are bounded (the digits of a number by Python), NaN is
+# refused, and the picture does not pass through it.
 
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -358,15 +374,15 @@ def read_json(line: bytes) -> tuple[dict[str, Any], object]:
     short, picture = _cut_picture(line) if len(line) > CUT_FROM_BYTES else (line, None)
     try:
         _check_size(short)
-        fields = _decode(short.decode("utf-8"))
-        if picture is not None and (type(fields) is not dict or fields.get("image_b64") != CUT_MARK):
+        values = _decode(short.decode("utf-8"))
+        if picture is not None and (type(values) is not dict or values.get("image_b64") != CUT_MARK):
             picture = None  # what was cut stood in a nested object, or a second one followed
-            fields = _decode(line.decode("utf-8"))
+            values = _decode(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Refusal("bad_json", f"the line is not JSON: {error}") from None
-    if type(fields) is not dict:
+    if type(values) is not dict:
         raise Refusal("bad_json", "the line is JSON, but not an object; write {…}")
-    return fields, fields.get("image_b64") if picture is None else picture
+    return values, values.get("image_b64") if picture is None else picture
 
 
 def _cut_picture(line: bytes) -> tuple[bytes, bytes | None]:
@@ -399,19 +415,24 @@ def _check_size(line: bytes) -> None:
 # The fields. Each check returns the value as it is kept.
 
 
-def _event(fields: Mapping[str, Any], picture: object, now: float) -> Event:
-    content = {key: check(value) for key, check in FIELDS.items() if (value := fields.get(key)) is not None}
+def _event(values: Mapping[str, Any], picture: object, now: float) -> Event:
+    content = {name: check(value) for name, check in FIELDS.items() if (value := values.get(name)) is not None}
     if "camera" not in content:
         raise Refusal("bad_event", "camera is missing")
-    wished, base64_text, warning = content.pop("id", ""), None, ""
+    wished, base64_text, warnings = content.pop("id", ""), None, []
+    if (meta := values.get("meta")) is not None:
+        content["meta"], shortened = check_meta(meta)
+        if shortened:
+            warnings.append(f"meta cut: a key has at most {META_KEY_MAX} characters, a value {META_VALUE_MAX}")
     if picture is not None:
         try:
             base64_text, kind = check_picture(picture)
-            content["image"] = picture_name(fields.get("image_filename"), kind)
+            content["image"] = picture_name(values.get("image_filename"), kind)
         except ValueError as error:
-            content["dropped"] = str(error)
-            base64_text, warning = None, f"image dropped: {error}"
-    return Event(spooled(content, now, wished, base64_text), content["camera"], content["event"], warning)
+            content["dropped"], base64_text = str(error), None
+            warnings.append(f"image dropped: {error}")
+    item = spooled(content, now, wished, base64_text)
+    return Event(item, content["camera"], content["event"], "; ".join(warnings))
 
 
 def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: bytes | None = None) -> NewEntry:
@@ -421,9 +442,9 @@ def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: b
     return NewEntry(name, content["event"], content["camera"], payload, picture, now, unique=not wished)
 
 
-def _matching(pattern: re.Pattern[str], sentence: str) -> Callable[[object], str]:
+def _matching(allowed: re.Pattern[str], sentence: str) -> Callable[[object], str]:
     def check(value: object) -> str:
-        if type(value) is not str or not pattern.fullmatch(value) or smtp.UNPRINTABLE.search(value):
+        if type(value) is not str or not allowed.fullmatch(value) or smtp.UNPRINTABLE.search(value):
             raise Refusal("bad_event", sentence)
         return value
 
@@ -433,7 +454,7 @@ def _matching(pattern: re.Pattern[str], sentence: str) -> Callable[[object], str
 def _timestamp(value: object) -> str:
     """ISO 8601 in UTC; what came without an offset was UTC."""
     try:
-        when = dt.datetime.fromisoformat(value if type(value) is str else "")
+        when = dt.datetime.fromisoformat(value if type(value) is str and len(value) <= TIMESTAMP_MAX else "")
         when = when.astimezone(dt.UTC) if when.tzinfo else when.replace(tzinfo=dt.UTC)
         when.astimezone()  # it must have a local time, too
     except (ValueError, OverflowError, OSError):
@@ -441,25 +462,35 @@ def _timestamp(value: object) -> str:
     return when.isoformat()
 
 
-def _meta(value: object) -> dict[str, str | int | float | bool]:
-    # null is absent, and an object has no order
-    kept = {key: value[key] for key in sorted(value) if value[key] is not None} if type(value) is dict else None
-    if kept is None or len(kept) > META_MAX:
+def check_meta(value: object) -> tuple[dict[str, str | int | float | bool], bool]:
+    """The keys and values as they are kept, and whether one of them was too long and is cut. Raises Refusal."""
+    # null counts as absent, and the order of the keys tells nothing
+    given = {key: entry for key, entry in value.items() if entry is not None} if type(value) is dict else None
+    if given is None or len(given) > META_MAX:
         raise Refusal("bad_event", f"meta must be an object of at most {META_MAX} values")
-    for key, entry in kept.items():
+    kept, shortened = {}, False
+    for full_key in sorted(given):
+        key, entry = full_key[:META_KEY_MAX], given[full_key]
         if type(entry) not in (str, int, float, bool) or (type(entry) is float and not math.isfinite(entry)):
             raise Refusal("bad_event", f"meta {key!r} must be a string, a number, true or false")
-        if re.search("[\ud800-\udfff]", f"{key}{entry}"):
+        text = str(entry)  # a whole number, too, may have thousands of digits
+        if len(text) > META_VALUE_MAX:
+            entry = text = text[:META_VALUE_MAX]
+            shortened = True
+        if SURROGATE.search(f"{key}{text}"):
             raise Refusal("bad_event", "meta holds half a surrogate pair, which is no character")
-    return kept
+        shortened |= len(full_key) > META_KEY_MAX
+        kept[key] = entry
+    return kept, shortened
 
 
 FIELDS: Mapping[str, Callable[[object], Any]] = {
     "event": _matching(EVENT_NAME, "event must be 1 to 64 characters of A-Z a-z 0-9 _ . -"),
     "camera": _matching(CAMERA, "a camera's name must be 1 to 128 printable characters"),
     "timestamp": _timestamp,
-    "image_url": _matching(WEB_LINK, "image_url must be an http:// or https:// link without blanks, up to 4000 long"),
-    "meta": _meta,
+    "image_url": _matching(
+        WEB_LINK, f"image_url must be an http:// or https:// link without blanks, of at most {LINK_MAX} characters"
+    ),
     "id": _matching(EVENT_ID, "id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"),
 }
 
@@ -501,10 +532,21 @@ def picture_name(name: object, kind: str) -> str:
     """The last path component of the wished name, cleaned, with the suffix of a picture. Raises ValueError."""
     if not isinstance(name, str | None):
         raise ValueError(NO_STRING)
-    last = re.split(r"[/\\]", name or "")[-1]
+    path = (name or "").replace("\\", "/")
+    start = path.rfind("/") + 1
+    last = path[start : start + 1000]
     clean = re.sub(r'[<>:"|?*\s]+', "_", smtp.UNPRINTABLE.sub("", last)).strip("._ -")[:100]
     known = re.search(r"\.(jpe?g|png|gif|webp|bmp)$", clean, re.IGNORECASE)
     return clean if known else f"{clean or 'picture'}.{kind.replace('jpeg', 'jpg')}"
+
+
+def accepted(events: Sequence[Event], receipts: Sequence[smtp.PutResult], shown: int = 3) -> str:
+    """The first few accepted events, and how many more there are: what the log says of a commit."""
+    texts = [
+        f"{event.name} {event.camera} ({receipt.id}{'' if receipt.new else ', duplicate'})"
+        for event, receipt in zip(events[:shown], receipts, strict=False)
+    ]
+    return ", ".join(texts) + (f" and {len(events) - shown} more" if len(events) > shown else "")
 
 
 def answer(receipt: smtp.PutResult, event: Event) -> bytes:
@@ -524,35 +566,38 @@ def refusal_line(refusal: Refusal) -> bytes:
 
 
 # ───────────────────────────────────────────── Accept ───────────────────────────────────────────────
-# One thread a connection. What has arrived is journalled in one commit and answered in order.
+# Each connection has a thread, which reads what has arrived, journals it in one commit and answers it in order.
+#
+# Where a token or client certificates are set, a peer that has shown neither yet is a stranger. Strangers may use the
+# places (ALERT_MAX_CONNECTIONS) and the memory (UNANSWERED_MAX_BYTES) that are free. When one of these is short, the
+# stranger that came first is turned out, never the newcomer. `busy` is for a peer that needs room when no stranger is
+# left; where nothing is asked for, there are none.
+
+TOO_MANY = Refusal("busy", "too many connections; try again later", closes=True)
+NO_ROOM = Refusal("busy", "too many connections or half-sent lines; try again later", closes=True)
+STOPPING = Refusal("shutting_down", "the relay is stopping; send this again later", closes=True)
+PROXY_HEADER = b"PROXY "  # HAProxy with send-proxy says in a line of its own, before all others, who the peer is
 
 
-STOPPING = ("shutting_down", "the relay is stopping; send this again later")
+class LineReader:
+    """Bytes in, whole lines out, without blank ones.
 
-
-class Lines:
-    """Bytes in, whole lines out; a line beyond the limit is read past and comes out as a Refusal.
-
-    Half-sent lines of all connections share one budget of memory.
+    A line beyond the limit is read past and comes out as a Refusal.
     """
-
-    held_by_all = 0
-    _budget = threading.Lock()
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._held = 0  # bytes of ours on the shared budget
-        self._whole = 0  # of them, of lines that are whole, but not answered yet
         self._too_large = Refusal("too_large", f"the line is longer than {limit} bytes")
-        self._forget()
+        self.drop_line()
 
-    def _forget(self) -> None:
+    def drop_line(self) -> None:
+        """Forget the unfinished line."""
         self._pieces: list[bytes] = []
         self._length = 0  # of the unfinished line, as sent
-        self._began = math.inf  # monotonic; infinite while there is none
+        self._began = math.inf  # monotonic; infinite while there is no unfinished line
 
     def feed(self, chunk: bytes) -> list[bytes | Refusal]:
-        """The lines that end in this chunk, without blank ones; a Refusal that closes comes last."""
+        """The lines that end in this chunk. A Refusal that closes the connection comes last."""
         if b"\n" not in chunk:  # many times as quick as split
             return self._keep(chunk)
         first, *others, rest = chunk.split(b"\n")
@@ -560,13 +605,17 @@ class Lines:
         found = [self._too_large if len(line) > self._limit else line for line in lines if line.strip()]
         return found + self._keep(rest)
 
-    def end(self, stopping: bool = False) -> list[bytes | Refusal]:
-        """The last line, which may lack its LF when the peer ended it; when we end it, it was not read whole."""
-        if not self._length:
-            return []
-        if stopping:
-            return [Refusal(*STOPPING, closes=True)]
-        return self.feed(b"\n")
+    def is_within_line(self) -> bool:
+        """Has a line begun that has not ended?"""
+        return self._length > 0
+
+    def kept_bytes(self) -> int:
+        """The memory that the unfinished line takes."""
+        return self._length if self._pieces else 0
+
+    def is_late(self, patience_s: float) -> bool:
+        """Has the unfinished line come for longer than `patience_s`, and more slowly than a line may?"""
+        return time.monotonic() - self._began > patience_s + self._length / SLOWEST_BYTES_S
 
     def _keep(self, piece: bytes) -> list[bytes | Refusal]:
         if not piece:
@@ -578,102 +627,133 @@ class Lines:
             return [Refusal("too_large", sentence, closes=True)]
         if self._length > self._limit + 1:  # it may be one longer: a CR before the LF does not count
             self._pieces = []
-            self._hold(self._whole)
-            return []
-        self._pieces.append(piece)
-        if self._length > UNFINISHED_FREE_BYTES:
-            self._hold(self._held + len(piece))
-            if Lines.held_by_all > UNFINISHED_MAX_BYTES:
-                return [Refusal("busy", "too many half-sent lines; try again", closes=True)]
+        else:
+            self._pieces.append(piece)
         return []
 
     def _finish(self, last: bytes) -> bytes:
+        """The line that ends here; one that was read past is only as long as it takes to be refused."""
         line = b"".join((*self._pieces, last)) if self._length <= self._limit + 1 else bytes(self._limit + 2)
-        self._whole = self._held
-        self._forget()
+        self.drop_line()
         return line
-
-    def _hold(self, number: int) -> None:
-        """So many bytes of the shared budget are ours now."""
-        if number != self._held:
-            with Lines._budget:
-                Lines.held_by_all += number - self._held
-            self._held = number
-
-    def answered(self) -> None:
-        """The whole lines are done with."""
-        self._hold(self._held - self._whole)
-        self._whole = 0
-
-    def late(self, patience: float) -> bool:
-        """Has the unfinished line come for longer than `patience` seconds, and more slowly than a line may?"""
-        return time.monotonic() - self._began > patience + self._length / SLOWEST_BYTES_S
-
-    def drop(self) -> None:
-        """Forget it all."""
-        self._hold(0)
-        self._forget()
 
 
 class Connection:
-    """One peer, served by its own thread until it leaves."""
+    """One peer, served by its own thread until it leaves or is turned out."""
 
-    def __init__(self, sock: socket.socket, relay: Relay) -> None:
-        self.sock, self._relay = sock, relay
-        self._lines = Lines(relay.config.max_line)
-        self._deaf = False  # the peer does not take answers any more; what it has sent still counts
+    def __init__(self, sock: socket.socket, peer: str, relay: Relay) -> None:
+        self.sock, self.peer, self._relay = sock, peer, relay
+        self.trusted = not (relay.config.token or relay.config.client_ca)  # False: the peer is a stranger
+        self.turned_out = False
+        self.counted_bytes = 0  # what the relay counts for this connection, and guards with its lock
+        self.handling = False  # what has been read is parsed and journalled, and its memory cannot be freed now
+        self._sending = False
+        self._write_failed = False  # the peer takes no answers any more; what it has sent still counts
+        self._is_new = True  # no line has come yet
+        self._lines = LineReader(relay.config.max_line)
 
     def serve(self) -> None:
         """Read, journal, answer, until the peer or the relay ends it."""
-        config = self._relay.config
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if config.tls:
-                self.sock.settimeout(HANDSHAKE_TIMEOUT_S)
-                self.sock = config.tls.wrap_socket(self.sock, server_side=True)
-            smtp.wait_at_most(self.sock, config.idle_timeout_s, SEND_TIMEOUT_S)
-            while self._turn():
+            if tls := self._relay.config.tls:
+                self._shake_hands(tls)
+            self._set_timeouts()
+            while self._serve_once():
                 pass
         except OSError as error:  # reset, timed out, no TLS: this peer only
-            log.debug("a connection ended: %s", error)
+            log.debug("the connection of %s ended: %s", self.peer, error)
         except MemoryError:
             self._relay.short_of_memory()
         except Exception:
-            log.exception("a connection's thread failed")
+            log.exception("the thread of a connection failed")
         finally:
-            self._lines.drop()
-            smtp.close_gently(self.sock, LINGER_S)
+            if self.turned_out and self._lines.is_within_line():
+                # Once it is shut down for reading, the kernel takes no more of a line that is still being sent, and the
+                # peer would wait to send on. A reset ends that.
+                with contextlib.suppress(OSError):
+                    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._lines.drop_line()
+            self._relay.count_bytes(self, 0)
+            smtp.close_gently(self.sock, 0.0 if self.turned_out else LINGER_S)
+            self._relay.forget(self)
 
-    def _turn(self) -> bool:
-        """What has arrived, journalled in one commit and answered; False: the connection is over."""
+    def trust(self) -> None:
+        """The peer has shown the token or a certificate: it is no stranger any more."""
+        if not self.trusted:
+            self.trusted = True
+            self._set_timeouts()
+
+    def turn_out(self) -> None:
+        """Let the connection's own thread say busy and end it. Called from another thread."""
+        self.turned_out = True
+        with contextlib.suppress(OSError):
+            # SSLSocket's own shutdown would end the encryption, too. A peer that does not read its answers gets none.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR if self._sending else socket.SHUT_RD)
+
+    def _shake_hands(self, tls: ssl.SSLContext) -> None:
+        """Begin TLS. Raises OSError."""
+        self.sock.settimeout(HANDSHAKE_TIMEOUT_S)
+        self.sock = wrapped = tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        try:
+            wrapped.do_handshake()
+        except ssl.SSLError as error:
+            if not isinstance(error, ssl.SSLEOFError):  # one that only looks whether the port is open
+                self._relay.log_once("tls", f"no TLS with {self.peer}: {smtp.printable(error)}")
+            raise
+        self.trusted = self.trusted or self._relay.config.client_ca
+
+    def _patience_s(self) -> float:
+        """For how long the peer may be silent."""
+        idle_s = self._relay.config.idle_timeout_s
+        return idle_s if self.trusted else min(idle_s, STRANGER_TIMEOUT_S)
+
+    def _set_timeouts(self) -> None:
+        smtp.wait_at_most(self.sock, self._patience_s(), SEND_TIMEOUT_S)
+
+    def _serve_once(self) -> bool:
+        """Journal and answer what has arrived. False: the connection is over."""
         lines: list[bytes | Refusal] = []
         more = True
+        unanswered = self._lines.kept_bytes()
         try:
-            for chunk in self._arrived():
+            for chunk in self._read_available():
                 more = bool(chunk)
-                lines += self._lines.feed(chunk) if chunk else self._lines.end(self._relay.stopping)
-                if len(lines) >= LINES_AT_ONCE:
+                lines += self._lines.feed(chunk) if chunk else self._last_line()
+                unanswered += len(chunk)
+                if len(lines) >= BATCH_LINES or not self._relay.count_bytes(self, unanswered):
                     break
         except OSError as error:  # it counts after the lines that came before it
-            log.debug("a connection ended: %s", error)
+            log.debug("the connection of %s ended: %s", self.peer, error)
             more = False
-        closes = False
-        while lines and not closes:  # a chunk may hold very many tiny lines
-            answers, closes = self._relay.take(lines[:LINES_AT_ONCE])
-            del lines[:LINES_AT_ONCE]
-            self._say(answers)
-        self._lines.answered()
-        return more and not closes
+        if self._is_new and lines:
+            self._is_new = False
+            if isinstance(lines[0], bytes) and lines[0].startswith(PROXY_HEADER):
+                del lines[0]  # answered, it would be taken for the answer to the peer's own first line
+        last: Refusal | None = None  # what closes the connection
+        while lines and not last:  # a chunk may hold very many tiny lines
+            self.handling = True
+            answers, last = self._relay.handle_lines(self, lines[:BATCH_LINES])
+            self.handling = False
+            lines = [] if last else lines[BATCH_LINES:]
+            if last and last.code == "unauthorized":
+                self._relay.count_bytes(self, 0)  # nothing is kept meanwhile
+                time.sleep(UNAUTHORIZED_DELAY_S)
+            self._send(answers)
+        if more and not last and not self._relay.count_bytes(self, self._lines.kept_bytes()):
+            last = NO_ROOM
+            self._send(refusal_line(last))
+        return more and not last
 
-    def _arrived(self) -> Iterator[bytes]:
-        """One chunk, waited for, then all that is there already; b"" is the end."""
+    def _read_available(self) -> Iterator[bytes]:
+        """One chunk, waited for, then all that is there already. b"" is the end. Raises OSError."""
         found: bytes | None = self.sock.recv(READ_BYTES)
         total = 0
         while found:
             yield found
             total += len(found)
-            if self._lines.late(self._relay.config.idle_timeout_s):
+            if self._lines.is_late(self._patience_s()):
                 raise TimeoutError("a line took too long")
             plain = not isinstance(self.sock, ssl.SSLSocket)
             if total >= BATCH_BYTES or (plain and len(found) < READ_BYTES):  # less than asked for: there is no more
@@ -682,16 +762,27 @@ class Connection:
         if found is not None:
             yield b""
 
-    def _say(self, answers: bytes) -> None:
-        if not self._deaf:
-            try:
-                self.sock.sendall(answers)
-            except OSError:
-                self._deaf = True
+    def _last_line(self) -> list[bytes | Refusal]:
+        """The unfinished line at the end: it is whole if the peer ended the connection."""
+        if self.turned_out:
+            return [NO_ROOM]
+        if self._relay.stopping:
+            return [STOPPING] if self._lines.is_within_line() else []
+        return self._lines.feed(b"\n")
+
+    def _send(self, answers: bytes) -> None:
+        if self._write_failed:
+            return
+        self._sending = True
+        try:
+            self.sock.sendall(answers)
+        except OSError:
+            self._write_failed = True
+        self._sending = False
 
 
 def read_now(sock: socket.socket) -> bytes | None:
-    """What is there without waiting; None: nothing."""
+    """What is there without waiting, b"" at the end. None: nothing."""
     if isinstance(sock, ssl.SSLSocket):
         return sock.recv(READ_BYTES) if sock.pending() else None
     if os.name != "posix":
@@ -702,48 +793,62 @@ def read_now(sock: socket.socket) -> bytes | None:
         return None
 
 
-Entry = Event | Heartbeat | Ping | Refusal
+Parsed = Event | Heartbeat | Ping | Refusal
+
+
+def _shows_token(parsed: Parsed) -> bool:
+    """Can this only come from a peer that knows the token?"""
+    return parsed.trusted if isinstance(parsed, Ping) else not isinstance(parsed, Refusal)
 
 
 class Relay:
     """The accepting side: listeners, connections, and the way from lines to answers."""
 
-    def __init__(self, config: RelayConfig, outbox: Outbox, watch: CameraMonitor, ring: Callable[[], object]) -> None:
-        self.config, self._outbox, self._watch, self._ring = config, outbox, watch, ring
+    def __init__(self, config: RelayConfig, outbox: Outbox, watch: CameraMonitor, notify: Callable[[], object]) -> None:
+        self.config, self._outbox, self._watch, self._notify = config, outbox, watch, notify
         self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
-        self._connections = weakref.WeakSet[Connection]()  # each lives as long as its thread
-        self._lock = threading.Lock()
-        self._troubles: dict[str, float] = {}  # what was last seen when
+        self._lock = threading.RLock()  # guards the next two
+        self._connections: dict[Connection, None] = {}  # in the order in which they came
+        self._counted_bytes = 0  # of all connections
+        self._large_lines = threading.Lock()  # held while one is parsed
+        self._logged_at: dict[str, float] = {}
+        self._refused: socket.socket | None = None  # the last peer that got no place
         self.stopping = False
-        self._lingering: deque[tuple[float, socket.socket]] = deque()
         self._listeners: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
-    # lines to answers
+    # From lines to answers.
 
-    def take(self, lines: Sequence[bytes | Refusal]) -> tuple[bytes, bool]:
-        """Journal the events among the lines in one commit; the answers in order, and whether to close."""
+    def handle_lines(self, connection: Connection, lines: Sequence[bytes | Refusal]) -> tuple[bytes, Refusal | None]:
+        """Journal the events among the lines in one commit. The answers in order, and what closes the connection."""
         now = time.time()
-        entries: list[Entry] = []
-        last: Refusal | None = None  # what closes the connection
+        parsed: list[Parsed] = []
+        last: Refusal | None = None
         for line in lines:
-            entries.append(entry := self._parse(line, now))
-            if isinstance(entry, Refusal) and entry.closes:
-                last = entry
+            parsed.append(one := self._parse(line, now))
+            if isinstance(one, Refusal) and one.closes:
+                last = one
                 break
-        receipts = iter(self._journal([entry for entry in entries if isinstance(entry, Event)]))
-        answers = [self._answer(entry, receipts) for entry in entries]
+        receipts = iter(self._journal([one for one in parsed if isinstance(one, Event)]))
+        answers = [self._answer(one, receipts) for one in parsed]
+        if not connection.trusted and any(_shows_token(one) for one in parsed):
+            connection.trust()
         if last and last.code == "unauthorized":
-            time.sleep(UNAUTHORIZED_DELAY_S)
-        return b"".join(answers), last is not None or self._outbox.closed
+            self.log_once("token", f"{connection.peer} was refused: {last.detail}")
+        return b"".join(answers), last or (STOPPING if self._outbox.closed else None)
 
-    def _parse(self, line: bytes | Refusal, now: float) -> Entry:
+    def _parse(self, line: bytes | Refusal, now: float) -> Parsed:
         try:
-            return line if isinstance(line, Refusal) else parse_line(line, self._token, now)
+            if isinstance(line, Refusal):
+                return line
+            if len(line) < LARGE_LINE_BYTES:
+                return parse_line(line, self._token, now)
+            with self._large_lines:
+                return parse_line(line, self._token, now)
         except Refusal as refusal:
-            # a new one: what was raised remembers its frames, and would keep the connection alive
+            # A new one: what was raised holds its frames, and they hold the whole batch until garbage is collected.
             return Refusal(refusal.code, refusal.detail, closes=refusal.closes)
-        except MemoryError:  # about us, not about the line: it must come again
+        except MemoryError:  # this is about us, not about the line: it must come again
             self.short_of_memory()
             return Refusal("busy", "the relay is short of memory; try again later", closes=True)
         except Exception:
@@ -756,53 +861,101 @@ class Relay:
         try:
             receipts = self._outbox.put([event.item for event in events])
         except smtp.SpoolError as error:
-            if self._outbox.closed:  # who sends on and on outlives the wait for it
-                return [Refusal(*STOPPING, closes=True)] * len(events)
+            if self._outbox.closed:  # a peer that sends on and on outlives the wait for it
+                return [STOPPING] * len(events)
             full = isinstance(error, smtp.SpoolFull)
             if full and len(events) > 1 and not isinstance(error, smtp.DiskFull):
-                # What fits into the spool is taken. The last room of a disk is for bookkeeping.
+                # What fits into the spool is accepted. The last room of a disk is for bookkeeping.
                 return [receipt for event in events for receipt in self._journal([event])]
-            self._complain(type(error).__name__, str(error))
+            self.log_once(type(error).__name__, str(error), logging.ERROR)
             sentence = "no room is left for alerts; try again later" if full else "the disk failed; try again later"
             return [Refusal("spool_full" if full else "spool_error", sentence)] * len(events)
-        self._ring()
+        self._notify()
         for event in events:
             self._watch.heard(event.camera, event.name)
+        if log.isEnabledFor(logging.INFO):
+            log.info("accepted %s", accepted(events, receipts))
         return receipts
 
-    def _complain(self, trouble: str, words: object) -> None:
-        """Log it once, until it has not been seen for a while: some troubles come thousands of times a second."""
+    def log_once(self, trouble: str, text: str, level: int = logging.WARNING) -> None:
+        """Log a text about some kind of trouble, unless one was logged less than a minute ago."""
         with self._lock:
-            before = self._troubles.get(trouble, -math.inf)
-            self._troubles[trouble] = now = time.monotonic()
-        if now - before > TROUBLE_OVER_S:
-            log.error("%s", words)
+            now = time.monotonic()
+            if now - self._logged_at.get(trouble, -math.inf) < LOG_AGAIN_S:
+                return
+            self._logged_at[trouble] = now
+        log.log(level, "%s", text)
 
     def short_of_memory(self) -> None:
         """The machine's memory or its threads have run out, which is the same: a thread needs a stack."""
-        self._complain("memory", "out of memory or threads: connections are turned away, and have to come again")
+        text = "out of memory or threads: connections are refused, and have to come again"
+        self.log_once("memory", text, logging.ERROR)
 
-    def _answer(self, entry: Entry, receipts: Iterator[smtp.PutResult | Refusal]) -> bytes:
-        if isinstance(entry, Event):
+    def _answer(self, parsed: Parsed, receipts: Iterator[smtp.PutResult | Refusal]) -> bytes:
+        if isinstance(parsed, Event):
             receipt = next(receipts)
-            return refusal_line(receipt) if isinstance(receipt, Refusal) else answer(receipt, entry)
-        if isinstance(entry, Heartbeat):
-            self._watch.heard(entry.camera)
+            return refusal_line(receipt) if isinstance(receipt, Refusal) else answer(receipt, parsed)
+        if isinstance(parsed, Heartbeat):
+            self._watch.heard(parsed.camera)
             return b'{"ok": true, "status": "alive"}\n'
-        if isinstance(entry, Ping):
-            counts = self._outbox.counts() if entry.trusted else {}
+        if isinstance(parsed, Ping):
+            counts = self._outbox.counts() if parsed.trusted else {}
             return json.dumps({"ok": True, "status": "pong", **counts}).encode("ascii") + b"\n"
-        return refusal_line(entry)
+        return refusal_line(parsed)
 
-    # listeners and threads
+    # Places and memory.
+
+    def add(self, connection: Connection) -> bool:
+        """Give the connection a place. False: there is none."""
+        with self._lock:
+            if len(self._connections) >= self.config.max_connections and not self._turn_out_first(self._connections):
+                return False
+            self._connections[connection] = None
+            return True
+
+    def count_bytes(self, connection: Connection, number: int) -> bool:
+        """Count so many bytes for what a connection has read and not answered. False: there is no room for them."""
+        number = number if number > UNANSWERED_FREE_BYTES else 0
+        if number == connection.counted_bytes and not connection.turned_out:
+            return True
+        with self._lock:
+            while not connection.turned_out:
+                total = self._counted_bytes - connection.counted_bytes + number
+                if total <= UNANSWERED_MAX_BYTES:
+                    self._counted_bytes, connection.counted_bytes = total, number
+                    return True
+                holders = (one for one in self._connections if one.counted_bytes and not one.handling)
+                if not self._turn_out_first(holders):
+                    break
+        return False
+
+    def _turn_out_first(self, candidates: Iterable[Connection]) -> bool:
+        """End the connection of the stranger who came first of these, to make room. False: there is none."""
+        with self._lock:
+            stranger = next((one for one in candidates if not (one.trusted or one.turned_out)), None)
+            if stranger is None:
+                return False
+            self._counted_bytes -= stranger.counted_bytes
+            stranger.counted_bytes = 0
+            stranger.turn_out()
+        text = "room is short, and peers that have shown neither token nor certificate are turned out, as"
+        self.log_once("room", f"{text} {stranger.peer}")
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """The connection has ended, and its place is free."""
+        with self._lock:
+            self._connections.pop(connection, None)
+
+    # Listeners and threads.
 
     def listen(self) -> None:
-        """Take the port. Raises OSError."""
+        """Bind the port, so that connections wait there until `start`. Raises OSError."""
         self._listeners = smtp.listen(self.config.host, self.config.port, BACKLOG)
         self.port = self._listeners[0].getsockname()[1]
 
     def start(self) -> None:
-        """Accept connections; logs where."""
+        """Accept connections, and log where."""
         for listener in self._listeners:
             thread = threading.Thread(target=self._accept_loop, args=(listener,), name="accept", daemon=True)
             thread.start()
@@ -810,74 +963,74 @@ class Relay:
         smtp.log_listening(log, self._listeners)
 
     def _accept_loop(self, listener: socket.socket) -> None:
-        """Nothing that is wrong with one connection ends it: the relay would be alive and deaf."""
+        """Accept until the relay stops. Nothing that is wrong with one connection ends this loop."""
         listener.settimeout(0.5)
         while not self.stopping:
-            # Thousands of threads, woken at once, would do nothing but look whether it is their turn.
             sys.setswitchinterval(max(SWITCH_S, len(self._connections) * SWITCH_EACH_S))
             try:
-                self._let_go(time.monotonic())
-                self._admit(listener.accept()[0])
+                self._admit(*listener.accept())
             except TimeoutError:
                 pass
             except OSError as error:
                 if self.stopping:
                     return
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._complain("accept", f"no connection can be accepted: {error.strerror}")
-                time.sleep(0.1)  # the connection stays in the queue: trying again at once would be a busy loop
+                    text = f"no connection can be accepted: {error.strerror}"
+                    self.log_once("accept", text, logging.ERROR)
+                    self._turn_out_first(self._connections)
+                time.sleep(0.02)  # the connection stays in the queue: trying again at once would be a busy loop
             except (RuntimeError, MemoryError):
                 self.short_of_memory()
                 time.sleep(0.1)
 
-    def _admit(self, sock: socket.socket) -> None:
-        """Give it a thread, or turn it away."""
+    def _admit(self, sock: socket.socket, address: smtp.Address) -> None:
+        """Give the peer a thread, or refuse it."""
+        connection = None
         try:
-            connection = Connection(sock, self)
-            with self._lock:
-                room = len(self._connections) < self.config.max_connections
-                if room:
-                    self._connections.add(connection)
-            if room:  # Thread.start would wait for a sign of life, for ever where memory is too short for one
+            connection = Connection(sock, smtp.show_address(address), self)
+            if self.add(connection):
+                # Thread.start would wait for a sign of life, for ever where memory is too short for one.
                 _thread.start_new_thread(connection.serve, ())
                 return
+            self.log_once("connections", f"{connection.peer} was refused: {TOO_MANY.detail}")
         except (RuntimeError, MemoryError):
             self.short_of_memory()
-        self._turn_away(sock)
+            if connection:
+                self.forget(connection)
+            self._turn_out_first(self._connections)  # for who comes next
+        self._refuse(sock)
 
-    def _turn_away(self, sock: socket.socket) -> None:
-        """Say busy and close a little later: closing at once would destroy the answer of a peer that has sent."""
+    def _refuse(self, sock: socket.socket) -> None:
+        """Say busy to a peer that gets no thread, and close the one that was refused before.
+
+        Closed at once, it could not read the answer if it has sent something: unread input turns the end into a reset.
+        """
         with contextlib.suppress(OSError):
             sock.setblocking(False)
             if not self.config.tls:
-                sock.send(refusal_line(Refusal("busy", "too many connections; try again later")))
+                sock.send(refusal_line(TOO_MANY))
             sock.shutdown(socket.SHUT_WR)
-        if self.config.tls or len(self._lingering) > 256:
-            sock.close()
-        else:
-            self._lingering.append((time.monotonic() + 1.0, sock))
-
-    def _let_go(self, now: float) -> None:
-        """Close who was turned away before."""
-        with contextlib.suppress(IndexError):  # another accepting thread may be quicker
-            while self._lingering[0][0] < now:
-                self._lingering.popleft()[1].close()
+        with self._lock:
+            before, self._refused = self._refused, sock
+        if before:
+            before.close()
 
     def stop(self, timeout: float) -> None:
-        """Stop accepting, answer what has been read, end the connections."""
+        """Stop accepting, answer what has been read, and wait at most `timeout` seconds for the connections to end."""
         self.stopping = True
         for listener, thread in zip(self._listeners, self._threads, strict=True):
             with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+                listener.shutdown(socket.SHUT_RDWR)  # this wakes accept
             thread.join(1.0)
             listener.close()
-        self._let_go(math.inf)
+        if self._refused:
+            self._refused.close()
         until = time.monotonic() + timeout
         with self._lock:
             peers = [connection.sock for connection in self._connections]
         for sock in peers:
             with contextlib.suppress(OSError):
-                # Wakes the thread; what has arrived is still read. SSLSocket's own would end the encryption, too.
+                # This wakes the thread; what has arrived is still read. SSLSocket's own would end the encryption, too.
                 socket.socket.shutdown(sock, socket.SHUT_RD)
         while self._connections and time.monotonic() < until:
             time.sleep(0.01)
@@ -1167,14 +1320,13 @@ class DailySummary:
             "SELECT kind, source, count(*) FROM entries WHERE arrived > ? AND kind != ? GROUP BY kind, source"
             " ORDER BY 3 DESC", now - smtp.DAY_S, SUMMARY,
         )  # fmt: skip
-        meta = {"received": sum(number for *_, number in groups), "lanes": groups[:20], "silent": silent}
+        meta = {"received": sum(number for *_, number in groups), "groups": groups[:20], "silent": silent}
         meta |= {"why": self._outbox.unreported()[1], **self._outbox.counts()}
         return spooled({"event": SUMMARY, "camera": "relay", "meta": meta}, now)
 
 
 # ───────────────────────────────────────────── Render ───────────────────────────────────────────────
-# Pure: frozen mails in, composed mails out. What, where, when and the picture come first; the rest is below.
-# Nothing from an event is ever markup; <bdi> keeps a name from reordering its line. Tables and inline styles: Outlook.
+# Pure: what is due in, a composed mail out. What, where, when and the picture come first; the rest is below.
 
 EVENT_WORDS = {
     "MOTION_DETECTED": ("Motion detected", "حرکت دیده شد", "检测到移动"),
@@ -1188,17 +1340,55 @@ WORDS = {
     "event": ("Event", "رویداد", "事件"),
     "camera": ("Camera", "دوربین", "摄像机"),
     "time": ("Time", "زمان", "时间"),
+    "arrived": ("Arrived", "دریافت", "收到"),
+    "clock": ("Camera's clock", "ساعت دوربین", "摄像机时钟"),
     "link": ("Link", "پیوند", "链接"),
     "last_seen": ("Last seen", "آخرین نشانه", "最后在线"),
     "gone": ("Was gone", "مدت قطعی", "离线时长"),
     "dropped": ("Picture left out", "تصویر حذف شد", "图片已略去"),
     "too_big": ("too big for the mail server", "برای سرور ایمیل بزرگ است", "超出邮件服务器限制"),
+    "said": ("the mail server said: {said}", "پاسخ سرور ایمیل: {said}", "邮件服务器的答复：{said}"),
     "damaged": ("damaged on the relay's disk", "روی دیسک سامانه آسیب دیده است", "在警报系统的磁盘上已损坏"),
     TOO_LARGE: (TOO_LARGE, "بزرگ‌تر از ۱۰ مگابایت", "大于 10 MiB"),
     NOT_BASE64: (NOT_BASE64, "کد Base64 نادرست", "不是有效的 Base64"),
     NO_PICTURE: (NO_PICTURE, "تصویر شناخته‌شده نیست", "不是可识别的图片"),
     NO_STRING: (NO_STRING, "فیلد تصویر متن نیست", "图片字段不是字符串"),
+    "reported": (
+        "On {time} the camera {camera} reported: {event}.",
+        "{time} دوربین {camera} گزارش داد: {event}.",
+        "摄像机 {camera} 报告: {event} ({time}).",
+    ),
+    "nothing_heard": (
+        "Nothing has been heard from the camera {camera} since {time}; it may be off, or its network may be down.",
+        "از {time} از دوربین {camera} خبری نرسیده است؛ شاید خاموش باشد یا شبکهٔ آن قطع باشد.",
+        "自 {time} 起没有收到摄像机 {camera} 的信号；它可能已关机，或者网络已断开。",
+    ),
+    "heard_again": (
+        "The camera {camera} is heard again; it was gone for {gone}.",
+        "دوربین {camera} دوباره در دسترس است؛ مدت قطعی {gone} بود.",
+        "摄像机 {camera} 又有信号了；离线时长 {gone}。",
+    ),
+    "wrong_clock": (
+        "The camera's clock said {told}, but the alert arrived at {arrived}: its clock is wrong, or it was delayed.",
+        "ساعت دوربین {told} بود، ولی هشدار در {arrived} رسید: یا ساعت دوربین نادرست است یا هشدار دیر رسیده است.",
+        "摄像机的时钟显示 {told}，而警报于 {arrived} 到达：摄像机的时钟不准，或者警报被延误了。",
+    ),
+    "attached": (
+        "The picture is attached as {name}.",
+        "تصویر با نام {name} پیوست شده است.",
+        "图片已作为附件附上: {name}",
+    ),
     "alerts": ("{count} alerts", "{count} هشدار", "{count} 条警报"),
+    "counted": (
+        "{count} alerts arrived from {first} to {last}: {events}. They came from {cameras}.",
+        "{count} هشدار از {first} تا {last} رسید: {events}. دوربین‌ها: {cameras}.",
+        "从 {first} 到 {last} 共收到 {count} 条警报: {events}. 来自 {cameras}。",
+    ),
+    "csv": (
+        "Each of them is a line of the attached events.csv, which spreadsheets open.",
+        "هر هشدار یک سطر از فایل پیوست events.csv است که با برنامه‌های صفحه‌گسترده باز می‌شود.",
+        "每条警报都是附件 events.csv 中的一行，可用电子表格软件打开。",
+    ),
     "more": (
         "The first {shown} of {count}; all of them are in events.csv.",
         "{shown} مورد نخست از {count}؛ همه در events.csv هست.",
@@ -1210,6 +1400,11 @@ WORDS = {
         "此前未能送达的警报：{count} 条",
     ),
     "summary": ("Daily summary", "خلاصهٔ روزانه", "每日摘要"),
+    "day": (
+        "In the 24 hours before {time} {received} alerts arrived; {queued} wait, and {failed} failed.",
+        "در ۲۴ ساعت پیش از {time}، {received} هشدار رسید؛ {queued} در انتظار و {failed} ناموفق است.",
+        "在 {time} 之前的 24 小时内收到 {received} 条警报；{queued} 条等待发送，{failed} 条发送失败。",
+    ),
     "received": ("Alerts in 24 hours", "هشدارهای ۲۴ ساعت گذشته", "24 小时内的警报"),
     "queued": ("Waiting", "در انتظار", "等待中"),
     "failures": ("Failed", "ناموفق", "失败"),
@@ -1220,51 +1415,94 @@ WORDS = {
         "این ایمیل هر روز می‌آید. اگر نیامد، به سامانه سر بزنید.",
         "此邮件每天发送。如未收到，请检查警报系统。",
     ),
+    "footer": (
+        "Sent by the alert relay on {host}, which does not read answers to this mail. Who gets which alerts, and how"
+        " often, is set there with ALERT_RECIPIENT, ALERT_ROUTES, ALERT_COOLDOWN and ALERT_QUIET.",
+        "فرستنده: سامانهٔ هشدار روی {host}. این سامانه پاسخ ایمیل‌ها را نمی‌خواند. گیرندگان هشدارها و فاصلهٔ"
+        " ارسال آن‌ها در همان سامانه تعیین می‌شود: ALERT_RECIPIENT، ALERT_ROUTES، ALERT_COOLDOWN، ALERT_QUIET.",
+        "此邮件由 {host} 上的警报系统发出，系统不会读取回复。哪些人在什么时候收到哪些警报，由该系统的设置决定："
+        "ALERT_RECIPIENT、ALERT_ROUTES、ALERT_COOLDOWN、ALERT_QUIET。",
+    ),
     "units": ("d h min s", "روز ساعت دقیقه ثانیه", "天 小时 分钟 秒"),
+    "weekdays": (
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+        "دوشنبه سه‌شنبه چهارشنبه پنجشنبه جمعه شنبه یکشنبه",
+        "星期一 星期二 星期三 星期四 星期五 星期六 星期日",
+    ),
 }
-RTL_LABEL = re.compile(r"^[\u0590-\u08ff][^:\n]*: (?=[-+0-9])", re.MULTILINE)  # would turn the date after it round
-URGENT = {"DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_DISCONNECTED"}
-RED, BLUE, GREEN, GREY = "#b3261e", "#1f4e79", "#2e6b3f", "#4f5b66"
+CLOCK_OFF = dt.timedelta(minutes=1)  # a camera's clock that is further from the arrival than this gets it beside it
+DIGEST_META_CHARS, ROW_META_CHARS = 6000, 200  # of all rows and of one row of a digest: Gmail cuts pages over 102 KB
+CSV_MAX_BYTES = 4 << 20  # when events.csv has reached this, the meta of the remaining rows is left out
+SILENT_SHOWN = 50  # names in a summary
+REASON_CHARS = 1000  # of why alerts failed
+FORMULA = re.compile(r"\s*[-=+@＝＋－＠]")  # a spreadsheet computes what begins so
 
 
-class Shown(NamedTuple):
-    """An event as its reader sees it: when it was in UTC, and what a clock on the wall said then."""
+class EventView(NamedTuple):
+    """An event as its reader sees it."""
 
     id: str
     event: str
     camera: str
     content: Mapping[str, Any]
     picture: Callable[[], bytes | None]
-    moment: str  # ISO 8601, UTC: it sorts as the time does
-    day: str
-    clock: str
-    offset: str
+    arrived: dt.datetime  # UTC
+    happened: dt.datetime  # UTC, by the camera's clock if it told the time
+    clock_is_off: bool  # the camera's clock is wrong, or the event was long on its way
+    local: str  # local time by which it stands among others: of its arrival if the clock is off
 
     @classmethod
-    def of(cls, item: smtp.Entry) -> Shown:
+    def of(cls, item: smtp.Entry) -> EventView:
         content = _decode(item.payload.decode("utf-8"))
-        moment = content.get("timestamp") or dt.datetime.fromtimestamp(item.arrived, dt.UTC).isoformat()
-        here = dt.datetime.fromisoformat(moment).astimezone()
-        local = here.isoformat(" ", "seconds")  # strftime takes four times as long
-        day, clock, offset = local[:10], local[11:19], local[19:].replace(":", "")
-        return cls(item.id, content["event"], content["camera"], content, item.picture, moment, day, clock, offset)
+        arrived = dt.datetime.fromtimestamp(item.arrived, dt.UTC)
+        told = content.get("timestamp")
+        happened = dt.datetime.fromisoformat(told) if told else arrived
+        off = abs(happened - arrived) >= CLOCK_OFF
+        local = local_time(arrived if off else happened)
+        return cls(item.id, content["event"], content["camera"], content, item.picture, arrived, happened, off, local)
 
-    def utc(self) -> str:
-        return f"{self.moment[:19]}Z"
+    def key(self) -> str:
+        """What Message-ID and Content-ID are functions of: an id that is used again years later arrives then."""
+        return f"{self.id} {self.arrived.timestamp()}"
+
+
+def local_time(moment: dt.datetime) -> str:
+    """`2026-05-02 00:15:00 +0200`: what a clock on the wall of the relay shows."""
+    written = moment.astimezone().isoformat(" ", "seconds")  # strftime takes four times as long
+    return f"{written[:19]} {written[19:].replace(':', '')}"
+
+
+def utc_time(moment: dt.datetime) -> str:
+    return f"{moment.isoformat()[:19]}Z"
+
+
+def both_times(local: str, moment: dt.datetime) -> str:
+    """Local time and UTC beside it; UTC alone where that is the local time."""
+    utc = f"{utc_time(moment)} (UTC)"
+    return utc if local.endswith("+0000") else f"{local}\n{utc}"
+
+
+def clock_and_day(local: str) -> str:
+    return f"{local[11:19]}, {local[:10]}"
+
+
+def unknown_time_zone(name: str) -> str:
+    """A warning if the system does not know `name`, the value of TZ, as a time zone. It uses UTC then, silently."""
+    zone = name.removeprefix(":")
+    posix = re.match(r"(?:<[-+A-Za-z0-9]+>|[A-Za-z]{3,})[-+]?\d", zone)  # like CET-1CEST,M3.5.0,M10.5.0/3
+    files = [Path(folder, zone) for folder in zoneinfo.TZPATH]
+    if zone in ("", "UTC", "GMT") or posix or os.name == "nt" or any(file.is_file() for file in files):
+        return ""
+    return f"TZ: {name!r} is no known time zone, so UTC is used; write one like Europe/Berlin, and install tzdata"
 
 
 @dataclass
-class Letter:
-    """What a mail says; its text and its page are drawn from this."""
+class MailContent:
+    """A page and what else belongs to its mail."""
 
     subject: str
     key: str  # the Message-ID is a function of it
-    head: tuple[str, str, str]  # what, where, when
-    colour: str
-    rows: Sequence[tuple[str, ...]]
-    notes: list[tuple[str, str]] = field(default_factory=list)  # with their colours
-    link: str = ""  # the one value in the rows that is a link
-    pictures: Sequence[tuple[str, smtp.Attachment]] = ()  # with their captions
+    page: smtp.Page
     files: Sequence[smtp.Attachment] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -1280,8 +1518,11 @@ class Alerts:
         lang = LANGS.index(config.lang)
         self._words = {key: words[lang] for key, words in WORDS.items()}
         self._events = {name: words[lang] for name, words in EVENT_WORDS.items()}
+        self._weekdays = self._words["weekdays"].split()
         self._address = smtp.address(config.sender)
         self._domain = self._address.rpartition("@")[2]
+        self._footer = self._sentence("footer", host=smtp.hostname())
+        self._urgent = functools.lru_cache(maxsize=256)(lambda event: _matches(event, config.priority))
 
     def plan(self, waiting: Iterable[PendingEntry], sent: History, now: float, most: int) -> Plan:
         return plan(self._config, waiting, sent, now, most)
@@ -1289,226 +1530,271 @@ class Alerts:
     def recipients(self, kind: str, source: str) -> tuple[str, ...]:
         return route(self._config, kind, source)
 
-    def render(self, mail: Delivery, items: Sequence[smtp.Entry]) -> Message:
-        """The mail as it goes out."""
-        shown = [Shown.of(item) for item in items]
-        if shown[0].event == SUMMARY:
-            letter = self._summary(shown[0])
-        elif len(items) == 1:
-            letter = self._alert(mail, shown[0])
-        else:
-            letter = self._digest(mail, sorted(shown, key=lambda one: one.moment))
-        if mail.reports:
-            letter.notes.append((f"{self._words['failed'].format(count=len(mail.reports))}\n{mail.why}", RED))
-        data = smtp.compose_pieces(
-            sender=self._config.sender,
-            to=mail.recipients,
-            subject=letter.subject,
-            text=draw_text(letter),
-            html=draw_page(letter, self._config.lang),
-            attachments=[*(part for _, part in letter.pictures), *letter.files],
-            message_id=smtp.message_id(letter.key, self._address),
-            headers={"Auto-Submitted": "auto-generated", **letter.headers},
-        )
-        first = shown[0]
-        about = f"{first.event} {first.camera}" if len(shown) == 1 else f"a digest of {len(shown)} alerts"
+    def render(self, delivery: Delivery, entries: Sequence[smtp.Entry]) -> Message:
+        """The mail as it goes out. Where its size is limited, the newest of its pictures that fit stay."""
+        limit = delivery.max_bytes
+        left_out = self._words["said"].format(said=delivery.error) if limit == 0 else ""
+        content = self._content(entries, left_out)
+        content.page.notes.append(self._footer)
+        if delivery.reports:
+            failures = f"{self._words['failed'].format(count=len(delivery.reports))}\n{delivery.why[:REASON_CHARS]}"
+            content.page.notes.append(smtp.sentence("{failures}", {"failures": failures.strip()}, bad=True))
+        data = self._compose(content, delivery.recipients)
+        if limit and sum(map(len, data)) > limit:
+            data = self._fitted(content, delivery.recipients, limit)
+        first = entries[0]
+        about = f"{first.kind} {first.source}" if len(entries) == 1 else f"a digest of {len(entries)} alerts"
         return Message(self._address, data, about)
 
-    def _alert(self, mail: Delivery, shown: Shown) -> Letter:
-        words, content = self._words, shown.content
-        rows = [
-            (words["event"], shown.event),
-            (words["camera"], shown.camera),
-            (words["time"], f"{shown.day} {shown.clock} {shown.offset}\n{shown.utc()} (UTC)"),
-        ]
-        if meta := content.get("meta"):
-            rows += [(key[:100], _plain(value)) for key, value in meta.items()]
-        if "last_seen" in content:
-            last_seen = dt.datetime.fromisoformat(content["last_seen"]).astimezone()
-            rows.append((words["last_seen"], last_seen.isoformat(" ")[:19]))
-        if "gone_s" in content:
-            rows.append((words["gone"], self._span(content["gone_s"])))
-        if link := content.get("image_url", ""):
-            rows.append((words["link"], link))
-        pictures = self._pictures(mail, [shown])
-        lost = "image" in content and not pictures and ("too_big" if mail.max_bytes == 0 else "damaged")
-        if why := content.get("dropped") or lost:
-            rows.append((words["dropped"], words[why]))
-        thread = hashlib.sha256(f"{shown.camera}\n{shown.day}".encode()).hexdigest()[:32]
-        return Letter(
-            subject=f"DVR ALERT: {shown.event} - {shown.camera}",
-            key=f"alert:{shown.id}",
-            head=(self._event(shown.event), shown.camera, f"{shown.clock}, {shown.day}"),
-            colour=RED if shown.event in URGENT else BLUE,
-            rows=rows,
-            link=link,
-            pictures=pictures,
-            headers={"X-Alert-Id": shown.id, "References": f"<{thread}@{self._domain}>"},
+    def _compose(self, content: MailContent, to: Sequence[str]) -> list[bytes]:
+        return smtp.compose_page(
+            content.page,
+            files=content.files,
+            sender=self._config.sender,
+            to=to,
+            subject=content.subject,
+            message_id=smtp.message_id(content.key, self._address),
+            headers={"Auto-Submitted": "auto-generated", **content.headers},
         )
 
-    def _pictures(self, mail: Delivery, newest: Iterable[Shown]) -> list[tuple[str, smtp.Attachment]]:
-        """The first few that there are, with their captions."""
-        if mail.max_bytes == 0:
-            return []
-        found = ((one, picture) for one in newest if (picture := one.picture()))
-        captioned = []
-        for number, (one, picture) in enumerate(itertools.islice(found, DIGEST_PICTURES)):
-            kind, cid = f"image/{picture_kind(picture)}", f"picture{number}@{self._domain}"
-            part = smtp.Attachment(one.content["image"], kind, base64=picture, cid=cid)
-            captioned.append((f"{one.clock}, {self._event(one.event)}, {one.camera}", part))
-        return captioned
+    def _fitted(self, content: MailContent, to: Sequence[str], size_limit: int) -> list[bytes]:
+        """The mail with the newest of its pictures that fit, and a note about the others."""
+        page = content.page
+        newest, page.pictures = page.pictures, []
+        if newest:
+            page.notes.insert(0, self._picture_left_out(self._words["too_big"]))
+        data = self._compose(content, to)
+        for picture in newest:
+            page.pictures.append(picture)
+            larger = self._compose(content, to)
+            if sum(map(len, larger)) <= size_limit:
+                data = larger
+            else:
+                page.pictures.pop()
+        return data
+
+    def _content(self, items: Sequence[smtp.Entry], left_out: str) -> MailContent:
+        """What the mail says. `left_out`: why it has no pictures, "" if it has them."""
+        if len(items) > 1:
+            return self._digest(sorted(items, key=lambda item: (item.arrived, item.seq)), left_out)
+        view = EventView.of(items[0])
+        return self._summary(view) if view.event == SUMMARY else self._alert(view, left_out)
+
+    def _alert(self, view: EventView, left_out: str) -> MailContent:
+        words, content, event, told = self._words, view.content, self._event(view.event), view.local
+        title = [event, view.camera]
+        rows: list[tuple[str | smtp.Link, ...]] = [(words["event"], view.event), (words["camera"], view.camera)]
+        if view.clock_is_off:
+            told = local_time(view.happened)
+            rows += [(words["time"], both_times(told, view.happened))]
+            rows += [(words["arrived"], both_times(view.local, view.arrived))]
+            title += [clock_and_day(told), f"{words['arrived']}: {clock_and_day(view.local)}"]
+        else:
+            rows.append((words["time"], both_times(told, view.happened)))
+            title.append(clock_and_day(told))
+        rows += [(key[:100], _plain(value)) for key, value in content.get("meta", {}).items()]
+        if "last_seen" in content:
+            rows.append((words["last_seen"], local_time(dt.datetime.fromisoformat(content["last_seen"]))[:19]))
+        if "gone_s" in content:
+            rows.append((words["gone"], self._duration(content["gone_s"])))
+        if "image_url" in content:
+            rows.append((words["link"], smtp.Link(content["image_url"])))
+        pictures = [] if left_out else self._pictures([view])
+        if "image" in content and not pictures:
+            rows.append((words["dropped"], left_out or words["damaged"]))
+        elif "dropped" in content:
+            rows.append((words["dropped"], words[content["dropped"]]))
+        thread = hashlib.sha256(f"{view.camera}\n{view.local[:10]}".encode()).hexdigest()[:32]
+        return MailContent(
+            subject=f"DVR ALERT: {view.event} - {view.camera}",
+            key=f"alert:{view.key()}",
+            page=smtp.Page(
+                title,
+                self._config.lang,
+                self._colour([view.event]),
+                pictures,
+                self._told(view, event, pictures),
+                tables=[smtp.Table(rows)],
+            ),
+            headers={"X-Alert-Id": view.id, "References": f"<{thread}@{self._domain}>"},
+        )
+
+    def _told(self, view: EventView, event: str, pictures: Sequence[smtp.Picture]) -> list[smtp.Sentence]:
+        """An alert in sentences."""
+        content, camera = view.content, view.camera
+        if "last_seen" in content:
+            seen = local_time(dt.datetime.fromisoformat(content["last_seen"]))[:19]
+            told = [self._sentence("nothing_heard", camera=camera, time=seen)]
+        elif "gone_s" in content:
+            told = [self._sentence("heard_again", camera=camera, gone=self._duration(content["gone_s"]))]
+        else:
+            told = [self._sentence("reported", camera=camera, event=event, time=self._time(view.local))]
+        if view.clock_is_off:
+            clock = local_time(view.happened)[:19]
+            told.append(self._sentence("wrong_clock", told=clock, arrived=view.local[:19]))
+        if pictures:
+            told.append(self._sentence("attached", name=pictures[0].file.filename))
+        return told
+
+    def _pictures(self, newest: Iterable[EventView]) -> list[smtp.Picture]:
+        """The first few that there are."""
+        found = ((view, picture) for view in newest if (picture := view.picture()))
+        pictures = []
+        for view, picture in itertools.islice(found, DIGEST_PICTURES):
+            cid, kind = smtp.content_id(f"picture:{view.key()}", self._address), f"image/{picture_kind(picture)}"
+            caption = f"{view.local[11:19]}, {self._event(view.event)}, {view.camera}"
+            pictures.append(
+                smtp.Picture(caption, smtp.Attachment(view.content["image"], kind, base64=picture, cid=cid))
+            )
+        return pictures
+
+    def _digest(self, items: Sequence[smtp.Entry], left_out: str) -> MailContent:
+        """Many alerts, in the order in which they arrived. Each is decoded when its turn comes, and not kept."""
+        words, count, table = self._words, len(items), EventsTable()
+        rows: list[tuple[str, ...]] = []
+        room = DIGEST_META_CHARS
+        events, cameras, keys, with_picture = Counter[str](), Counter[str](), [], []
+        for number, item in enumerate(items):
+            view = EventView.of(item)
+            table.add(view)
+            keys.append(view.key())
+            events[view.event] += 1
+            cameras[view.camera] += 1
+            if "image" in view.content:
+                with_picture.append(item)
+            if number < DIGEST_ROWS:
+                meta = _meta_text(view.content)[: min(room, ROW_META_CHARS)]
+                room -= len(meta)
+                rows += self._rows(view, meta)
+        first, last = (EventView.of(item).local[:19] for item in (items[0], items[-1]))
+        counted = summarize(f"{self._event(event)} ({number})" for event, number in events.most_common())
+        sentences = [
+            self._sentence("counted", first=first, last=last, count=count, events=counted, cameras=summarize(cameras)),
+            self._sentence("csv"),
+        ]
+        page = smtp.Page(
+            [
+                f"{words['alerts'].format(count=count)}: {summarize(map(self._event, events))}",
+                summarize(cameras),
+                f"{first} - {last}",
+            ],
+            self._config.lang,
+            self._colour(events),
+            [] if left_out else self._pictures(map(EventView.of, reversed(with_picture))),
+            sentences,
+            tables=[smtp.Table(rows, separator="  ")],
+        )
+        if count > DIGEST_ROWS:
+            page.notes.append(self._sentence("more", shown=DIGEST_ROWS, count=count))
+        if left_out and with_picture:
+            page.notes.append(self._picture_left_out(left_out))
+        return MailContent(
+            subject=f"DVR ALERT: {count} alerts - {summarize(events)} - {summarize(cameras)}",
+            key="digest:" + "\n".join(sorted(keys)),
+            page=page,
+            files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", table.data())],
+        )
+
+    def _rows(self, view: EventView, meta: str) -> list[tuple[str, ...]]:
+        """An alert in a digest, and below it what else there is to say about it."""
+        clock = f"{self._words['clock']}: {local_time(view.happened)[:19]}" if view.clock_is_off else ""
+        more = "; ".join(filter(None, (clock, meta)))
+        row = (view.local[5:19], self._event(view.event), view.camera)
+        return [row, ("", more)] if more else [row]
+
+    def _summary(self, view: EventView) -> MailContent:
+        words, meta = self._words, view.content["meta"]
+        groups = meta["groups"]  # of the day: event, camera, number of alerts
+        most = max([number for _, _, number in groups], default=1)
+        counts = {name: meta[name] for name in ("received", "queued", "failed")}
+        day = view.local[:10]
+        page = smtp.Page(
+            [words["summary"], smtp.hostname(), clock_and_day(view.local)],
+            self._config.lang,
+            smtp.RED if meta["failed"] or meta["silent"] else smtp.GREEN,
+            sentences=[self._sentence("day", time=self._time(view.local), **counts), self._sentence("absence")],
+            tables=[
+                smtp.Table(
+                    [
+                        (words["received"], str(meta["received"])),
+                        (words["queued"], str(meta["queued"])),
+                        (words["failures"], f"{meta['failed']}\n{meta['why'][:REASON_CHARS]}".strip()),
+                        (words["silent"], summarize(meta["silent"], SILENT_SHOWN) or words["none"]),
+                    ]
+                ),
+                smtp.Table(
+                    [
+                        (f"{self._event(event)}, {camera}", smtp.Bar(str(number), number / most))
+                        for event, camera, number in groups
+                    ]
+                ),
+            ],
+        )
+        return MailContent(
+            subject=f"DVR summary: {day} - {meta['received']} alerts, {meta['queued']} waiting,"
+            f" {meta['failed']} failed, {len(meta['silent'])} silent",
+            key=f"summary:{smtp.hostname()} {view.key()}",
+            page=page,
+        )
+
+    # words
 
     def _event(self, name: str) -> str:
         """The words for an event; one that is not known stands for itself."""
         return self._events.get(name, name)
 
-    def _span(self, seconds: float) -> str:
+    def _sentence(self, key: str, **values: object) -> smtp.Sentence:
+        return smtp.sentence(self._words[key], values)
+
+    def _picture_left_out(self, why: str) -> smtp.Sentence:
+        return smtp.sentence("{dropped}: {why}", {"dropped": self._words["dropped"], "why": why}, bad=True)
+
+    def _time(self, local: str) -> str:
+        """A local time in a sentence."""
+        return f"{self._weekdays[dt.date.fromisoformat(local[:10]).weekday()]} {local[:19]}"
+
+    def _duration(self, seconds: float) -> str:
         """A length of time for people, in the largest unit of which there are two."""
         units = zip(self._words["units"].split(), (86400, 3600, 60, 1), strict=True)
         unit, size = next((unit, size) for unit, size in units if seconds >= 2 * size or size == 1)
         return f"{seconds / size:.0f} {unit}"
 
-    def _digest(self, mail: Delivery, shown: Sequence[Shown]) -> Letter:
-        words, first, last, count = self._words, shown[0], shown[-1], len(shown)
-        cameras, events = _few(one.camera for one in shown), _few(one.event for one in shown)
-        letter = Letter(
-            subject=f"DVR ALERT: {count} alerts - {events} - {cameras}",
-            key="digest:" + "\n".join(sorted(one.id for one in shown)),
-            head=(
-                f"{words['alerts'].format(count=count)}: {_few(self._event(one.event) for one in shown)}",
-                cameras,
-                f"{first.day} {first.clock} - {last.day} {last.clock}",
-            ),
-            colour=RED if any(one.event in URGENT for one in shown) else BLUE,
-            rows=[(f"{one.day[5:]} {one.clock}", self._event(one.event), one.camera) for one in shown[:DIGEST_ROWS]],
-            pictures=self._pictures(mail, reversed(shown)),
-            files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", events_csv(shown))],
-        )
-        if count > DIGEST_ROWS:
-            letter.notes.append((words["more"].format(shown=DIGEST_ROWS, count=count), GREY))
-        if mail.max_bytes == 0 and any("image" in one.content for one in shown):
-            letter.notes.append((f"{words['dropped']}: {words['too_big']}", GREY))
-        return letter
-
-    def _summary(self, shown: Shown) -> Letter:
-        words, meta = self._words, shown.content["meta"]
-        lanes = meta["lanes"]
-        return Letter(
-            subject=f"DVR summary: {shown.day} - {meta['received']} alerts, {meta['queued']} waiting,"
-            f" {meta['failed']} failed, {len(meta['silent'])} silent",
-            key=f"summary:{shown.id}",
-            head=(words["summary"], smtp.hostname(), f"{shown.clock[:5]}, {shown.day}"),
-            colour=RED if meta["failed"] or meta["silent"] else GREEN,
-            rows=[
-                (words["received"], str(meta["received"])),
-                (words["queued"], str(meta["queued"])),
-                (words["failures"], f"{meta['failed']}\n{meta['why']}".strip()),
-                (words["silent"], ", ".join(meta["silent"]) or words["none"]),
-                *((f"{self._event(event)}, {camera}", str(number)) for event, camera, number in lanes),
-            ],
-            notes=[(words["absence"], GREY)],
-        )
-
-
-def draw_text(letter: Letter) -> str:
-    """The plain text of a mail."""
-    rows = [(": " if len(row) == 2 else "  ").join(row).replace("\n", "\n  ") for row in letter.rows]
-    notes = [note for note, _ in letter.notes]
-    text = _clean("\n\n".join(["\n".join(letter.head), "\n".join(rows), *notes])) + "\n"
-    return text if text.isascii() else RTL_LABEL.sub("\\g<0>\u200e", text)
-
-
-def draw_page(letter: Letter, lang: str) -> str:
-    """The HTML of a mail. Every value goes through `_escape`."""
-    direction, side = ("rtl", "right") if lang == "fa" else ("ltr", "left")
-    what, where, when = map(_escape, letter.head)
-    rows = "".join([_table_row(row, letter.link) for row in letter.rows])
-    notes = "".join(
-        f'<p style="margin:10px 6px 0;font-size:14px;line-height:1.5;color:{shade}"><bdi>{_escape(note)}</bdi></p>\n'
-        for note, shade in letter.notes
-    )
-    return f"""<!DOCTYPE html>
-<html lang="{lang}" dir="{direction}"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light"></head>
-<body style="margin:0;padding:0;background:#eef1f4">
-<table role="presentation" dir="{direction}" align="center" width="640" cellpadding="0" cellspacing="0"
- style="width:100%;max-width:640px;margin:0 auto;background:#ffffff;color:#1c2733;text-align:{side};
-font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif">
-<tr><td bgcolor="{letter.colour}" style="padding:14px 16px;background:{letter.colour};color:#ffffff">
-<div style="font-size:22px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
-<div style="font-size:19px;line-height:1.4;word-break:break-word"><bdi>{where}</bdi></div>
-<div style="font-size:16px;line-height:1.5"><bdi>{when}</bdi></div></td></tr>
-{_picture_rows(letter.pictures)}<tr><td style="padding:10px 10px 16px">
-<table width="100%" cellpadding="0" cellspacing="0" style="font-size:15px;line-height:1.4">
-{rows}</table>
-{notes}</td></tr>
-</table></body></html>
-"""
-
-
-def _picture_rows(pictures: Sequence[tuple[str, smtp.Attachment]]) -> str:
-    """The newest over the whole width, the others side by side below it."""
-    drawn = ""
-    for row in filter(None, (pictures[:1], pictures[1:])):
-        drawn += '<tr><td><table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>\n'
-        for caption, part in row:
-            text = _escape(caption)
-            drawn += f"""<td width="{100 // len(row)}%" style="padding:2px 0;vertical-align:top">
-<img src="cid:{part.cid}" alt="{text}" width="{640 // len(row)}" style="display:block;width:100%;height:auto;border:0">
-"""
-            if len(pictures) > 1:
-                drawn += f'<div style="padding:2px 6px;font-size:13px;color:#4f5b66"><bdi>{text}</bdi></div>'
-            drawn += "</td>"
-        drawn += "</tr></table></td></tr>\n"
-    return drawn
-
-
-@functools.lru_cache(maxsize=256)  # most rows of an alert stood in the last one of its camera, too
-def _table_row(row: tuple[str, ...], link: str) -> str:
-    cells, colour = "", "color:#5f6b76"
-    for cell in row:
-        text = _escape(cell)
-        if link and cell == link and cells:
-            text = f'<a href="{text}" style="color:#1f4e79">{text}</a>'
-        wrap = "white-space:nowrap" if len(cell) < 26 else "word-break:break-word"
-        style = f"padding:5px 6px;border-bottom:1px solid #e3e8ec;vertical-align:top;{wrap};{colour}"
-        cells += f'<td style="{style}"><bdi>{text}</bdi></td>'
-        colour = ""
-    return f"<tr>{cells}</tr>\n"
-
-
-def _escape(text: str) -> str:
-    """What stands in a <bdi>: no markup, and each line with a direction of its own."""
-    return html.escape(_clean(text)).replace("\n", "</bdi><br><bdi>")
-
-
-def _clean(text: str) -> str:
-    """Line breaks stay; what hides or reorders text does not."""
-    if text.isprintable():
-        return text
-    lines = [line if line.isprintable() else smtp.UNPRINTABLE.sub(" ", line) for line in text.split("\n")]
-    return "\n".join(lines)
+    def _colour(self, events: Iterable[str]) -> str:
+        return smtp.RED if any(map(self._urgent, events)) else smtp.BLUE
 
 
 def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)[:2000]
 
 
-def _few(names: Iterable[str]) -> str:
-    """The first three different ones, and how many more there are."""
+def _meta_text(content: Mapping[str, Any]) -> str:
+    """The meta of an event in one line."""
+    return smtp.one_line("; ".join(f"{key}={_plain(value)}" for key, value in content.get("meta", {}).items()))
+
+
+def summarize(names: Iterable[str], most: int = 3) -> str:
+    """The first different ones, and how many more there are."""
     different = list(dict.fromkeys(names))
-    return ", ".join(different[:3]) + (f", +{len(different) - 3}" if len(different) > 3 else "")
+    return ", ".join(different[:most]) + (f", +{len(different) - most}" if len(different) > most else "")
 
 
-def events_csv(shown: Sequence[Shown]) -> bytes:
-    """Every event as a line. A name that a spreadsheet would take for a formula gets an apostrophe."""
-    lines = io.StringIO()
-    writer = csv.writer(lines)
-    writer.writerow(("id", "event", "camera", "time"))
-    for one in shown:
-        camera = f"'{one.camera}" if one.camera[0] in "=+-@" else one.camera
-        writer.writerow((one.id, one.event, camera, one.utc()))
-    return lines.getvalue().encode("utf-8")
+class EventsTable:
+    """events.csv, written a line at a time; with the byte order mark by which spreadsheets know UTF-8."""
+
+    def __init__(self) -> None:
+        self._data = io.BytesIO()
+        self._text = io.TextIOWrapper(self._data, "utf-8-sig", newline="", write_through=True)
+        self._writer = csv.writer(self._text)
+        self._writer.writerow(("id", "event", "camera", "time", "arrived", "meta"))
+
+    def add(self, view: EventView) -> None:
+        """Write an event. What a spreadsheet would take for a formula gets an apostrophe before it."""
+        meta = _meta_text(view.content) if self._data.tell() < CSV_MAX_BYTES else ""
+        cells = (view.id, view.event, view.camera, utc_time(view.happened), utc_time(view.arrived), meta)
+        self._writer.writerow([f"'{cell}" if FORMULA.match(cell) else cell for cell in cells])
+
+    def data(self) -> bytes:
+        return self._data.getvalue()
 
 
 # ───────────────────────────────────────────── Wiring ───────────────────────────────────────────────
@@ -1533,7 +1819,13 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
         signal.signal(name, lambda *_: None)
     threading.stack_size(THREAD_STACK_BYTES)
     allow_files(config.max_connections + OTHER_FILES)
-    outbox = Outbox(config.spool, schema=CAMERA_SCHEMA, size_max=config.spool_max)
+    if words := unknown_time_zone(os.environ.get("TZ", "")):
+        log.warning("%s", words)
+    outbox = smtp.when_possible(
+        lambda: Outbox(config.spool, schema=CAMERA_SCHEMA, size_max=config.spool_max), stopping, "ALERT_SPOOL"
+    )
+    if outbox is None:
+        return smtp.EX_OK
     rules = smtp.RetryRules(config.retry_first_s, config.retry_max_s, config.max_age_s, config.refused_after_s)
     courier = smtp.Courier(
         outbox,
@@ -1546,7 +1838,7 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     )
     monitor = CameraMonitor(config, outbox)
     relay = Relay(config, outbox, monitor, courier.notify)
-    relay.listen()
+    smtp.when_possible(relay.listen, stopping, "ALERT_HOST")
     courier.start()
     relay.start()
     summary = DailySummary(config.summary_at, time.time(), outbox)

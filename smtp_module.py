@@ -23,18 +23,21 @@ from __future__ import annotations
 
 import argparse
 import base64
+import binascii
 import contextlib
 import datetime as dt
 import difflib
-import email.header
+import email.message
+import email.policy
 import email.utils
-import encodings.idna  # noqa: F401  a lazy import fails when file descriptors have run out
+import encodings.idna  # a lazy import fails when file descriptors have run out
 import enum
 import errno
 import functools
 import glob
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -42,8 +45,10 @@ import logging
 import math
 import mimetypes
 import os
+import queue
 import random
 import re
+import select
 import shutil
 import socket
 import sqlite3
@@ -51,13 +56,16 @@ import ssl
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape as escape_markup
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar
 
 try:
     import fcntl
@@ -103,26 +111,28 @@ STRIP_AFTER_S = 3600.0  # pictures are left out of what is deferred at or after 
 TICK_S = 0.5  # requests of the command line are noticed within this
 HOUSEKEEPING_S = 60.0
 CLOCK_STEP_S = 60.0  # a clock that moves by more against the monotonic one was set
+LOG_LINES_MAX, LOG_END_S = 10_000, 0.5  # lines that wait to be written; how long the end of the program waits for them
 
 T = TypeVar("T")
 log = logging.getLogger("mail")
 
 
 # ───────────────────────────────────────────── Settings ─────────────────────────────────────────────
-# Flags win over the environment, the environment over .env. Nothing else in the toolkit reads os.environ.
+# Flags win over the environment, the environment over .env.
 
 SETTINGS = tuple(  # of all the programs, for one .env may serve them all
     """
     ALERT_COOLDOWN ALERT_DAILY_MAX ALERT_EXPECT ALERT_HOST ALERT_IDLE_TIMEOUT ALERT_LANG ALERT_MAX_AGE
-    ALERT_MAX_CONNECTIONS ALERT_MAX_LINE ALERT_PORT ALERT_PRIORITY ALERT_QUIET ALERT_RECIPIENT ALERT_REFUSED_AFTER ALERT_RETRY_FIRST
-    ALERT_RETRY_MAX ALERT_ROUTES ALERT_SENDERS ALERT_SPOOL ALERT_SPOOL_MAX ALERT_SUMMARY_AT ALERT_TLS_CERT
-    ALERT_TLS_CLIENT_CA ALERT_TLS_KEY ALERT_TOKEN
-    SMTP_AUTH SMTP_CAFILE SMTP_FROM SMTP_HOST SMTP_PASS SMTP_PASS_COMMAND SMTP_PASS_FILE SMTP_PORT SMTP_SECURITY
-    SMTP_TIMEOUT SMTP_USER SMTP_USE_TLS
+    ALERT_CAFILE ALERT_CERT ALERT_KEY ALERT_MAX_CONNECTIONS ALERT_MAX_LINE ALERT_PORT ALERT_PRIORITY ALERT_QUIET
+    ALERT_RECIPIENT ALERT_REFUSED_AFTER ALERT_RETRY_FIRST ALERT_RETRY_MAX ALERT_ROUTES ALERT_SENDERS ALERT_SPOOL
+    ALERT_SPOOL_MAX ALERT_SUMMARY_AT ALERT_TLS ALERT_TLS_CERT ALERT_TLS_CLIENT_CA ALERT_TLS_KEY ALERT_TOKEN
+    SMTP_AUTH SMTP_CAFILE SMTP_EHLO SMTP_ENVELOPE_FROM SMTP_FROM SMTP_HOST SMTP_PASS SMTP_PASS_COMMAND SMTP_PASS_FILE
+    SMTP_PORT SMTP_SECURITY SMTP_TIMEOUT SMTP_USER SMTP_USE_TLS
     DEVICE_ADDRESS DEVICE_ALLOW DEVICE_HOST DEVICE_MAX_MAIL DEVICE_OPERATORS DEVICE_PASS DEVICE_PORT DEVICE_READONLY
     DEVICE_REPORT_TO DEVICE_SECRET DEVICE_STATE DEVICE_TIMEOUT DEVICE_TLS_CERT DEVICE_TLS_KEY DEVICE_USER
     """.split()  # noqa: SIM905  a name a line would be a page
 )
+SECRETS = ("ALERT_TOKEN", "DEVICE_PASS", "DEVICE_SECRET", "SMTP_PASS")
 
 
 class ConfigError(Exception):
@@ -140,6 +150,13 @@ class Settings:
         """Merge `.env` (or `env_file`, which must then exist), the environment and the flags that are not None."""
         values = read_env_file(env_file)
         values.update(os.environ)
+        for name in SETTINGS:
+            if re.fullmatch(r"""(["'])(?:(?!\1).)*\1""", os.environ.get(name, "").strip(), re.DOTALL):
+                log.warning(
+                    "%s has quotes around its value, and they count as part of it: take them away"
+                    " (Docker's --env-file keeps quotes; a .env file that is read here may have them)",
+                    name,
+                )
         values.update({name: str(value) for name, value in (flags or {}).items() if value is not None})
         return cls(values)
 
@@ -154,8 +171,11 @@ class Settings:
             raise ConfigError(f"{name}: {error}") from None
 
     def secret(self, name: str) -> str:
-        """The value as it stands, "" where absent; for passwords and keys."""
-        return self._values.get(name, "")
+        """The value of a password or key: its blanks count, a byte order mark and line ends do not. "" where absent.
+
+        Whoever makes a secret with `echo` or an editor of Windows puts these around it, and nobody types them.
+        """
+        return self._values.get(name, "").removeprefix("\ufeff").rstrip("\r\n")
 
     def tell_misspelled(self) -> None:
         """Warn of each name that looks like a setting and is none: it would be ignored in silence."""
@@ -167,32 +187,87 @@ class Settings:
 
 
 def read_env_file(path: str | None) -> dict[str, str]:
-    """`KEY=value` lines; `#` comments, optional quotes and `export`. Without `path`: ./.env, if it is there."""
+    """The settings in a file. Without `path` it is ./.env, which may be missing. Raises ConfigError."""
+    name = path or ".env"
     try:
-        text = Path(path or ".env").read_text("utf-8-sig")
+        with open(name, encoding="utf-8-sig") as file:
+            status = os.fstat(file.fileno())
+            text = file.read()
     except FileNotFoundError:
         if path is None:
             return {}
         raise ConfigError(f"--env-file: there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "save it as UTF-8"
-        raise ConfigError(f"{path or '.env'}: cannot be read: {why}") from None
-    values: dict[str, str] = {}
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = re.sub(r"^export\s+", "", raw.strip())
-        if not line or line.startswith("#"):
-            continue
-        name, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or len(name.split()) != 1:
-            raise ConfigError(f"{path or '.env'} line {number}: not KEY=value")
-        quoted = re.match(r"""(["'])(.*?)\1""", value)
-        values[name] = quoted[2] if quoted else re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()
+        raise ConfigError(f"{name}: cannot be read: {why}") from None
+    if path is None:
+        _refuse_foreign(status)
+    values = _env_lines(name, text)
+    if os.name == "posix" and status.st_mode & 0o004 and any(map(values.get, SECRETS)):
+        log.warning("%s holds a password, and every user of this machine can read it: chmod 600 %s", name, name)
     return values
 
 
+def _refuse_foreign(status: os.stat_result) -> None:
+    """Raise ConfigError for a ./.env that somebody else wrote: its SMTP_PASS_COMMAND would run as this user."""
+    if not hasattr(os, "geteuid"):  # Windows
+        return
+    if status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f".env: belongs to another user (number {status.st_uid}), so it is not read unasked;"
+            " change its owner with chown, or name it with --env-file"
+        )
+    if status.st_mode & 0o002:
+        raise ConfigError(".env: everybody may write to it, so it is not read unasked; chmod 600 .env")
+
+
+def _env_lines(name: str, text: str) -> dict[str, str]:
+    """`KEY=value` lines with `#` comments and an optional `export`. Raises ConfigError, which shows no value."""
+    values: dict[str, str] = {}
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = re.sub(r"^export\s+", "", raw.strip())
+        if not line or line.startswith("#"):
+            continue
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or len(key.split()) != 1:
+            raise ConfigError(f"{name} line {number}: not KEY=value")
+        try:
+            values[key] = _env_value(value)
+        except ValueError as error:
+            raise ConfigError(f"{name} line {number}: {error}") from None
+    return values
+
+
+_SHELL_PIECE = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\]""")
+_SHELL_WORD = re.compile(f"(?:{_SHELL_PIECE.pattern})+")
+
+
+def _env_value(text: str) -> str:
+    """The value of a line without its comment; one that begins with a quote as a POSIX shell reads one word.
+
+    A dollar sign stands for itself. The module shlex does not fit: it keeps a backslash before a dollar sign in double
+    quotes, which a shell takes away (POSIX.1-2017, Shell Command Language, 2.2.3). Raises ValueError.
+    """
+    if not text.startswith(("'", '"')):
+        return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].rstrip()
+    word = _SHELL_WORD.match(text)
+    rest = text[word.end() :].strip() if word else text
+    if word is None or (rest and not rest.startswith("#")):
+        raise ValueError("a value in quotes must end with its quote; only a # comment may follow")
+
+    def unquoted(piece: re.Match[str]) -> str:
+        if piece[0].startswith("'"):
+            return piece[0][1:-1]
+        if piece[0].startswith('"'):
+            return re.sub(r"""\\([$`"\\])""", r"\1", piece[0][1:-1])
+        return piece[0][-1]
+
+    return _SHELL_PIECE.sub(unquoted, word[0])
+
+
 def duration(text: str) -> float:
-    """`90`, `5m`, `1h`, `5d` -> seconds."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*([smhd]?)", text.strip(), re.ASCII | re.IGNORECASE)
+    """`90`, `.5`, `5m`, `1h`, `5d` -> seconds."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?|\.\d{1,6})\s*([smhd]?)", text.strip(), re.ASCII | re.IGNORECASE)
     if not match:
         raise ValueError(f"'{printable(text)}' is not a duration; write 90 (seconds), 5m, 1h or 5d")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
@@ -220,12 +295,49 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 port = whole(0, 65535)
 
 
+def ascii_domain(name: str) -> str:
+    """A host or mail domain in ASCII, by IDNA 2003 as Python has it. Raises ValueError, UnicodeError for no name.
+
+    IDNA 2008 keeps four letters that 2003 changes or drops (RFC 5894 section 7.2), and so means another domain, whose
+    owner may be somebody else. Registries and mail programs follow 2008; such a name must be given in its ASCII form.
+    """
+    if name.isascii():
+        return name
+    if re.search("[\u00df\u1e9e\u03c2\u200c\u200d]", name):  # sharp s, small and capital; final sigma; joiners
+        # Letter by letter: the lower case of a whole word would make a final sigma of another letter.
+        lower = unicodedata.normalize("NFKC", "".join(map(str.lower, name)))
+        labels = encodings.idna.dots.split(lower)
+        right = ".".join(x if x.isascii() else f"xn--{x.encode('punycode').decode('ascii')}" for x in labels)
+        raise ValueError(f"'{printable(name)}' means different domains in IDNA 2003 and 2008; write {right} (2008)")
+    return name.encode("idna").decode("ascii")
+
+
 def host_name(text: str) -> str:
-    """A name or an address, without the brackets that an IPv6 address may have."""
-    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if not re.fullmatch(r"[\w.:%-]{1,255}", host) or host.count(":") == 1:
+    """A name or an address, without the brackets that an IPv6 address may have, and without a dot at its end.
+
+    A name with that dot stands neither in certificates nor in /etc/hosts.
+    """
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text.removesuffix(".")
+    with contextlib.suppress(UnicodeError):
+        host = ascii_domain(host)
+    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,255}", host) or host.count(":") == 1:
         raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address, without a port")
     return host
+
+
+def ehlo_name(text: str) -> str:
+    """What EHLO says: a domain, or an address literal (RFC 5321 section 4.1.3); a bare address gets its brackets."""
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.ip_address(re.sub(r"^IPv6:", "", text.removeprefix("[").removesuffix("]"), flags=re.IGNORECASE))
+        if "%" not in text:
+            return f"[{'IPv6:' * (ip.version == 6)}{ip}]"
+    name = text
+    with contextlib.suppress(UnicodeError):
+        name = ascii_domain(text)
+    label = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+    if len(name) > 255 or not re.fullmatch(rf"{label}(?:\.{label})*", name):
+        raise ValueError(f"'{printable(text)}' is no name for EHLO; write mail.example.com or [192.0.2.1]")
+    return name
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -243,11 +355,11 @@ _ADDRESS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@(?:[A-Za-z0-9_.-]{
 
 
 def address(text: str) -> str:
-    """One mail address, its domain in ASCII (IDNA). The pattern lets nothing through that could end a command."""
+    """One mail address, its domain in ASCII. The pattern lets nothing through that could end a command."""
     match = re.fullmatch(r"[^<>]*<([^<>]+)>|([^<>]+)", text.strip())
     local, _, domain = (match[1] or match[2] if match else "").strip().rpartition("@")
     with contextlib.suppress(UnicodeError):
-        domain = domain if domain.isascii() else domain.encode("idna").decode("ascii")
+        domain = ascii_domain(domain)
     plain = f"{local}@{domain}"
     if not _ADDRESS.fullmatch(plain) or UNPRINTABLE.search(text):
         more = ", several with commas between" if text.count("@") > 1 else ""
@@ -307,13 +419,67 @@ def _clock(second: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
+class BackgroundHandler(logging.Handler):
+    """Write lines in a thread of its own, so that a reader of the log that stalls stops nothing else.
+
+    At most LOG_LINES_MAX lines wait. More are dropped, and the next line that is not says how many.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Let a record wait to be written; logging calls this for one record at a time."""
+        if self._lines.qsize() >= LOG_LINES_MAX:
+            self._dropped += 1
+            return
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        if self._dropped:
+            line += f" (lines dropped before this one, because nobody read the log: {self._dropped})"
+            self._dropped = 0
+        self._lines.put(line)
+
+    def close(self) -> None:
+        """Wait a moment for what is left to be written; logging calls this when the program ends."""
+        self._lines.put(None)
+        self._thread.join(LOG_END_S)
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):  # a closed standard error must not cost anything
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+
+
+def _stderr_handler() -> logging.Handler:
+    if not sys.stderr:  # it was closed
+        return logging.NullHandler()
+    try:
+        number = sys.stderr.fileno()
+    except io.UnsupportedOperation:  # it is caught in memory
+        return logging.StreamHandler()
+    # A second stream, because Python at its end would wait for a thread that is stuck in a write to sys.stderr.
+    stream = os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
+    return BackgroundHandler(stream)
+
+
 def start_logging(level: str = "info") -> None:
     """Log to standard error, one line a record."""
-    logging.raiseExceptions = False  # a closed standard error must not cost anything
+    logging.raiseExceptions = False  # an error in a log line must not cost anything
     # what no line shows need not be found out: docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
-    handler = logging.StreamHandler()
+    handler = _stderr_handler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
@@ -353,13 +519,41 @@ def one_line(text: str) -> str:
     return UNPRINTABLE.sub(" ", text).strip()
 
 
+PLAIN_WORDS = re.compile(r"(?:(?:(?!=\?)[!-~]){1,900}(?: +|$))*")  # these need no encoding
+Q_UNSAFE = re.compile(rb"[^A-Za-z0-9!*+/-]")  # RFC 2047 5 (3), which holds for names in address headers, too
+WORD_MAX = 75  # characters of an encoded word, RFC 2047 2
+
+
 @functools.lru_cache(maxsize=1024)
 def header_text(name: str, value: str) -> str:
-    """An unstructured header's value, encoded (RFC 2047) and folded where that is needed."""
+    """An unstructured header's value, encoded (RFC 2047) and folded where that is needed.
+
+    What is plain at its beginning stays so, for programs that look at a Subject without decoding it.
+    """
     value = one_line(value)
-    if not value.isascii() or "=?" in value or max(map(len, value.split(" "))) > 900:
-        return email.header.Header(value, "utf-8", header_name=name).encode(linesep="\r\n")
-    return value if len(value) < 900 else re.sub(r"(.{1,900}) (?=\S)", r"\1\r\n ", value)
+    plain = PLAIN_WORDS.match(value)[0].rstrip(" ")  # type: ignore[index]  # it matches nothing, too
+    rest = value[len(plain) + 1 :] if plain else value
+    if not rest and len(plain) < 900:
+        return plain
+    folded = plain if len(plain) < 900 else re.sub(r"(.{1,900}) (?=\S)", r"\1\r\n ", plain)
+    words = encoded_words(rest, WORD_MAX if plain else WORD_MAX - 1 - len(name))
+    return "\r\n ".join([folded, *words] if folded else words)
+
+
+def encoded_words(text: str, first: int = WORD_MAX) -> list[str]:
+    """Text as encoded words of whole characters (RFC 2047), the first one with at most `first` characters.
+
+    They are quoted-printable: a word in Base64 ends with padding unless its bytes are a multiple of three, and
+    programs that use GMime drop what follows a padded word.
+    """
+    words, word, room = [], b"", first - len("=?utf-8?q??=")
+    for character in text:
+        written = Q_UNSAFE.sub(lambda byte: b"=%02X" % ord(byte[0]), character.encode("utf-8", "replace"))
+        if len(word) + len(written) > room:
+            words.append(word)
+            word, room = b"", WORD_MAX - len("=?utf-8?q??=")
+        word += written
+    return [f"=?utf-8?q?{word.decode('ascii')}?=" for word in (*words, word) if word]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -372,7 +566,7 @@ def header_address(value: str) -> str:
         name, plain = email.utils.parseaddr(value)
     if name.isascii():
         return email.utils.formataddr((name[:200], plain)) if name else (plain or value)[:900]
-    return f"{email.header.Header(name, 'utf-8', header_name='From').encode(linesep=chr(13) + chr(10))} <{plain}>"
+    return "\r\n ".join([*encoded_words(name, WORD_MAX - len("From:")), f"<{plain}>"])
 
 
 def header_addresses(values: Iterable[str]) -> str:
@@ -401,22 +595,36 @@ def _domain(sender: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]", "", domain) or "localhost"
 
 
+def content_id(key: str, sender: str) -> str:
+    """The Content-ID of a shown picture (RFC 2392), a function of `key`: mail programs keep pictures by it."""
+    return f"{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:40]}@{_domain(sender)}"
+
+
 def message_id(key: str, sender: str) -> str:
     """A Message-ID that is a function of `key`, so that a mail sent twice is recognisably the same."""
-    return f"<{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:40]}@{_domain(sender)}>"
+    return f"<{content_id(key, sender)}>"
 
 
 def _text_part(subtype: str, text: str) -> list[bytes]:
     if "\r" in text:
         text = re.sub("\r\n|\r", "\n", text)
-    lines = text.removesuffix("\n").split("\n")
-    text = "\r\n".join((*lines, ""))
-    plain = text.isascii() and "\0" not in text and "\x7f" not in text and "--=_" not in text
+    text = text if text.endswith("\n") else f"{text}\n"
     head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: "
-    if plain and max(map(len, lines)) < 900:
-        return [f"{head}7bit\r\n\r\n{text}".encode("ascii")]
-    encoded = base64.b64encode(text.encode("utf-8", "replace"))
-    return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(encoded)]
+    plain = text.isascii() and "\0" not in text and "\x7f" not in text and _has_short_lines(text)
+    data = text.encode("utf-8", "replace").replace(b"\n", b"\r\n")
+    if plain:
+        return [f"{head}7bit\r\n\r\n".encode("ascii"), data]
+    return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(base64.b64encode(data))]
+
+
+def _has_short_lines(text: str) -> bool:
+    """No line has more than 900 characters; RFC 5322 2.1.1 allows 998."""
+    at = 0
+    while len(text) - at > 900:
+        at = text.rfind("\n", at, at + 901) + 1
+        if not at:
+            return False
+    return True
 
 
 def _file_part(part: Attachment) -> list[bytes]:
@@ -432,8 +640,8 @@ def _file_part(part: Attachment) -> list[bytes]:
 def _multipart(subtype: bytes, parts: Sequence[list[bytes]]) -> list[bytes]:
     if len(parts) == 1:
         return parts[0]
-    boundary = b"=_%024x" % random.getrandbits(96)  # in no text that is not encoded, and Base64 has no "_"
-    pieces = [b'Content-Type: multipart/%b; boundary="%b"\r\n\r\n' % (subtype, boundary)]
+    boundary = b"=_%b" % os.urandom(12).hex().encode("ascii")  # nobody can foresee it and write it into a part
+    pieces = [b'Content-Type: multipart/%b;\r\n boundary="%b"\r\n\r\n' % (subtype, boundary)]
     for part in parts:
         pieces += [b"--%b\r\n" % boundary, *part, b"\r\n"]
     return [*pieces, b"--%b--\r\n" % boundary]
@@ -459,7 +667,8 @@ def compose_pieces(
     alternatives = [_text_part("plain", text)] + ([_text_part("html", html)] if html else [])
     shown = [_file_part(part) for part in attachments if part.cid and html]
     others = [_file_part(part) for part in attachments if not (part.cid and html)]
-    related = _multipart(b"related", [_multipart(b"alternative", alternatives), *shown])
+    body = _multipart(b"alternative", alternatives)
+    related = _multipart(b'related; type="multipart/alternative"', [body, *shown])  # RFC 2387 3.1 asks for the type
     lines = [
         f"Date: {_date(int(time.time() if date is None else date))}",
         f"From: {header_address(sender)}",
@@ -476,6 +685,227 @@ def compose_pieces(
 def compose(**parts: Any) -> bytes:
     """`compose_pieces` as one string of bytes."""
     return b"".join(compose_pieces(**parts))
+
+
+# The page of a mail. A Page is plain values; `draw_text` and `draw_html` draw it, so that all mails look alike. Nothing
+# in a value is ever markup, and each value stands in a <bdi>, so that a right-to-left name cannot reorder its line.
+# Outlook shows nothing but tables and inline styles; the style sheet is for dark and for narrow screens.
+
+RED, BLUE, GREEN = "#b3261e", "#1f4e79", "#2e6b3f"  # behind white letters; red ones say what went wrong
+GREY = "#5f6b76"  # letters of what matters less
+RIGHT_TO_LEFT = ("fa",)
+COLUMNS = {1: (100,), 2: (31, 69), 3: (32, 34, 34), 4: (20, 26, 26, 28)}  # widths in percent by their number
+LONG_TITLE = 60  # a longer line of a title is written smaller
+# Digits after right-to-left letters are turned round at each hyphen unless a left-to-right mark stands before them.
+RTL_LABEL = re.compile(r"^[\u0590-\u08ff][^:\n]*: (?=[-+0-9])", re.MULTILINE)
+RTL_BEFORE_TIME = re.compile(r"[\u0590-\u08ff]:? (?=\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d)")
+STYLE = """<style>:root{color-scheme:light dark;supported-color-schemes:light dark}
+@media (prefers-color-scheme:dark){.back{background:#0f1419!important}
+.page{background:#1a2129!important;color:#e5eaef!important}.page td{border-color:#36424e!important}
+.soft{color:#a5b2be!important}.bad{color:#ff9a8f!important}.page .link{color:#8cc2f2!important}
+.button{background:#26333f!important;border-color:#4a5a69!important;color:#d5e6f5!important}.rest{background:#36424e}}
+@media (max-width:480px){.stack tr{display:block;padding:6px 0;border-top:1px solid #8a97a3}
+.stack td{display:block;width:auto!important;padding:1px 6px!important;border:0!important}}</style>"""
+
+
+class Sentence(NamedTuple):
+    """Words to be read, as plain text and as HTML. `bad`: they are about something that went wrong."""
+
+    text: str
+    html: str
+    bad: bool = False
+
+
+class Bar(NamedTuple):
+    """A cell with a bar below its text, filled from 0 to 1."""
+
+    text: str
+    level: float
+
+
+class Link(NamedTuple):
+    """A cell that is a link to itself."""
+
+    text: str
+
+
+class Table(NamedTuple):
+    """Rows of one to four cells; the last cell of a row that is shorter than the first row is wider. `separator`
+    stands between the cells in plain text."""
+
+    rows: Sequence[tuple[str | Bar | Link, ...]]
+    heading: str = ""
+    separator: str = ": "
+
+
+class Picture(NamedTuple):
+    """A picture in the page, whose file has a Content-ID, and what it shows in words."""
+
+    caption: str
+    file: Attachment
+
+
+class Button(NamedTuple):
+    """A link that looks like a button."""
+
+    label: str
+    url: str
+
+
+@dataclass
+class Page:
+    """What a mail shows to its reader, in the order in which it is drawn.
+
+    The first line of `title` says what happened, the others where and when.
+    """
+
+    title: Sequence[str]
+    lang: str = "en"
+    colour: str = BLUE
+    pictures: list[Picture] = field(default_factory=list)  # the first one over the whole width
+    sentences: Sequence[Sentence] = ()
+    buttons: Sequence[Button] = ()  # in the HTML alone
+    tables: Sequence[Table] = ()
+    notes: list[Sentence] = field(default_factory=list)
+
+
+def sentence(template: str, values: Mapping[str, object], *, bad: bool = False) -> Sentence:
+    """The template with each `{name}` replaced by a value, which may hold anything."""
+    text = template.format_map(values)
+    if text.isascii():  # all of it runs from left to right
+        return Sentence(text, f"<bdi>{escape(text)}</bdi>", bad)
+    drawn = {name: f"<bdi>{escape(str(value))}</bdi>" for name, value in values.items()}
+    return Sentence(text, escape_markup(template).format_map(drawn), bad)
+
+
+def compose_page(page: Page, *, text: str = "", files: Sequence[Attachment] = (), **parts: Any) -> list[bytes]:
+    """The mail that shows a page, with its pictures and with other files.
+
+    `text` stands for the page where no HTML is shown, by default all of it; `parts` are those of `compose_pieces`.
+    """
+    shown = [picture.file for picture in page.pictures]
+    text = text or draw_text(page)
+    return compose_pieces(text=text, html=draw_html(page), attachments=[*shown, *files], **parts)
+
+
+def draw_text(page: Page) -> str:
+    """The plain text of a page."""
+    parts = ["\n".join(page.title), "\n".join([one.text for one in page.sentences])]
+    parts += ["\n".join([_text_row(row, table.separator) for row in table.rows]) for table in page.tables]
+    text = clean("\n\n".join(filter(None, [*parts, *[note.text for note in page.notes]]))) + "\n"
+    return text if text.isascii() else RTL_LABEL.sub("\\g<0>\u200e", text)
+
+
+def _text_row(row: Sequence[str | Bar | Link], separator: str) -> str:
+    cells = [cell if isinstance(cell, str) else cell.text for cell in row]
+    return separator.join(cells).replace("\n", "\n  ")
+
+
+def draw_html(page: Page) -> str:
+    """The HTML of a page."""
+    direction, side = ("rtl", "right") if page.lang in RIGHT_TO_LEFT else ("ltr", "left")
+    what, *more = map(escape, page.title)
+    size = 17 if len(page.title[0]) > LONG_TITLE else 22
+    subtitle = "".join([f'<div style="font-size:17px;line-height:1.4"><bdi>{line}</bdi></div>\n' for line in more])
+    buttons = "".join([_button(*button) for button in page.buttons])
+    return f"""<!DOCTYPE html>
+<html lang="{page.lang}" dir="{direction}"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">
+{STYLE}</head>
+<body class="back" style="margin:0;padding:0;background:#eef1f4">
+<table class="page" role="presentation" dir="{direction}" align="center" width="640" cellpadding="0" cellspacing="0"
+ style="width:100%;max-width:640px;margin:0 auto;table-layout:fixed;background:#ffffff;color:#1c2733;text-align:{side};
+font-family:-apple-system,'Segoe UI',Roboto,Tahoma,'Noto Sans',Arial,sans-serif;
+overflow-wrap:anywhere;word-break:break-word">
+<tr><td bgcolor="{page.colour}" style="padding:14px 16px;background:{page.colour};color:#ffffff">
+<div style="font-size:{size}px;line-height:1.3;font-weight:bold"><bdi>{what}</bdi></div>
+{subtitle}</td></tr>
+{_picture_rows(page.pictures)}<tr><td style="padding:10px 10px 16px">
+{"".join(map(_paragraph, page.sentences))}{buttons}
+{"".join([_html_table(table) for table in page.tables])}{"".join([_paragraph(note, True) for note in page.notes])}\
+</td></tr></table></body></html>
+"""
+
+
+def _picture_rows(pictures: Sequence[Picture]) -> str:
+    """The first over the whole width, the others side by side below it; where there are several, with captions."""
+    drawn = ""
+    for row in filter(None, (pictures[:1], pictures[1:])):
+        drawn += '<tr><td><table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>\n'
+        for caption, file in row:
+            words = escape(caption)
+            drawn += f"""<td width="{100 // len(row)}%" style="vertical-align:top">
+<img src="cid:{file.cid}" alt="{words}" width="{640 // len(row)}" style="display:block;width:100%;height:auto;border:0">
+"""
+            if len(pictures) > 1:
+                style = f"padding:3px 6px;font-size:13px;color:{GREY}"
+                drawn += f'<div class="soft" style="{style}"><bdi>{words}</bdi></div>'
+            drawn += "</td>"
+        drawn += "</tr></table></td></tr>\n"
+    return drawn
+
+
+def _paragraph(words: Sentence, note: bool = False) -> str:
+    name, colour = ("bad", RED) if words.bad else ("soft", GREY) if note else ("", "inherit")
+    style = f"margin:6px 6px 10px;font-size:{13 if note else 15}px;line-height:1.5;color:{colour}"
+    return f'<p class="{name}" style="{style}">{words.html}</p>\n'
+
+
+def _button(label: str, url: str) -> str:
+    style = "display:inline-block;margin:0 0 8px 6px;padding:10px 14px;border:1px solid #b9cbd9;background:#e8eff5;"
+    style += "color:#1f3a52;font-size:15px;font-weight:bold;text-decoration:none"
+    return f'<a class="button" href="{escape_markup(url)}" style="{style}">{escape(label)}</a>\n'
+
+
+def _html_table(table: Table) -> str:
+    style = f"margin:14px 6px 4px;font-size:13px;font-weight:bold;color:{GREY}"
+    heading = f'<p class="soft" style="{style}"><bdi>{escape(table.heading)}</bdi></p>\n' if table.heading else ""
+    columns = len(table.rows[0]) if table.rows else 1
+    name = "stack" if columns > 3 else ""
+    return f"""{heading}<table class="{name}" width="100%" cellpadding="0" cellspacing="0"
+ style="table-layout:fixed;font-size:15px;line-height:1.4">
+{"".join([_html_row(row, columns) for row in table.rows])}</table>
+"""
+
+
+@functools.lru_cache(maxsize=256)  # most rows of a mail stood in the one before it, too
+def _html_row(row: tuple[str | Bar | Link, ...], columns: int) -> str:
+    drawn, name, colour = "", "soft", GREY
+    line = "border-top:1px solid #e3e8ec" if row[0] else "border:0"  # without a first cell it belongs to the row above
+    for number, cell in enumerate(row):
+        text = escape(cell if isinstance(cell, str) else cell.text)
+        inside = f"<bdi>{text}</bdi>"
+        if isinstance(cell, Link):
+            inside = f'<bdi><a class="link" href="{text}" style="color:{BLUE}">{text}</a></bdi>'
+        elif isinstance(cell, Bar):
+            inside += _bar(cell.level)
+        last = number == len(row) - 1
+        width = sum(COLUMNS[columns][number:]) if last else COLUMNS[columns][number]
+        span = f' colspan="{columns - number}"' if last and columns > len(row) else ""
+        style = f"padding:5px 6px;{line};vertical-align:top;color:{colour}"
+        drawn += f'<td class="{name}"{span} width="{width}%" style="{style}">{inside}</td>'
+        name, colour = "", "inherit"
+    return f"<tr>{drawn}</tr>\n"
+
+
+def _bar(level: float) -> str:
+    filled = round(100 * min(1.0, max(0.0, level)))
+    cell = '<td{} width="{}%" bgcolor="{}" style="height:8px;line-height:8px;font-size:1px">&nbsp;</td>'
+    halves = (("", filled, "#2f7fb8"), (' class="rest"', 100 - filled, "#dfe6ec"))
+    cells = "".join([cell.format(*half) for half in halves if half[1]])
+    return f'<table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>{cells}</tr></table>'
+
+
+def escape(text: str) -> str:
+    """What stands in a <bdi>: no markup, and each line with a direction of its own."""
+    return escape_markup(clean(text)).replace("\n", "</bdi><br><bdi>")
+
+
+def clean(text: str) -> str:
+    """Line breaks stay; what hides or reorders text does not."""
+    if not (text.isprintable() or text.replace("\n", "").isprintable()):
+        text = "\n".join([UNPRINTABLE.sub(" ", line) for line in text.split("\n")])
+    return text if text.isascii() else RTL_BEFORE_TIME.sub("\\g<0>\u200e", text)
 
 
 # ───────────────────────────────────────────── Outcome ──────────────────────────────────────────────
@@ -576,61 +1006,138 @@ def judge_error(step: str, error: Exception) -> Outcome:
     return Outcome(Verdict.TRY_LATER, 0, printable(detail), step, about_us=step in STEPS_ABOUT_US)
 
 
-# What a person should do about it: step, host, what the reply says -> a sentence. The first that fits is said.
+# What a person can do about a failure: (step, host, what was said) -> a sentence. The first row that fits is shown.
+# The three are regular expressions, an empty one fits everything. Where the cause is not known, no row fits.
+_TRANSACTION = "mail|rcpt|data|dot"
 ADVICE = (
-    ("login", "gmail|google", r"53[45]|5\.7\.[89]",
-     "Gmail wants an app password in SMTP_PASS, not the account's own: turn on 2-step verification, then make one"
-     " under Google account, Security, App passwords."),
-    ("login", "", r"5\.7\.139|basic auth",
-     "Outlook has switched password login off: set SMTP_AUTH=xoauth2 and put an access token in SMTP_PASS"
-     " (SMTP_PASS_COMMAND can fetch it)."),
-    ("login", "", r"534|5\.7\.9|5\.7\.14",
-     "The provider wants an app password or a stronger way to log in; look in the account's security settings."),
-    ("login", "", "not supported|no suitable",
-     "The server offers no login here: use port 587 or 465, or leave SMTP_USER empty."),
-    ("", "", r"5\.4\.5|quota exceeded|daily.*limit",
-     "The provider's daily limit is used up; ALERT_DAILY_MAX and ALERT_COOLDOWN make fewer mails."),
-    ("", "", "^530",
-     "The server wants a login (or TLS) first: set SMTP_USER and SMTP_PASS, and leave SMTP_SECURITY on auto."),
-    ("login", "", "^(?!4|timed out)", "The server refused the login: check SMTP_USER and SMTP_PASS."),
-    ("", "", "^53[45]", "The server is not content with the login: check SMTP_USER and SMTP_PASS."),
-    ("tls", "", "mismatch|doesn't match|not valid for",
-     "The certificate is for another name: set SMTP_HOST to the name that stands in it."),
-    ("tls", "", "expired",
-     "The server's certificate has expired; its owner must renew it (or this machine's clock is wrong)."),
-    ("tls", "", "certificate",
-     "The certificate is signed by nobody this machine trusts: put the signer's certificate in a file and name it"
-     " in SMTP_CAFILE."),
-    ("tls|greeting", "", "wrong.version|not offered|record.layer|timed out",
-     "The server does not speak TLS in this way on this port: 465 is SMTP_SECURITY=ssl, 587 is starttls."),
+    # the way to the server
+    ("resolve", "", "temporary",
+     "This machine's DNS does not answer: check its network."),
     ("resolve", "", "",
      "The name in SMTP_HOST was not found: check its spelling, and whether this machine's DNS works."),
-    ("connect", "", "timed out", "Nobody answers. Providers often block port 25: use 587 or 465."),
+    ("connect", "", "timed out",
+     "Nobody answers. Providers often block port 25: use 587 or 465."),
     ("connect", r"localhost|127\.|::1", "refused",
      "Nothing listens there. For a test, start: python3 embedded_smtpd.py --debug"),
-    ("connect", "", "refused", "Nothing listens on that port: check SMTP_HOST and SMTP_PORT."),
-    ("connect", "", "unreachable|no route", "This machine has no way to the server: check its network."),
-    ("", "", r"5\.3\.4|^552", "The mail is too big for the server, or the mailbox is full."),
-    ("mail", "", "^5", "The server takes no mail from this sender: set SMTP_FROM to an address of the account."),
+    ("connect", "", "refused",
+     "Nothing listens on that port: check SMTP_HOST and SMTP_PORT."),
+    ("connect", "", "unreachable|no route",
+     "This machine has no way to the server: check its network."),
+    ("greeting", "", "timed out",
+     "The server did not greet in time: on port 465 it waits for TLS (SMTP_SECURITY=ssl); a slow one needs a longer"
+     " SMTP_TIMEOUT."),
+    # TLS
+    ("tls", "", "not yet valid",
+     "The certificate is not valid yet, so this machine's clock is probably wrong: set it."),
+    ("tls", "", "expired",
+     "The server's certificate has expired; its owner must renew it (or this machine's clock is wrong)."),
+    ("tls", "", "mismatch|doesn't match|not valid for",
+     "The certificate is for another name: set SMTP_HOST to the name that stands in it."),
+    ("tls", "", "(key|md|algorithm).too.(weak|small)",
+     "The key or signature of the server's certificate is too weak; its owner must make a new one (RSA of 2048 bits or"
+     " more, SHA-256)."),
+    ("tls", "", "self.signed",
+     "The certificate is signed by nobody this machine trusts: put it, or the certificate of its signer, in a file and"
+     " name the file in SMTP_CAFILE."),
+    ("tls", "", "issuer",
+     "The signer of the certificate is unknown here: install the system's certificates (package ca-certificates), or"
+     " name a file with the signer's in SMTP_CAFILE."),
+    ("tls", "", "protocol.version|unsupported.protocol|no.protocols|version.too.low|handshake.failure|legacy",
+     "The server speaks only an old form of TLS that is not safe any more; its owner must update it."),
+    ("tls", "", "wrong.version|record.layer|unexpected.message",
+     "The server does not begin with TLS on this port: 465 is SMTP_SECURITY=ssl, 587 is starttls."),
+    ("tls", "", "starttls is not offered",
+     "The server offers no STARTTLS on this port: use port 587, or 465 with SMTP_SECURITY=ssl."),
+    # EHLO
+    (f"ehlo|{_TRANSACTION}", "",
+     r"(helo|ehlo)\b.{0,50}(reject|denied|invalid|qualified|argument)|(invalid|bad|wrong).{0,20}(helo|ehlo)|\(ehlo\)",
+     "The server does not accept the name in EHLO: set SMTP_EHLO to a full name of this machine, like"
+     " relay.example.com."),
+    # login
+    ("", "", r"^538|must issue a starttls|encryption required|before starttls",
+     "The server takes a login only over TLS: set SMTP_SECURITY=starttls (or leave it on auto)."),
+    ("login", "", "too many (failed )?(login|auth)",
+     "The account was logged in to too often; that ends by itself, and ALERT_SENDERS=1 needs fewer logins."),
+    ("login", "gmail|google", r"^53[45]|\b5\.7\.[89]\b",
+     "Gmail wants an app password in SMTP_PASS, not the account's own: turn on 2-step verification, then make one"
+     " under Google account, Security, App passwords."),
+    ("login", "", r"\b5\.7\.139\b|basic auth",
+     "Outlook has switched password login off: set SMTP_AUTH=xoauth2 and put an access token in SMTP_PASS"
+     " (SMTP_PASS_COMMAND can fetch it)."),
+    ("login", "", "offers.*(xoauth2|oauthbearer)",
+     "The server takes no passwords, only access tokens: set SMTP_AUTH=xoauth2 and put a token in SMTP_PASS"
+     " (SMTP_PASS_COMMAND can fetch it)."),
+    ("login", "", "offers.*(ntlm|gssapi)",
+     "The server takes only Windows logins (NTLM, GSSAPI), which are not supported here: its owner must allow PLAIN or"
+     " LOGIN over TLS."),
+    ("login", "", "not supported|no suitable|offers none|not advertised",
+     "The server offers no login here: use port 587 or 465, or leave SMTP_USER empty."),
+    ("login", "", "^504|unrecogni[sz]ed auth",
+     "The server does not know this way to log in: leave SMTP_AUTH on auto."),
+    ("login", "", r"^534|\b5\.7\.9\b|\b5\.7\.14\b",
+     "The provider wants an app password or a stronger way to log in; look in the account's security settings."),
+    ("login", "", "^5", "The server refused the login: check SMTP_USER and SMTP_PASS."),
+    ("login", "", "smtp_pass_command",
+     "The password could not be fetched: run the command by hand, as the user of this program."),
+    # limits
+    (_TRANSACTION, "", r"\b5\.3\.4\b|too (big|large)|(size|length).{0,40}exceeds",
+     "The mail is too big for the server."),
+    (_TRANSACTION, "", r"\b[45]\.2\.2\b|over ?quota|mailbox.{0,20}full",
+     "The recipient's mailbox is full."),
+    (_TRANSACTION, "", r"\b[45]\.5\.3\b|too many recipients",
+     "The server takes fewer recipients at once: send to some of them, or to a list."),
+    ("", "", "concurrent|too many (connections|sessions)",
+     "The server allows fewer connections at once: set ALERT_SENDERS=1, and see what else uses the account."),
+    ("", "", r"\b5\.4\.5\b|\b5\.7\.233\b|limit (exceeded|reached)|exceed(ed|s) .{0,40}(limit|max|quota|threshold)"
+     "|quota exceeded|too many (messages|mails|emails)|rate limit|per (minute|hour|day)|receiving mail (at a rate|too)",
+     "The limit on the number of mails is reached, of the account or of the mailbox; ALERT_DAILY_MAX and ALERT_COOLDOWN"
+     " make fewer mails."),
+    # who may send to whom
+    ("", "", "^530|not logged in|authentication (is )?required|must authenticate",
+     "The server wants a login first: set SMTP_USER and SMTP_PASS."),
+    ("", "", "^53[45]",
+     "The server is not content with the login: check SMTP_USER and SMTP_PASS."),
+    (_TRANSACTION, "zoho", "relaying disallowed",
+     "The account may not send from this address: set SMTP_FROM to an address of the account."),
+    (_TRANSACTION, "", r"relay(ing)? (access )?(is )?(denied|disallowed|not (allowed|permitted)|prohibited)"
+     r"|(unable|not permitted) to relay|\b5\.7\.54\b|rcpthosts",
+     "The server takes mail for other domains only after a login: set SMTP_USER and SMTP_PASS, on port 587 or 465."),
+    (_TRANSACTION, "", r"not owned|sender.{0,40}(reject|not allowed|denied|refused)|send ?as\b"
+     "|not (allowed|authori[sz]ed|permitted) to send|from address.{0,40} not|(equal|match|same as) .{0,12}auth"
+     "|address is not verified",
+     "The account may not send from this address: set SMTP_FROM to an address of the account, or SMTP_ENVELOPE_FROM,"
+     " where only the envelope matters."),
+    ("greeting|ehlo|" + _TRANSACTION, "", r"spamhaus|\b(dns|r)bl\b|(block|black) ?list|blocked using",
+     "This machine's address is on a list of senders of spam, as those of homes are: send through your provider's"
+     " server with a login (port 587 or 465)."),
+    ("data|dot", "", "spam|unsolicited|virus|malware|phish|content.{0,40}(block|reject|denied|security)",
+     "The server holds the content for spam or a danger: tell the mailbox or its owner that these mails are wanted."),
+    ("rcpt", "", r"\b5\.1\.[0-36]\b|(unknown|invalid|no such) (user|recipient|mailbox)|not exist"
+     "|(user|recipient|mailbox).{0,30}(unknown|not found|unavailable|reject|invalid|disabled)",
+     "The server does not take mail for this recipient: check the address."),
     ("greeting|ehlo", "", "^5",
      "The server turns this machine away: port 25 of a provider is for servers; use 587 or 465 with a login."),
-    ("greeting|ehlo|login|mail", "", "^4|timed out",
-     "The server is busy or wants us to come back later; that happens by itself."),
-    ("rcpt", "", "relay",
-     "The server takes no mail for others from us: log in (SMTP_USER, SMTP_PASS), or check the recipient's address."),
-    ("rcpt", "", "^55[013]", "The server does not take mail for this recipient: check the address."),
+    # what passes by itself
+    ("", "", "^4",
+     "The server wants to be asked again later; the relay does so by itself."),
+    (f"tls|ehlo|login|{_TRANSACTION}", "", "timed out",
+     "The server did not answer in time; the relay tries again by itself, and a slow server needs a longer"
+     " SMTP_TIMEOUT."),
 )  # fmt: skip
 
 
 def advice(outcome: Outcome, host: str) -> str:
-    """One sentence on what to do, or ""."""
+    """One sentence on what to do, or "". Addresses in what the server said are not looked at."""
+    said = re.sub(r"<[^>]*@[^>]*>|\S*@\S*", "", outcome.said)
     for step, where, what, sentence in ADVICE:
-        if re.search(step, outcome.step) and re.search(where, host, re.I) and re.search(what, outcome.said, re.I):
+        if re.search(step, outcome.step) and re.search(where, host, re.I) and re.search(what, said, re.I):
             return sentence
     return ""
 
 
 # ───────────────────────────────────────────── SMTP configuration ───────────────────────────────────
+
+PASSWORD_SOURCES = ("SMTP_PASS", "SMTP_PASS_FILE", "SMTP_PASS_COMMAND")  # the first that is set counts
 
 
 @dataclass(frozen=True)
@@ -642,9 +1149,10 @@ class SMTPConfig:
     security: str = "none"  # ssl, starttls or none
     user: str = ""
     password: Callable[[], str] = field(default=str, repr=False)
-    auth: str = "auto"
-    ehlo: str = ""  # the name in EHLO; "": this machine's
+    auth: str = "auto"  # auto, plain, login, cram-md5 or xoauth2
+    ehlo: str = ""  # "" is this machine's name where it has a dot, else its address in brackets
     sender: str = "alerts@localhost"
+    envelope_from: str = ""  # takes the place of every envelope sender, for providers that take the account's alone
     cafile: str = ""
     timeout_s: float = TIMEOUT_S
     debug: bool = True  # nothing is configured: the local debug receiver
@@ -665,12 +1173,19 @@ class SMTPConfig:
             user=user,
             password=functools.partial(_password, settings, host),
             auth=settings.read("SMTP_AUTH", one_of("auto", "plain", "login", "cram-md5", "xoauth2"), "auto"),
+            ehlo=settings.read("SMTP_EHLO", ehlo_name, ""),
+            envelope_from=settings.read("SMTP_ENVELOPE_FROM", address, ""),
             sender=settings.read("SMTP_FROM", _sender, _default_sender(user)),
             cafile=settings.read("SMTP_CAFILE", str, ""),
             timeout_s=settings.read("SMTP_TIMEOUT", duration, TIMEOUT_S),
             debug=not host,
         )
         config._check()
+        sources = [name for name in PASSWORD_SOURCES if settings.read(name, str, "")]
+        if user and not sources:
+            raise ConfigError("SMTP_PASS: missing for SMTP_USER; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
+        if user and sources != ["SMTP_PASS_COMMAND"]:
+            config.password()  # A wrong file is found at the start. A command may need a network that comes later.
         return config
 
     def _check(self) -> None:
@@ -680,11 +1195,6 @@ class SMTPConfig:
             raise ConfigError(
                 f"SMTP_SECURITY: none sends the password in the clear to {self.host}; use starttls or ssl"
             )
-        password = self.password() if self.user else ""
-        if self.user and not password:
-            raise ConfigError("SMTP_PASS: missing for SMTP_USER; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
-        if not f"{self.user}{password}".isascii():
-            raise ConfigError("SMTP_PASS: holds a character outside ASCII, which no SMTP login carries; choose another")
         self.tls()
 
     def tls(self) -> ssl.SSLContext | None:
@@ -740,23 +1250,36 @@ def _security(settings: Settings, host: str, number: int) -> str:
 
 
 def _password(settings: Settings, host: str) -> str:
-    password, fetched = settings.secret("SMTP_PASS"), b""
-    path, command = settings.secret("SMTP_PASS_FILE").strip(), settings.secret("SMTP_PASS_COMMAND").strip()
-    try:
-        if not password and path:
-            fetched = Path(path).read_bytes()
-        elif not password and command:
-            fetched = subprocess.run(command, shell=True, capture_output=True, timeout=30, check=True).stdout
-        password = password or fetched.decode("utf-8").partition("\n")[0].rstrip("\r")
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        name = f"SMTP_PASS_FILE: {path}" if path else "SMTP_PASS_COMMAND"
-        code = getattr(error, "returncode", None)
-        what = f"exit code {code}" if code else getattr(error, "strerror", None) or type(error).__name__
-        # the error itself may show what was read
-        raise ConfigError(f"{name}: gives no password ({what})") from None
+    """SMTP_PASS, or what takes its place. Raises ConfigError."""
+    password = settings.secret("SMTP_PASS")
+    if not password.strip():
+        password = _fetched_password(settings)
     if re.search(r"(^|\.)(gmail|googlemail|google)\.com$", host, re.I):
         password = re.sub(r"\s", "", password)  # Google shows app passwords in four groups
     return password
+
+
+def _fetched_password(settings: Settings) -> str:
+    """The first line of SMTP_PASS_FILE, or of what SMTP_PASS_COMMAND prints. Raises ConfigError."""
+    path, command = settings.secret("SMTP_PASS_FILE").strip(), settings.secret("SMTP_PASS_COMMAND").strip()
+    try:
+        if path:
+            fetched = Path(path).read_bytes()
+        else:  # Its standard input is empty, for that of this program may be the mail to be sent.
+            fetched = subprocess.run(
+                command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=True
+            ).stdout
+        if line := fetched.decode("utf-8-sig").partition("\n")[0].rstrip("\r"):
+            return line
+        what = "the first line is empty"
+    except UnicodeDecodeError:
+        what = "it is not UTF-8"
+    except (OSError, subprocess.SubprocessError) as error:
+        # The text of the error itself may show what was read.
+        code = getattr(error, "returncode", None)
+        what = f"exit code {code}" if code else getattr(error, "strerror", None) or type(error).__name__
+    name = f"SMTP_PASS_FILE: {path}" if path else "SMTP_PASS_COMMAND"
+    raise ConfigError(f"{name}: gives no password ({what})")
 
 
 # ───────────────────────────────────────────── Listening ────────────────────────────────────────────
@@ -790,12 +1313,47 @@ def listen(host: str, port: int, backlog: int, tries: int = 9) -> list[socket.so
     return sockets
 
 
+START_RETRY_S = 2.0
+
+
+def when_possible(start: Callable[[], T], stopping: socket.socket, setting: str) -> T | None:
+    """What `start` returns, once it does not raise what heals itself after a machine has booted.
+
+    That is an address that DHCP has not given yet, a name that no name server tells yet, and a folder on a disk that
+    is mounted later. Logged once, with the name of the setting. None when `stopping` becomes readable meanwhile; any
+    other error is raised.
+    """
+    waiting = False
+    while True:
+        try:
+            return start()
+        except (OSError, SpoolError) as error:
+            cause = error.__cause__ or error
+            later = isinstance(cause, socket.gaierror | FileNotFoundError)
+            if not later and getattr(cause, "errno", 0) != errno.EADDRNOTAVAIL:
+                raise
+            if not waiting:
+                words = error.strerror if isinstance(error, OSError) else error
+                log.warning("cannot start yet: %s: %s; trying again until it works", setting, words)
+            waiting = True
+        if select.select([stopping], [], [], START_RETRY_S)[0]:
+            return None
+
+
+Address = tuple[str, int] | tuple[str, int, int, int]  # of a socket, IPv4 or IPv6
+
+
+def show_address(address: Address) -> str:
+    """`192.0.2.1:25` or `[2001:db8::1]:25`. An IPv4 peer of a socket for both families is shown as IPv4."""
+    host, number = address[0].removeprefix("::ffff:"), address[1]
+    return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
+
+
 def log_listening(logger: logging.Logger, sockets: Iterable[socket.socket]) -> None:
-    """Log where they listen, whatever the level: who started the program waits for these lines."""
+    """Log where the sockets listen, whatever the level: whoever started the program waits for these lines."""
+    always = max(logging.INFO, logger.getEffectiveLevel())
     for sock in sockets:
-        host, number = sock.getsockname()[:2]
-        always = max(logging.INFO, logger.getEffectiveLevel())
-        logger.log(always, "listening on %s:%d", f"[{host}]" if ":" in host else host, number)
+        logger.log(always, "listening on %s", show_address(sock.getsockname()))
 
 
 def server_tls(cert: str, key: str, client_ca: str = "", *, names: str = "TLS_CERT and TLS_KEY") -> ssl.SSLContext:
@@ -982,7 +1540,7 @@ class SMTPConnection:
 
 
 TROUBLE = (OSError, ReplyError, ValueError)  # all that a dialogue raises
-PROPER_RCPT_REFUSALS = frozenset({450, 451, 452, 550, 551, 552, 553})  # RFC 5321 4.3.2
+ENVELOPE_STEPS = ("mail", "rcpt", "data")
 
 
 class Transport(Protocol):
@@ -999,10 +1557,6 @@ class Transport(Protocol):
         """End the connection politely, if there is one."""
 
 
-def _nothing_follows() -> None:
-    return None
-
-
 class SMTPClient:
     """Delivers to the configured server, over one connection that is kept while there is work.
 
@@ -1015,7 +1569,8 @@ class SMTPClient:
         self._connection: SMTPConnection | None = None
         self._step = ""  # how far the dialogue has come
         self._begun: PreparedMessage | None = None  # its commands went with the final dot of the one before
-        self._lock_step = False  # groups of commands went wrong with this server
+        self._lock_step = False  # a group of commands went wrong with this server
+        self._grouped = self._out_of_step = False  # of the last attempt: see there
         self._good_address: Any = None
         self._good_mechanism = ""
 
@@ -1165,7 +1720,8 @@ class SMTPClient:
         offered = connection.extensions.get("AUTH", "").split()
         known = [name for name in ("PLAIN", "LOGIN", "CRAM-MD5") if name in offered]
         if not known:
-            raise ReplyError(-1, f"no suitable login: the server offers {' '.join(offered) or 'none'}")
+            none = "none before STARTTLS" if "STARTTLS" in connection.extensions else "none"
+            raise ReplyError(-1, f"no suitable login: the server offers {' '.join(offered) or none}")
         return sorted(known, key=lambda name: name != self._good_mechanism)
 
     def _authenticate(self, connection: SMTPConnection, mechanism: str, user: str, password: str) -> Reply:
@@ -1195,66 +1751,52 @@ class SMTPClient:
     # transactions
 
     def send(
-        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None] | None = None
+        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None] = lambda: None
     ) -> Outcome:
         """One transaction. The commands of the message that `following` gives go with the final dot of this one where
         the server offers PIPELINING (RFC 2920 3.1).
 
-        It is begun again, once each, on a new connection where a kept one has come to its end (some servers limit the
-        mails of one by a 4xx to MAIL), and in lock step where commands that were sent in a group went wrong.
+        It is begun again, once, where a kept connection has come to its end (some servers limit the mails of one by a
+        4xx to MAIL), and in lock step where what was sent in a group went wrong.
         """
-        following = following or _nothing_follows
         if self._begun not in (None, message):  # The server waits for the content of another mail.
             self._drop()
-        outcome = Outcome(Verdict.TRY_LATER)
-        for _ in range(3):
-            kept = self._connection
-            worn = kept is not None and kept.mails > 0
-            outcome, desync = self._attempt(message, following)
-            if outcome.verdict is Verdict.SENT:
-                break
-            if desync and not self._lock_step:
-                self._lock_step = True
-                self._drop()
-                if self._step == "dot" and outcome.code < 500:  # The server may have the mail.
-                    break
-                following = _nothing_follows  # It may have been called already.
-            elif kept and self._step == "mail" and not outcome.too_big and (worn or outcome.code in (0, 421)):
-                self._drop()
-            else:
-                break
+        kept, begun = self._connection, self._begun is not None
+        worn = kept is not None and kept.mails > 0
+        outcome = self._attempt(message, following)
+        if outcome.verdict is Verdict.SENT:
+            return outcome
+        at_mail = kept is not None and self._step == "mail" and not outcome.too_big
+        again = at_mail and (worn or outcome.code in (0, 421))
+        if self._out_of_step and (self._grouped if self._step == "dot" else begun):
+            self._lock_step = True
+            again = self._step != "dot" or outcome.code >= 500  # else the server may have the mail
+        if again:
+            self._drop()
+            outcome = self._attempt(message, lambda: None)
         return outcome
 
-    def _attempt(
-        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]
-    ) -> tuple[Outcome, bool]:
-        """One transaction; and whether what went wrong may have come from sending commands in a group."""
-        grouped = False
+    def _attempt(self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]) -> Outcome:
+        """One transaction. Notes whether the server is out of step with what it was sent: silence, nonsense, or a 5xx
+        that is not about a recipient."""
+        self._out_of_step = self._grouped = False
         try:
             self.open()
             self._step = "mail"
             if too_big := self._beyond_size(message):
-                return too_big, False
-            grouped = self._may_group()
-            outcome = self._transaction(message, following, grouped)
-            broken = outcome.code >= 500 and not (self._step == "rcpt" and outcome.code in PROPER_RCPT_REFUSALS)
+                return too_big
+            outcome = self._transaction(message, following)
+            self._out_of_step = outcome.code >= 500 and (self._step, outcome.code // 10) != ("rcpt", 55)
         except Unavailable as error:
-            return error.outcome, False
+            return error.outcome
         except TROUBLE as error:
             outcome = judge_error(self._step, error)
-            broken = isinstance(error, TimeoutError) or (isinstance(error, ReplyError) and error.code != 421)
-            grouped = grouped and (self._step != "dot" or self._begun is not None)
+            self._out_of_step = isinstance(error, TimeoutError) or (isinstance(error, ReplyError) and error.code != 421)
             self._drop()
         except BaseException:  # Replies may be under way that belong to nobody.
             self._drop()
             raise
-        else:
-            grouped = grouped and (self._step != "dot" or self._begun is not None)
-        return outcome, grouped and broken
-
-    def _may_group(self) -> bool:
-        assert self._connection is not None
-        return "PIPELINING" in self._connection.extensions and not self._lock_step
+        return outcome
 
     def _beyond_size(self, message: PreparedMessage) -> Outcome | None:
         """The refusal of a message that is larger than the server's SIZE (RFC 1870)."""
@@ -1265,19 +1807,16 @@ class SMTPClient:
         outcome = judge("mail", 552, f"5.3.4 {message.length} bytes, the server takes {limit[:18]}")
         return replace(outcome, size_limit=int(limit[:18]))
 
+    def _mail_command(self, sender: str, size: int) -> str:
+        """MAIL. SMTP_ENVELOPE_FROM takes the place of every other sender, also of the null sender."""
+        assert self._connection is not None
+        parameter = f" SIZE={size}" if "SIZE" in self._connection.extensions else ""
+        return f"MAIL FROM:<{self._config.envelope_from or sender}>{parameter}"
+
     def _envelope_commands(self, message: PreparedMessage) -> list[str]:
-        assert self._connection is not None
-        size = f" SIZE={message.length}" if "SIZE" in self._connection.extensions else ""
-        return [f"MAIL FROM:<{message.sender}>{size}", f"RCPT TO:<{message.recipient}>", "DATA"]
+        return [self._mail_command(message.sender, message.length), f"RCPT TO:<{message.recipient}>", "DATA"]
 
-    def _group(self, message: PreparedMessage) -> bytes:
-        """All the commands that begin a transaction, in one packet."""
-        assert self._connection is not None
-        return b"".join(map(self._connection.line, self._envelope_commands(message)))
-
-    def _transaction(
-        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None], grouped: bool
-    ) -> Outcome:
+    def _transaction(self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]) -> Outcome:
         connection, begun = self._connection, self._begun is not None
         assert connection is not None
         self._begun = None
@@ -1286,25 +1825,19 @@ class SMTPClient:
         if connection.needs_rset:
             connection.command("RSET")
         connection.needs_rset = True
-        if grouped and not begun:
-            connection.write([self._group(message)])
-        for step, command in zip(("mail", "rcpt", "data"), self._envelope_commands(message), strict=True):
+        for left, step, command in zip((2, 1, 0), ENVELOPE_STEPS, self._envelope_commands(message), strict=True):
             self._step = step
-            reply = connection.reply() if grouped or begun else connection.command(command)
+            reply = connection.reply() if begun else connection.command(command)
             if reply.code < 400 and reply.code // 100 != (3 if step == "data" else 2):
                 raise ReplyError(-1, f"{reply.code} to {command[:4]}")
             if reply.code >= 400:
-                return self._refused(message, step, reply, grouped or begun)
-        return self._content(message, following, grouped)
-
-    def _refused(self, message: PreparedMessage, step: str, reply: Reply, grouped: bool) -> Outcome:
-        """The outcome of a transaction that a command ended; reads what else belongs to it."""
-        outcome = judge(step, *reply)
-        if grouped:
-            self._read_rest({"mail": 2, "rcpt": 1, "data": 0}[step])
-        if step == "mail" and message.length > SMALL_MAIL_BYTES and not (grouped and reply.code >= 500):
-            return self._about_size(message, outcome)
-        return outcome
+                outcome = judge(step, *reply)
+                if begun:
+                    self._read_rest(left)
+                if step == "mail" and (reply.code < 500 or not begun):
+                    return self._about_size(message, outcome)
+                return outcome
+        return self._content(message, following)
 
     def _read_rest(self, number: int) -> None:
         """Read the replies to the rest of a group. A server that hangs up after its no has said enough."""
@@ -1319,33 +1852,32 @@ class SMTPClient:
     def _about_size(self, message: PreparedMessage, outcome: Outcome) -> Outcome:
         """A MAIL that tells a SIZE was refused, in whatever words (Courier's are `534 SIZE=Message too big`). Whether
         that was about the size is found out by the MAIL of a small one."""
-        assert self._connection is not None
-        if "SIZE" not in self._connection.extensions:
+        if message.length <= SMALL_MAIL_BYTES:
             return outcome
         for _ in range(2):  # The server may have hung up.
             try:
                 self.open()
-                bare = self._connection.command(f"MAIL FROM:<{message.sender}> SIZE={SMALL_MAIL_BYTES}")
+                assert self._connection is not None
+                command = self._mail_command(message.sender, SMALL_MAIL_BYTES)
+                if not command.endswith(">") and self._connection.command(command).code == 250:
+                    verdict = Verdict.REFUSED if outcome.code >= 500 else Verdict.TRY_LATER
+                    return replace(outcome, verdict=verdict, about_us=False, too_big=verdict is Verdict.REFUSED)
+                break
             except (Unavailable, *TROUBLE):
                 self._drop()
-                continue
-            if bare.code == 250:
-                verdict = Verdict.REFUSED if outcome.code >= 500 else Verdict.TRY_LATER
-                return replace(outcome, verdict=verdict, about_us=False, too_big=verdict is Verdict.REFUSED)
-            break
+        self._step = "mail"
         return outcome
 
-    def _content(
-        self, message: PreparedMessage, following: Callable[[], PreparedMessage | None], grouped: bool
-    ) -> Outcome:
+    def _content(self, message: PreparedMessage, following: Callable[[], PreparedMessage | None]) -> Outcome:
         """The mail, the dot, and with it what begins the next transaction; the outcome of the dot."""
         connection = self._connection
         assert connection is not None
         connection.trace(f"C: ({message.length} bytes of mail, then the dot)")
         last = b".\r\n"
-        if grouped and (next_one := following()) and not self._beyond_size(next_one):
-            self._begun = next_one
-            last += self._group(next_one)
+        may_group = "PIPELINING" in connection.extensions and not self._lock_step
+        if may_group and (next_one := following()) and not self._beyond_size(next_one):
+            self._begun, self._grouped = next_one, True
+            last += b"".join(map(connection.line, self._envelope_commands(next_one)))
         self._step, connection.reply_timeout = "dot", FINAL_DOT_TIMEOUT_S
         connection.write([*message.pieces, last])
         connection.deadline = math.inf  # The answer to the dot has a time of its own.
@@ -1361,9 +1893,10 @@ class SMTPClient:
         self.open()
         connection = self._connection
         assert connection is not None
-        sender = address(self._config.sender)
+        sender = self._config.envelope_from or address(self._config.sender)
         outcome = Outcome(Verdict.SENT)
-        steps = (("mail", "sender", f"MAIL FROM:<{sender}>", sender), ("rcpt", "recipient", f"RCPT TO:<{recipient}>", recipient))
+        steps = [("mail", "sender", f"MAIL FROM:<{sender}>", sender)]
+        steps += [("rcpt", "recipient", f"RCPT TO:<{recipient}>", recipient)]
         for self._step, name, command, words in steps:
             try:
                 if connection.needs_rset and self._step == "mail":
@@ -1546,13 +2079,14 @@ class Delivery(NamedTuple):
     why: str = ""
 
 
-COLUMNS = "number, kind, entries, recipient, recipients, tries, tried_at, first_failed, data_failures, max_bytes, error"
+DELIVERY_COLUMNS = "number, kind, entries, recipient, recipients, tries, tried_at, first_failed, data_failures, max_bytes, error"
 
 
 @dataclass
 class History:
-    """What was sent: when deliveries of the last day were accepted, how many open ones were never tried, and when a
-    message of each group and kind was last created. `paused` are the recipients to whom nothing can go now."""
+    """What was sent: when deliveries of the last day were accepted, how many open ones go next without being planned
+    (`untried`), and when a message of each group and kind was last created. `paused` are the recipients to whom nothing
+    can go now."""
 
     times: Sequence[float] = ()
     untried: int = 0
@@ -1868,8 +2402,9 @@ class Outbox:
             history.kinds[kind] = history.groups[group_kind, source] = when
         return history
 
-    def budget(self, now: float, limit: int) -> tuple[list[float], int]:
-        """When the newest `limit` deliveries of the last day were accepted, and how many open ones were never tried.
+    def budget(self, now: float, limit: int, under_way: Collection[int] = ()) -> tuple[list[float], int]:
+        """When the newest `limit` deliveries of the last day were accepted, and how many open ones were never tried or
+        are `under_way`.
 
         Some may have ended since `now`, or the clock was set back: those of the next day count, too.
         """
@@ -1877,8 +2412,10 @@ class Outbox:
         with self._lock:
             self.flush()
             rows = self.rows(f"{sql} ORDER BY finished_at DESC LIMIT ?", now - DAY_S, now + DAY_S, limit)
-            untried = self.rows("SELECT count(*) FROM deliveries WHERE state = 'open' AND tried_at = 0")[0][0]
-        return [when for (when,) in reversed(rows)], untried
+            which = "state = 'open' AND (tried_at = 0 OR number IN (SELECT value FROM json_each(?)))"
+            sql = f"SELECT count(*) FROM deliveries WHERE {which}"
+            reserved = self.rows(sql, json.dumps(list(under_way)))[0][0]
+        return [when for (when,) in reversed(rows)], reserved
 
     def create(self, due: Sequence[DueMessage], now: float) -> list[Delivery]:
         """Make deliveries of what is due, durably: from now on each is the same message, whatever happens.
@@ -1910,12 +2447,10 @@ class Outbox:
         """Open deliveries whose time has come, and when to ask again: not those that are `known`, not those of
         `troubled` recipients, and of those that were tried before no more than there is `room` for."""
         others = "FROM deliveries WHERE state = 'open' AND recipient NOT IN (SELECT value FROM json_each(?))"
-        names = json.dumps(list(troubled))
+        names, limit = json.dumps(list(troubled)), most + len(known)
         with self._lock:
-            known = {*known, *(delivery.number for delivery, _ in self._ended)}
-            unwritten = [delivery.next_try for delivery, _ in self._ended if delivery.state == "open"]
-            limit = most + len(known)
-            sql = f"SELECT {COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
+            self.flush()
+            sql = f"SELECT {DELIVERY_COLUMNS} {others} AND next_try <= ? ORDER BY tried_at > 0, next_try LIMIT ?"
             rows = self.rows(sql, names, now, limit)
             ((later,),) = self.rows(f"SELECT min(next_try) {others} AND next_try > ?", names, now)
         found = [delivery for delivery in map(_delivery, rows) if delivery.number not in known][:most]
@@ -1923,14 +2458,15 @@ class Outbox:
         tried = [delivery for delivery in found if delivery.tried_at]
         allowed = tried[: int(max(0, min(room, most)))]
         left_out = len(rows) == limit or len(allowed) < len(tried)
-        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf, *unwritten)
+        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf)
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
         """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""
-        sql = f"SELECT {COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ? AND next_try <= ?"
-        ended = {delivery.number for delivery, _ in self._ended}
-        rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT ?", recipient, now, 1 + len(ended))
-        return next((delivery for delivery in map(_delivery, rows) if delivery.number not in ended), None)
+        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE state = 'open' AND recipient = ? AND next_try <= ?"
+        with self._lock:
+            self.flush()
+            rows = self.rows(f"{sql} ORDER BY tried_at, number LIMIT 1", recipient, now)
+        return _delivery(rows[0]) if rows else None
 
     # delivering
 
@@ -2022,12 +2558,12 @@ class Outbox:
         """Failed entries (or one) wait again and are planned anew, and open deliveries are due now; how many entries
         that is of each."""
         with self._transaction() as db:
-            which = "state = 'failed' AND ? IN (id, 'all')"
+            which = "(state = 'failed' OR (state = 'sending' AND failed)) AND ? IN (id, 'all')"
             failed = [seq for (seq,) in db.execute(f"SELECT seq FROM entries WHERE {which}", (name,))]
             sql = "SELECT count(*) FROM entries WHERE state IN ('waiting', 'sending') AND seq > ? AND ? IN (id, 'all')"
             held = self.status().get("hold", {}).get("upto", 0)
             (others,) = db.execute(sql, (held, name)).fetchone()
-            self._wait_again(db, failed, "failed")
+            self._wait_again(db, failed)
             db.execute(
                 "UPDATE deliveries SET next_try = 0 WHERE state = 'open' AND EXISTS (SELECT 1 FROM"
                 " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value WHERE ? IN (entries.id, 'all'))", (name,),
@@ -2039,27 +2575,31 @@ class Outbox:
         the number of deliveries. `recipients` tells who gets a group."""
         number = 0
         with self._transaction() as db:
-            rows = db.execute(f"SELECT {COLUMNS} FROM deliveries WHERE state = 'open'").fetchall()
+            rows = db.execute(f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE state = 'open'").fetchall()
             for delivery in map(_delivery, rows):
                 entries = json.dumps(delivery.entries)
                 groups = db.execute(f"SELECT DISTINCT kind, source FROM entries WHERE {SEQS}", (entries,)).fetchall()
                 if not any(delivery.recipient in recipients(*group) for group in groups):
                     db.execute("DELETE FROM deliveries WHERE number = ?", (delivery.number,))
                     db.execute(f"UPDATE entries SET open = open - 1 WHERE {SEQS}", (entries,))
-                    self._wait_again(db, delivery.entries, "sending")
+                    self._wait_again(db, delivery.entries)
                     number += 1
         return number
 
-    def _wait_again(self, db: sqlite3.Connection, seqs: Sequence[int], state: str) -> None:
-        """Let entries wait again, with who is served noted."""
+    def _wait_again(self, db: sqlite3.Connection, seqs: Sequence[int]) -> None:
+        """Let entries wait again, with who is served noted; deliveries of them that failed are theirs no longer."""
         served: dict[int, set[str]] = {seq: set() for seq in seqs}
+        for number, entries in db.execute("SELECT number, entries FROM deliveries WHERE state = 'failed'").fetchall():
+            if served.keys() & set(json.loads(entries)):
+                left = [seq for seq in json.loads(entries) if seq not in served]
+                db.execute("UPDATE deliveries SET entries = ? WHERE number = ?", (json.dumps(left), number))
         sql = "SELECT recipient, entries FROM deliveries WHERE state IN ('sent', 'open')"
         for recipient, entries in db.execute(sql) if seqs else ():
             for seq in served.keys() & set(json.loads(entries)):
                 served[seq].add(recipient)
         db.executemany(
             "UPDATE entries SET state = 'waiting', failed = 0, error = NULL, reported = 0, served = ?"
-            " WHERE seq = ? AND state = ?", [(json.dumps(sorted(names)), seq, state) for seq, names in served.items()],
+            " WHERE seq = ? AND finished_at IS NULL", [(json.dumps(sorted(names)), seq) for seq, names in served.items()],
         )  # fmt: skip
 
     def drop(self, name: str = "all") -> tuple[int, int]:
@@ -2084,11 +2624,21 @@ class Outbox:
         with self._transaction() as db:
             db.execute("UPDATE entries SET state = 'failed', error = ? WHERE state IN ('waiting', 'sending') AND seq = ?", (why, seq))
 
-    def shift_times(self, seconds: float) -> None:
-        """The clock was set by so many seconds: the times of open deliveries move with it."""
+    def shift_times(self, since: float, until: float, seconds: float) -> None:
+        """The clock was set by so many seconds: the times that were noted from `since` to `until` move with it."""
+        moved = [("deliveries", "next_try", "max(created_at, tried_at)"), ("entries", "finished_at", "finished_at")]
+        moved += [("deliveries", name, name) for name in ("created_at", "tried_at", "first_failed", "finished_at")]
         with self._transaction() as db:
-            sql = "UPDATE deliveries SET next_try = next_try + ?, first_failed = first_failed + ? WHERE state = 'open'"
-            db.execute(sql, (seconds, seconds))
+            for table, name, noted in moved:
+                sql = f"UPDATE {table} SET {name} = {name} + ? WHERE {noted} BETWEEN ? AND ?"
+                db.execute(sql, (seconds, since, until))
+
+    def limit_times(self, now: float, longest: float) -> None:
+        """No open delivery waits longer than `longest`, or has failed in the future: another clock may have said so."""
+        with self._transaction() as db:
+            latest = "CASE WHEN tried_at = 0 THEN ?1 ELSE ?1 + ?2 END"
+            sql = f"UPDATE deliveries SET next_try = min(next_try, {latest}), first_failed = min(first_failed, ?1)"
+            db.execute(f"{sql} WHERE state = 'open' AND (next_try > {latest} OR first_failed > ?1)", (now, longest))
 
     def prune(self, now: float) -> int:
         """Forget what ended more than MEMORY_S ago, a little at a time; the number of entries forgotten. A delivery is
@@ -2107,10 +2657,6 @@ class Outbox:
         """When a delivery was last accepted by the server; 0: none that is remembered."""
         return float(self.rows("SELECT max(finished_at) FROM deliveries WHERE state = 'sent'")[0][0] or 0.0)
 
-    def latest_try(self) -> float:
-        """When the last of the open deliveries is due; 0: there are none."""
-        return float(self.rows("SELECT max(next_try) FROM deliveries WHERE state = 'open'")[0][0] or 0.0)
-
     def counts(self) -> dict[str, int]:
         """How many entries wait (created or not), were sent (and are remembered), failed."""
         states = dict(self.rows("SELECT state, count(*) FROM entries GROUP BY state"))
@@ -2118,8 +2664,8 @@ class Outbox:
         return {"queued": queued, "sent": states.get("sent", 0), "failed": states.get("failed", 0)}
 
     def groups(self) -> list[tuple[str, str]]:
-        """The groups of what waits or has failed, as far as the first 2000 entries show."""
-        sql = "SELECT DISTINCT kind, source FROM (SELECT kind, source FROM entries WHERE finished_at IS NULL LIMIT 2000)"
+        """The groups of what waits, as far as the first 2000 entries show."""
+        sql = "SELECT DISTINCT kind, source FROM (SELECT kind, source FROM entries WHERE state = 'waiting' LIMIT 2000)"
         return self.rows(sql)
 
     def status(self) -> dict[str, Any]:
@@ -2213,11 +2759,12 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")  # one moment for all that is read
             entries = db.execute(
-                "SELECT seq, id, kind, source, arrived, state, error FROM entries WHERE finished_at IS NULL ORDER BY seq"
+                "SELECT seq, id, kind, source, arrived, state, served, error FROM entries WHERE finished_at IS NULL"
+                " ORDER BY seq"
             ).fetchall()
             deliveries = db.execute(
-                "SELECT entries, recipient, state, next_try, tries, error FROM deliveries WHERE state IN ('open', 'failed')"
-                " ORDER BY number"
+                "SELECT entries, recipient, state, next_try, tried_at, tries, error FROM deliveries"
+                " WHERE state IN ('open', 'failed') ORDER BY number"
             ).fetchall()
             status = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM status")}
     except sqlite3.Error as error:
@@ -2230,21 +2777,26 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
 
 
 def _queue_row(entry: sqlite3.Row, deliveries: Sequence[sqlite3.Row], status: Mapping[str, Any]) -> dict[str, Any]:
-    """What `queue` shows of an entry: its open deliveries, or when it has failed those that failed, or who would get
-    it."""
-    wanted = {"sending": "open", "failed": "failed"}.get(entry["state"])
-    mine = [delivery for delivery in deliveries if delivery["state"] == wanted]
+    """What `queue` shows of an entry: its open deliveries and, while it waits, who else would get it; when it has
+    failed, the deliveries that failed."""
+    waits, failed = entry["state"] == "waiting", entry["state"] == "failed"
+    mine = [delivery for delivery in deliveries if delivery["state"] == ("failed" if failed else "open")]
     group = f"{entry['kind']} {entry['source']}"
-    recipients = list(dict.fromkeys(one["recipient"] for one in mine)) or status.get("recipients", {}).get(group, [])
+    planned, served = status.get("recipients", {}).get(group, []), json.loads(entry["served"] or "[]")
+    others = [name for name in planned if name not in served] if waits else []
+    recipients = list(dict.fromkeys([*(one["recipient"] for one in mine), *others]))
     pauses, hold = status.get("pauses", {}), status.get("hold") or {"upto": 0}
-    held = [pauses[key] for key in (EVERYTHING, *recipients) if key in pauses]
-    if EVERYTHING not in pauses and len(held) < len(recipients):
-        held = []  # not all of them are paused
-    if entry["state"] == "waiting" and entry["seq"] <= hold["upto"]:
+    held = [pauses[EVERYTHING]] if EVERYTHING in pauses else []
+    if waits and entry["seq"] <= hold["upto"]:
         held.append(hold)
+    next_try = dict.fromkeys(recipients, 0.0) | {one["recipient"]: one["next_try"] for one in mine}
+    next_try |= {name: pauses[name]["until"] for name in recipients if name in pauses}  # whatever is tried then
+    if (full := status.get("full")) and mine and all(one["tried_at"] for one in mine):  # A retry needs a place, too.
+        held.append(full)
+    due = max([min(next_try.values(), default=0.0), *(one["until"] for one in held)])
+    if all(name in pauses for name in recipients):
+        held += [pauses[name] for name in recipients]
     error = entry["error"] or "; ".join(dict.fromkeys(one["error"] for one in mine if one["error"]))
-    due = max([min((one["next_try"] for one in mine), default=0.0), *(one["until"] for one in held)])
-    failed = entry["state"] == "failed"
     return {
         "id": entry["id"],
         "group": group,
@@ -2378,6 +2930,7 @@ class _Work(NamedTuple):
     about: str
     has_pictures: bool
     began: float  # monotonic
+    clock_offset: float  # from the monotonic clock to the other one
 
 
 def write_request(path: Path, content: object, mode: int = 0o600) -> None:
@@ -2414,25 +2967,25 @@ class Courier:
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()  # guards all that follows
         self._queue: deque[Delivery] = deque()  # created and due, with no sender yet
-        self._with_senders: dict[int, str] = {}  # deliveries that senders have, and their recipients
+        self._with_senders: dict[int, Delivery] = {}  # those that senders have, by number
         self._troubles: dict[str, Trouble] = {}
-        self._history = outbox.history(clock() - policy.window) if policy.window else History()
+        self._history = self._read_history()
         self._active = 0  # senders at work
         self._taken_at = -math.inf  # when a sender last took a delivery, monotonic
         self._accepted_at = min(outbox.last_accepted(), clock())  # when the server last accepted a delivery
         self._unreported = True  # there may be failures to report
         self._reporting = 0  # the delivery that reports them
-        self._clock_offset = clock() - monotonic()
+        self._started, self._clock_offset = monotonic(), clock() - monotonic()
         self._kept_house = -math.inf
         self._published: object = None
+        self._groups: set[str] = set()  # those whose recipients `queue` can show
         self._last_error = ""  # of the machine, logged once
         self._why = ""  # the last plan held something
+        self._full_until = 0.0  # the daily limit is used up
         self._planned: list[DueMessage] = []  # due, not created yet
         self._retries: list[Delivery] = []  # due, not in the queue yet
-        too_far = outbox.latest_try() - clock() - max(rules.longest, UNANSWERED_PAUSE_S)
-        if too_far > 0:  # The clock was set back since they were written, as on a machine without one of its own.
-            outbox.shift_times(-too_far)
         self._look_again()
+        self._outbox.limit_times(clock(), max(rules.longest, UNANSWERED_PAUSE_S))
         self._void_changed()
 
     # life
@@ -2468,15 +3021,15 @@ class Courier:
             try:
                 if self.run(transport, first):
                     used = self._monotonic()
+                if self._monotonic() - used >= self._keep_open_s:
+                    transport.close()
+                    used = math.inf
+                with self._changed:
+                    if not (self._stopping.is_set() or self._may_begin(first)):
+                        self._changed.wait(self._seconds_to_wait())
             except Exception as error:
                 self._log_trouble(error)
                 self._stopping.wait(TICK_S)
-            if self._monotonic() - used >= self._keep_open_s:
-                transport.close()
-                used = math.inf
-            with self._changed:
-                if not (self._stopping.is_set() or self._may_begin(first)):
-                    self._changed.wait(self._seconds_to_wait())
         transport.close()
 
     def _seconds_to_wait(self) -> float:
@@ -2507,6 +3060,7 @@ class Courier:
             if not self._may_begin(first):
                 return False
             self._active += 1
+            self._taken_at = self._monotonic()  # Nobody joins this sender before it has had its time.
         held: list[_Work] = []  # what this sender has: a delivery, and one that follows it
         try:
             while held or self._begin(transport, held):
@@ -2578,8 +3132,8 @@ class Courier:
         """The next delivery. Who finds the queue empty fills it with what is due; what was planned is created."""
         if not self._queue:
             now = self._clock()
-            self._queue.extend(self._retries)
             created = self._outbox.create(self._planned, now) if self._planned else ()
+            self._queue.extend(self._retries)
             self._queue.extend(one for one in created if one.recipient not in self._troubles_now())
             for message in self._planned if self._policy.window else ():
                 self._history.kinds[message.kind] = now
@@ -2588,15 +3142,16 @@ class Courier:
         if not self._queue:
             return None
         delivery = self._queue.popleft()
-        self._with_senders[delivery.number] = delivery.recipient
+        self._with_senders[delivery.number] = delivery
         self._taken_at = self._monotonic()
         return delivery
 
     def _release(self, delivery: Delivery) -> None:
-        """A sender has it no longer. If it is open in the database, it will be found there."""
+        """A sender has it no longer. If it is open in the database, it will be found there at its time."""
         with self._changed:
             self._with_senders.pop(delivery.number, None)
-            self._retry_at = 0.0
+            if delivery.state == "open":
+                self._retry_at = min(self._retry_at, delivery.next_try)
             if self._reporting == delivery.number:
                 self._reporting = 0
 
@@ -2615,7 +3170,10 @@ class Courier:
         if not (self._queue or self._retries or self._planned):
             now, most = self._clock(), 1 if self._paused(EVERYTHING) else FILL
             if self._policy.limit:
-                self._history.times, self._history.untried = self._outbox.budget(now, self._policy.limit)
+                budget = self._outbox.budget(now, self._policy.limit, self._with_senders)
+                self._history.times, self._history.untried = budget
+                full = len(self._history.times) >= self._policy.limit
+                self._full_until = self._history.times[0] + DAY_S if full else 0.0
             self._find_retries(now, most)
             if len(self._retries) < most:
                 self._plan(now, most)
@@ -2628,34 +3186,38 @@ class Courier:
     def _find_retries(self, now: float, most: int) -> None:
         """Find open deliveries that are due; to a recipient in trouble the one least recently tried, and only while no
         other is with a sender. Those that were tried before need a free place in the daily limit."""
-        limit = self._policy.limit
+        limit, with_senders = self._policy.limit, self._with_senders.values()
         room = limit - len(self._history.times) - self._history.untried if limit else math.inf
         troubled = self._troubles_now()
         if now >= self._retry_at:
             self._retries, self._retry_at = self._outbox.due(now, self._with_senders, troubled, most, room)
-        for name in troubled - set(self._with_senders.values()):
+            room -= sum(one.tried_at > 0 for one in self._retries)
+        for name in troubled - {one.recipient for one in with_senders}:
             paused = self._paused(name)
             if not paused or self._monotonic() >= paused.until:
                 found = self._outbox.least_recently_tried(name, math.inf if paused else now)
                 if found and (room > 0 or not found.tried_at):
                     self._retries.append(found)
+                    room -= found.tried_at > 0
                 if paused and found:
                     paused.until = self._monotonic() + paused.length  # Nobody else tries meanwhile.
-                elif paused:
-                    self._resume(name, paused)  # Nothing is left to try: the next new message finds out.
+                elif paused:  # Nothing is left to try: the next new message finds out.
+                    paused.paused, paused.failures = False, FAILURES_TO_PAUSE - 1
+                    self._wake = 0.0  # What waits for this recipient is planned now.
+        if limit:  # What is tried again takes a place as what was never tried does.
+            self._history.untried = int(limit - len(self._history.times) - room)
 
     def _plan(self, now: float, most: int) -> None:
         """Ask the policy. Entries that the plan has held are not looked at again before their time."""
         if not self._planned_at <= now < self._wake:  # Their time has come, or the clock was set back.
-            self._planned_to, self._wake = 0, math.inf
-        elif not self._news:
+            self._planned_to, self._wake, self._news = 0, math.inf, True
+        if not self._news:
             return
-        self._news = False
         self._history.paused = frozenset(name for name in self._troubles if self._paused(name))
         seen = _Seen(self._outbox.pending(self._planned_to), self._planned_to)
         plan = self._policy.plan(seen, self._history, now, most)
         self._planned, self._planned_to, self._planned_at = plan.due, seen.last, now
-        self._news = self._news or not seen.exhausted
+        self._news = not seen.exhausted
         if plan.wake is not None and plan.wake < self._wake:
             self._wake = plan.wake
             if plan.why != self._why:
@@ -2680,7 +3242,7 @@ class Courier:
             message = self._policy.render(delivery, entries)
             prepared = PreparedMessage(message, delivery.recipient)
             pictures = any(entry.has_picture for entry in entries)
-            held.append(_Work(delivery, prepared, message.about, pictures, began))
+            held.append(_Work(delivery, prepared, message.about, pictures, began, self._clock_offset))
             return True
         except Damaged as error:
             log.error("%s: %s; it counts as failed", self._outbox.path, error)
@@ -2731,6 +3293,9 @@ class Courier:
             self._note_failure(EVERYTHING, outcome, work.began)
             self._release(delivery)
             return
+        first_failed, step = delivery.first_failed, self._clock_offset - work.clock_offset
+        if first_failed and (step > 0 or first_failed >= self._started + work.clock_offset):
+            delivery = delivery._replace(first_failed=first_failed + step)  # The clock may have been set meanwhile.
         with self._changed:
             paused = self._paused(delivery.recipient)
             probe, accepted_at = bool(paused and work.began >= paused.since), self._accepted_at
@@ -2755,7 +3320,7 @@ class Courier:
             self._release(delivery)
             self._unreported |= delivery.refused or delivery.state == "failed"
             if self._policy.limit and delivery.state != "open":
-                self._wake = 0.0  # Its place in the daily limit may be free.
+                self._planned_at = math.inf  # Its place in the daily limit may be free: plan anew.
 
     def _flush(self) -> None:
         """Write the outcomes. While they cannot be written nothing new is begun, or it would be sent twice."""
@@ -2845,18 +3410,29 @@ class Courier:
             self._keep_house()
         self._publish()
 
+    def _read_history(self) -> History:
+        window = self._policy.window
+        return self._outbox.history(self._clock() - window) if window else History()
+
     def _void_changed(self) -> None:
         if number := self._outbox.void_changed(self._policy.recipients):
             log.info("%d deliveries to somebody who is no longer a recipient are planned anew", number)
 
     def _follow_clock(self) -> None:
-        """When the clock was set, times that were noted before move with it, so that nothing ages by that."""
+        """When the clock was set, times that were noted before move with it, so that nothing ages by that. Set back, it
+        may have been right before this program began: what was noted then stays."""
         step = self._clock() - self._monotonic() - self._clock_offset
         if abs(step) > CLOCK_STEP_S:
+            began = self._started + self._clock_offset if step < 0 else -math.inf
+            until = self._monotonic() + self._clock_offset
+            self._outbox.shift_times(began, until, step)
+            self._outbox.limit_times(self._clock(), max(self._rules.longest, UNANSWERED_PAUSE_S))
             self._clock_offset += step
-            self._outbox.shift_times(step)
+            self._published = None
             with self._changed:
-                self._accepted_at += step
+                self._history = self._read_history()
+                self._accepted_at += step if self._accepted_at >= began else 0.0
+                self._queue.clear()  # It is found again, with its times moved.
                 self._look_again()
 
     def _keep_house(self) -> None:
@@ -2889,7 +3465,7 @@ class Courier:
                 write_request(path, {"failed": failed, "others": others})
                 log.info("%s %s: %d that had failed, %d others", what, name, failed, others)
                 changed = True
-            except (ValueError, TypeError, OSError) as error:
+            except (ValueError, TypeError, OSError, RecursionError) as error:
                 log.error("%s: not a request: %s", path, error)
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -2903,11 +3479,12 @@ class Courier:
             pauses = {key: {"why": str(one.outcome), "until": one.until + ahead} for key, one in paused.items()}
             holds = self._why and self._wake < math.inf and self._planned_to
             hold = {"why": self._why, "until": self._wake, "upto": self._planned_to} if holds else {"upto": 0}
-            published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold
-        if published != self._published:
-            recipients = {" ".join(group): self._policy.recipients(*group) for group in self._outbox.groups()}
-            self._outbox.publish_status(pauses=pauses, hold=hold, recipients=recipients)
-            self._published = published
+            full = {"why": "the daily limit is used up", "until": self._full_until} if self._full_until else None
+            published = [(key, str(one.outcome), one.until) for key, one in paused.items()], hold, full
+        recipients = {" ".join(group): self._policy.recipients(*group) for group in self._outbox.groups()}
+        if published != self._published or not self._groups.issuperset(recipients):
+            self._outbox.publish_status(pauses=pauses, hold=hold, full=full, recipients=recipients)
+            self._published, self._groups = published, set(recipients)
 
 
 class _Seen:
@@ -3047,9 +3624,12 @@ def _read_bytes(path: str) -> bytes:
 
 def command_send(args: argparse.Namespace) -> int:
     """`send`: one mail from the command line."""
+    body = args.body
+    if body is None:
+        body = "" if sys.stdin and sys.stdin.isatty() else "-"
     send_email(
         args.subject,
-        _read_bytes("-").decode("utf-8", "replace") if args.body == "-" else args.body,
+        _read_bytes("-").decode("utf-8", "replace") if body == "-" else body,
         args.to,
         args.sender,
         html=_read_bytes(args.html).decode("utf-8", "replace") if args.html else "",
@@ -3190,21 +3770,31 @@ def _request(path: Path, what: str, name: str) -> tuple[int, int]:
     fail(EX_TEMPFAIL, "the running program has not answered yet; the request stays")
 
 
+# sendmail: what local programs write goes out as strict servers want it: domains in all addresses, ASCII alone, lines
+# of at most 998 bytes. A mail that is right already keeps every byte of its body.
+
+
 def _sendmail_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sendmail", description="Send the mail on standard input.", allow_abbrev=False
     )
-    parser.add_argument("-t", action="store_true", help="recipients from To, Cc and Bcc")
-    parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the mail")
-    parser.add_argument("-f", metavar="FROM", help="envelope sender")
-    parser.add_argument("-o", action="append", default=[], help="-oi is -i; others are taken and ignored")
-    for ignored in ("-F", "-B", "-N", "-r"):
-        parser.add_argument(ignored, help="taken and ignored")
-    for ignored in ("-v", "-bm", "-em", "-ep", "-eq"):
-        parser.add_argument(ignored, action="store_true", help="taken and ignored")
-    parser.add_argument("--env-file", metavar="FILE")
-    parser.add_argument("recipients", nargs="*", metavar="TO")
-    return parser.parse_intermixed_args(argv)
+    add = parser.add_argument
+    add("-t", action="store_true", help="recipients from To, Cc and Bcc, or from Resent-To, Resent-Cc and Resent-Bcc")
+    add("-i", action="store_true", help="a line with a single dot does not end the mail")
+    add("-f", "-r", dest="sender", metavar="FROM", help="envelope sender")
+    add("-F", dest="name", metavar="NAME", default="", help="the sender's name, where the mail has none")
+    add("-o", action="append", default=[], help="-oi is -i; others are taken and ignored")
+    add("-b", dest="mode", default="m", metavar="m", help="-bm is how it always works; other modes are refused")
+    for ignored in "BLNORVXe":
+        add(f"-{ignored}", help="taken and ignored")
+    for ignored in "GUmnv":
+        add(f"-{ignored}", action="store_true", help="taken and ignored")
+    add("--env-file", metavar="FILE")
+    add("recipients", nargs="*", metavar="TO")
+    args = parser.parse_intermixed_args(argv)
+    if args.mode != "m":
+        parser.error(f"-b{args.mode} is not supported: give a whole mail on standard input, or speak SMTP to SMTP_HOST")
+    return args
 
 
 def command_sendmail(argv: Sequence[str]) -> int:
@@ -3220,22 +3810,41 @@ def command_sendmail(argv: Sequence[str]) -> int:
     fields, body = split_fields(raw)
     names = [part.strip() for name in args.recipients for part in name.split(",") if part.strip()]
     if args.t:
-        found = [value for name, value in fields if name.lower() in ("to", "cc", "bcc")]
+        resent = [value for name, value in fields if name.lower() in ("resent-to", "resent-cc", "resent-bcc")]
+        found = resent or [value for name, value in fields if name.lower() in ("to", "cc", "bcc")]
         names += [plain for _, plain in email.utils.getaddresses(found) if plain]
-    if not owner and any("@" not in name for name in names):
-        raise ConfigError("ALERT_RECIPIENT: missing; it gets the mail for names without @, like root")
-    to = tuple(dict.fromkeys(plain for name in names for plain in ([address(name)] if "@" in name else owner)))
+    if not owner and any(is_local(name, owner) for name in names):
+        raise ConfigError("ALERT_RECIPIENT: missing; it gets the mail for users of this machine, like root")
+    meant = [owner if is_local(name, owner) else (address(name),) for name in names]
+    to = tuple(dict.fromkeys(itertools.chain(*meant)))
     if not to:
         raise ValueError("no recipient: name one, or use -t with a To header")
-    null = args.f is not None and args.f.strip("<> ") == ""
-    sender = "" if null else address(args.f if args.f and "@" in args.f else config.sender)
+    sender = config.sender if args.sender is None or is_local(args.sender, owner) else args.sender
+    null = args.sender is not None and args.sender.strip("<> ") == ""
+    envelope_sender = "" if null else address(sender)
     shown = "undisclosed-recipients:;" if args.t else header_addresses(to)
-    data = completed(fields, body, shown, config.sender)
-    send_now(Message(sender, data), to, config)
+    data = completed(fields, body, to=shown, sender=config.sender, writer=args.name, owner=owner)
+    send_now(Message(envelope_sender, data), to, config)
     return EX_OK
 
 
-_FIELD = rb"([!-9;-~]+)[ \t]*:([^\r]*(?:\r\n[ \t][^\r]*)*)\r\n"  # RFC 5322 2.2
+def is_local(text: str, owner: Collection[str]) -> bool:
+    """Does this address mean a user of this machine: without a domain, at localhost, or at this machine's name?
+
+    A machine may be named like the domain of its owner's mail; that domain's mailboxes are elsewhere.
+    """
+    domain = (email.utils.parseaddr(text)[1] or text).rpartition("@")[2].lower().rstrip(".")
+    if "@" not in text or domain == "localhost.localdomain" or is_loopback(domain.strip("[]")):
+        return True
+    if domain in {name.rpartition("@")[2].lower() for name in owner}:
+        return False
+    here = socket.gethostname().lower()
+    short = here.partition(".")[0]
+    # The full name may have to be asked of a name server, so it is the last to be looked at.
+    return domain in (here, short) or (domain.startswith(f"{short}.") and domain == socket.getfqdn().lower())
+
+
+_FIELD = rb"([!-9;-~]{1,200})[ \t]*:([^\r]*(?:\r\n[ \t][^\r]*)*)\r\n"  # RFC 5322 2.2
 
 
 def split_fields(raw: bytes) -> tuple[list[tuple[str, str]], bytes]:
@@ -3245,32 +3854,150 @@ def split_fields(raw: bytes) -> tuple[list[tuple[str, str]], bytes]:
     raw += b"" if raw.endswith(b"\r\n") else b"\r\n"
     head = re.match(b"(?:%s)*" % _FIELD, raw)
     assert head  # it matches nothing, too
-    fields = [
-        (name.decode(), value.strip().decode("utf-8", "surrogateescape")) for name, value in re.findall(_FIELD, head[0])
-    ]
+    fields = [(name.decode(), _guessed(value.strip())) for name, value in re.findall(_FIELD, head[0])]
     return fields, raw[head.end() :].removeprefix(b"\r\n")
 
 
-def completed(fields: Sequence[tuple[str, str]], body: bytes, to: str, sender: str) -> list[bytes]:
-    """A mail with what it lacks: a sender with a domain, To, Date, Message-ID, a charset; Bcc is taken out."""
-    shown = next((value for name, value in fields if name.lower() == "from"), "")
-    writer, plain = email.utils.parseaddr(one_line(shown))
-    wanted = {"To": to, "Date": email.utils.formatdate(localtime=True), "MIME-Version": "1.0"}
-    wanted["Message-ID"] = email.utils.make_msgid(domain=hostname())
-    unwanted = {"bcc"}
-    if "@" not in plain:
-        known = email.utils.formataddr((writer or plain, address(sender))) if writer or plain else sender
-        wanted["From"] = header_address(known)
-        unwanted.add("from")
-    # Strict servers refuse a line of over 998 bytes (RFC 5322 2.1.1). Broken as by Postfix, but between letters.
-    body = re.sub(rb"[^\r\n]{990}[\x80-\xbf]{0,3}+(?=[^\r\n]{4})", rb"\g<0>\r\n ", body)
-    if not body.isascii():
-        wanted |= {"Content-Type": "text/plain; charset=utf-8", "Content-Transfer-Encoding": "8bit"}
-    fields = [field for field in fields if field[0].lower() not in unwanted]
-    there = {name.lower() for name, _ in fields}
-    fields += [(name, value) for name, value in wanted.items() if name.lower() not in there]
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-    return [lines.encode("utf-8", "surrogateescape"), b"\r\n", body]
+def _guessed(text: bytes) -> str:
+    """Text whose charset nobody says: UTF-8, or else the Latin-1 of old programs."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
+
+
+WRITER_FIELDS = frozenset({"from", "sender", "resent-from", "resent-sender"})
+READER_FIELDS = frozenset({"to", "cc", "reply-to", "resent-to", "resent-cc"})
+LEFT_OUT = frozenset({"bcc", "resent-bcc", "return-path"})  # nobody is to see these, or the last server writes them
+ONCE = frozenset({"to", "cc", "subject", "date", "message-id", "in-reply-to", "references", "mime-version"}) | (
+    {"from", "sender", "reply-to", "content-type", "content-transfer-encoding"}
+)  # RFC 5322 section 3.6 and RFC 2045 section 3; Gmail refuses a second one
+
+
+def completed(
+    fields: Sequence[tuple[str, str]], body: bytes, *, to: str, sender: str, writer: str, owner: Sequence[str]
+) -> list[bytes]:
+    """The mail as it goes out, with what it lacks: From, To, Date, Message-ID, domains in its addresses.
+
+    `to` and `sender` take the place of missing ones, `writer` that of a missing name of the sender.
+    """
+    account = address(sender)
+    known: set[str] = set()
+    head: list[tuple[str, str]] = []
+    mime = ""
+    for name, value in fields:
+        key = name.lower()
+        if key in LEFT_OUT or (key in known and key in ONCE):
+            continue
+        shown = value
+        if key in WRITER_FIELDS:
+            shown = with_domains(value, [account], owner, writer)
+        elif key in READER_FIELDS:
+            shown = with_domains(value, owner or [account], owner)
+        if key in WRITER_FIELDS | READER_FIELDS and not re.search("[@:]", shown):  # it names nobody
+            continue
+        known.add(key)
+        if key.startswith("content-"):
+            mime += f"{name}: {shown}\r\n"
+        else:
+            head.append((name, shown))
+    wanted = {
+        "From": header_address(f"{writer} <{account}>" if writer else sender),
+        "To": to,
+        "Date": email.utils.formatdate(localtime=True),
+        "MIME-Version": "1.0",
+        "Message-ID": email.utils.make_msgid(domain=hostname()),
+    }
+    head += [(name, value) for name, value in wanted.items() if name.lower() not in known]
+    lines = "".join(field_line(name, value) for name, value in head)
+    return [lines.encode("ascii", "replace"), seven_bit(mime.encode("utf-8") + b"\r\n" + body)]
+
+
+def with_domains(value: str, instead: Sequence[str], owner: Sequence[str], writer: str = "") -> str:
+    """An address header in which the addresses `instead` stand for each local one, whose name stays as the name.
+
+    A header that needs no change, or holds no address (`undisclosed-recipients:;`), stays as it is.
+    """
+    found = [pair for pair in email.utils.getaddresses([value]) if pair[1]]
+    if not found or (is_fit(value.encode("utf-8")) and not any(is_local(plain, owner) for _, plain in found)):
+        return value
+    entries = []
+    for name, plain in found:
+        local = is_local(plain, owner)
+        label = name or (local and (writer or plain.partition("@")[0]))
+        entries += [f"{label} <{one}>" if label else one for one in (instead if local else [plain])]
+    return header_addresses(entries)
+
+
+LINE_MAX_BYTES = 998  # without CRLF: RFC 5322 section 2.1.1
+UNCHANGED = email.policy.compat32.clone(linesep="\r\n", max_line_length=900)  # for mails that the email package read
+
+
+def is_fit(data: bytes) -> bool:
+    """ASCII, and no line too long? Then it goes out as it is."""
+    return data.isascii() and max(map(len, data.split(b"\r\n"))) <= LINE_MAX_BYTES
+
+
+def field_line(name: str, value: str) -> str:
+    """A header field with its CRLF: as it is where that is fit, else folded, with encoded words where it needs them."""
+    line = f"{name}: {value}"
+    if not is_fit(line.encode("utf-8")):
+        value = re.sub(r"\r\n(?=[ \t])", "", value)
+        words = textwrap.wrap(value, 76, break_long_words=False, break_on_hyphens=False)
+        short = value.isascii() and max(map(len, words)) < 900
+        line = f"{name}: " + ("\r\n ".join(words) if short else header_text(name, value))
+    return f"{line}\r\n"
+
+
+def seven_bit(content: bytes) -> bytes:
+    """MIME fields, an empty line and a body, where necessary with a body encoded so that any server can carry it.
+
+    Texts become quoted-printable, all else Base64, each part of a multipart for itself (RFC 2045 section 6.4).
+    """
+    if is_fit(content):
+        return content
+    message = email.message_from_bytes(content)
+    for part in message.walk():
+        _encode_fields(part)
+        if part.is_multipart():
+            part.preamble = part.epilogue = None
+            if str(part.get("Content-Transfer-Encoding", "")).lower() in ("8bit", "binary"):
+                part.replace_header("Content-Transfer-Encoding", "7bit")
+        else:
+            _encode_body(part)
+    made = message.as_bytes(policy=UNCHANGED)
+    return made if made.endswith(b"\r\n") else made + b"\r\n"
+
+
+def _encode_fields(part: email.message.Message) -> None:
+    """Turn raw letters in the fields of a part into RFC 2231 parameters or encoded words."""
+    for name, raw in list(part.raw_items()):
+        if raw.isascii():
+            continue
+        value = re.sub(r"\r?\n(?=[ \t])", "", _guessed(raw.encode("ascii", "surrogateescape")))
+        if name.lower() not in ("content-type", "content-disposition"):
+            part.replace_header(name, header_text(name, value))
+            continue
+        part.replace_header(name, value)
+        for key, word in part.get_params([], name)[1:]:
+            if isinstance(word, str) and not word.isascii():
+                part.set_param(key, word, name, charset="utf-8")
+
+
+def _encode_body(part: email.message.Message) -> None:
+    """Encode the content of a part that has no parts, unless it is fit already."""
+    if part.get_content_maintype() in ("multipart", "message"):  # It has no parts: its boundary is missing or wrong.
+        del part["Content-Type"]
+    content = part.get_payload(decode=True)
+    if is_fit(part.as_bytes(policy=UNCHANGED)) or not isinstance(content, bytes):
+        return
+    text = part.get_content_maintype() == "text"
+    if text and part.get_content_charset("us-ascii") in ("us-ascii", "ascii", "ansi_x3.4-1968", "unknown-8bit"):
+        part.set_param("charset", "utf-8" if _guessed(content).encode("utf-8") == content else "iso-8859-1")
+    encode = binascii.b2a_qp if text else base64.encodebytes
+    del part["Content-Transfer-Encoding"]
+    part["Content-Transfer-Encoding"] = "quoted-printable" if text else "base64"
+    part.set_payload(encode(content).decode("ascii"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -3291,7 +4018,7 @@ def _parser() -> argparse.ArgumentParser:
     send("--to", action="append", required=True, metavar="ADDRESS", help="may be given more than once")
     send("--cc", action="append", default=[], metavar="ADDRESS")
     send("--subject", required=True)
-    send("--body", default="", metavar="TEXT", help="- reads standard input")
+    send("--body", metavar="TEXT", help="- or nothing: standard input, unless it is a terminal")
     send("--html", metavar="FILE")
     send("--attach", action="append", default=[], metavar="FILE")
     send("--from", dest="sender", metavar="ADDRESS")
@@ -3334,6 +4061,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(exit_code(error.outcomes.values()), str(error))
     except (SpoolError, ValueError) as error:  # ValueError: an address is wrong
         fail(EX_DATAERR, str(error))
+    except RecursionError:  # The email package reads parts and comments by recursion.
+        fail(EX_DATAERR, "the parts or comments of the mail are nested too deeply")
     except KeyboardInterrupt:
         return 130
 

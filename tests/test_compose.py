@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import email
+import email.header
 import email.message
 import email.policy
 import random
@@ -69,6 +70,25 @@ def test_subjects_and_names_of_any_script_arrive(value: str) -> None:
     message = parsed(subject=f"DVR ALERT: {value}", headers={"X-Alert": value})
     assert message["Subject"] == f"DVR ALERT: {value}".strip()
     assert str(message["X-Alert"]).strip() == value.strip()
+
+
+@pytest.mark.parametrize("value", [*NAMES.values(), "a" + "摄" * 60, "é" * 61, "👍" * 40, "aé摄👍" * 20])
+def test_each_encoded_word_can_be_read_alone(value: str) -> None:
+    """Whole characters, no padding: what follows a padded word in Base64 is lost on readers that use GMime."""
+    for sender in ("relay@example.com", f"{value} <relay@example.com>"):
+        data = smtp.compose(subject=f"DVR ALERT: {value}", sender=sender, to=["ann@example.com"], text="t")
+        for line in data.partition(b"\r\n\r\n")[0].split(b"\r\n"):
+            assert len(line) <= 76 or b"=?" not in line
+        for word in re.findall(rb"=\?utf-8\?.\?[^?]*\?=", data):
+            ((raw, charset),) = email.header.decode_header(word.decode())
+            assert isinstance(raw, bytes) and charset and raw.decode(charset)
+            assert word[7:10] == b"?q?" and len(word) <= 75
+
+
+def test_plain_beginning_of_a_subject_stays_plain() -> None:
+    data = smtp.compose(subject="DVR ALERT: DOOR_OPENED - حیاط 2", sender="a@b.c", to=["d@e.f"])
+    assert b"\r\nSubject: DVR ALERT: DOOR_OPENED -\r\n =?utf-8?q?=D8=AD=DB=8C=D8=A7=D8=B7=202?=\r\n" in data
+    assert b"\r\nSubject: two  blanks stay\r\n" in smtp.compose(subject="two  blanks stay", sender="a@b.c", to=["d@e.f"])
 
 
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
@@ -222,6 +242,17 @@ def test_the_same_mail_as_the_email_package_makes() -> None:
     assert leaves(ours) == leaves(again)
     for name in ("Date", "From", "To", "Cc", "Subject", "Message-ID", "Auto-Submitted", "MIME-Version"):
         assert ours[name] == again[name], name
+
+
+def test_related_names_the_type_of_its_first_part() -> None:
+    message = parsed(html="<img src=cid:p>", attachments=[Attachment("a.png", "image/png", PNG, cid="p")])
+    assert message["Content-Type"].params["type"] == "multipart/alternative"  # RFC 2387 3.1
+
+
+def test_content_id_is_a_function_of_its_key() -> None:
+    one = smtp.content_id("key", "Relay <relay@example.com>")
+    assert one == smtp.content_id("key", "other@example.com") != smtp.content_id("key2", "relay@example.com")
+    assert re.fullmatch(r"[0-9a-f]{40}@example\.com", one)
 
 
 def test_a_message_id_is_a_function_of_its_key() -> None:

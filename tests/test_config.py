@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import errno
 import logging
+import os
 import re
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +18,6 @@ from typing import Any
 import pytest
 from conftest import ROOT, Certificates
 
-import client
 import smtp_module as smtp
 from smtp_module import ConfigError, Settings, SMTPConfig
 
@@ -50,14 +54,111 @@ def test_without_a_file_there_is_none_but_a_named_one_must_be_there(
         ("K='a b'", "a b"), ('K="a b"', "a b"), ('K=" a b "', " a b "), ('K="it\'s"', "it's"),
         ("K='say \"x\"'", 'say "x"'),
         ("K=a # comment", "a"), ("K=a#b", "a#b"), ("K='a # b' # comment", "a # b"), ("K=# comment", ""),
-        ("K='#x'", "#x"), ("K='unfinished", "'unfinished"), ("K=''", ""),
-        ("\ufeffK=v", "v"), ("K=v\r", "v"), ("K=پارک", "پارک"),
+        ("K='#x'", "#x"), ("K=''", ""), ('K=""', ""), ("K=it's", "it's"), ('K=a"b" c', 'a"b" c'), ("K=a\\nb", "a\\nb"),
+        ("\ufeffK=v", "v"), ("K=v\r", "v"), ("K='v'\r", "v"), ("K=پارک", "پارک"), ("K=a\u2028b\x0cc", "a\u2028b\x0cc"),
     ],
 )  # fmt: skip
 def test_lines_of_the_file(tmp_path: Path, line: str, value: str) -> None:
     path = tmp_path / "settings"
     path.write_bytes(f"{line}\n# a comment\n\n".encode())
-    assert smtp.read_env_file(str(path)) == client.read_env_file(str(path)) == {"K": value}
+    assert smtp.read_env_file(str(path)) == {"K": value}
+
+
+SHELL_WORDS = [
+    "'a b'", '"a b"', "''", '""', r""""a\"b" """, r"""'it'\''s'""", r"""'it'"'"'s'""", r'"a\\b"', r'"a\nb"', r"'a\b'",
+    r'"pa\$\$word"', r'"a\`b"', r"'$HOME'", '"a"b', '"a"#b', "'a # b' # comment", '"a" # it\'s "one" of these',
+    r""""a"\ b""", '"سلام"', '"a"\t#', r'"\\"', r'"\""', "'\"'",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell is asked")
+def test_a_value_in_quotes_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "settings"
+    path.write_text("".join(f"K{number}={word}\n" for number, word in enumerate(SHELL_WORDS)), "utf-8")
+    shown = "; ".join(f'printf "%s\\0" "$K{number}"' for number in range(len(SHELL_WORDS)))
+    asked = subprocess.run(["sh", "-c", f". {path}; {shown}"], capture_output=True, check=True, timeout=30)
+    expected = asked.stdout.decode("utf-8").split("\0")[:-1]
+    assert list(smtp.read_env_file(str(path)).values()) == expected
+
+
+@pytest.mark.parametrize("value", ["'unfinished", '"unfinished', "'a' b", '"a" b # c', "'a' 'b'", "'a'b'", '"a\\"', "'it's'"])
+def test_what_is_left_over_behind_the_quotes_is_an_error_that_names_the_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "settings"
+    path.write_text(f"A=1\nK={value}\n")
+    with pytest.raises(ConfigError, match=r"settings line 2: a value in quotes must end with its quote"):
+        smtp.read_env_file(str(path))
+
+
+def owned_by(uid: int, path: Path) -> None:
+    try:
+        os.chown(path, uid, -1)
+    except (PermissionError, AttributeError):
+        pytest.skip("only root gives files away")
+
+
+def test_a_settings_file_of_somebody_else_is_refused_unless_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ".env"
+    path.write_text("ALERT_LANG=fa\n")
+    path.chmod(0o644)
+    owned_by(os.geteuid() + 1000, path)
+    with pytest.raises(ConfigError, match=r"^\.env: belongs to another user .*--env-file"):
+        Settings.load()
+    assert Settings.load(env_file=".env").read("ALERT_LANG", str, "") == "fa"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such bits")
+@pytest.mark.parametrize(("mode", "refused"), [(0o600, False), (0o640, False), (0o664, False), (0o666, True)])
+def test_a_settings_file_that_everybody_may_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, refused: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ".env"
+    path.write_text("ALERT_LANG=fa\n")
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match="chmod 600") if refused else contextlib.nullcontext():
+        Settings.load()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such bits")
+@pytest.mark.parametrize(
+    ("line", "mode", "warned"),
+    [
+        ("SMTP_PASS=secret-word", 0o644, True), ("ALERT_TOKEN=secret-word", 0o604, True),
+        ("DEVICE_SECRET=secret-word", 0o644, True), ("DEVICE_PASS=secret-word", 0o644, True),
+        ("SMTP_PASS=secret-word", 0o640, False), ("SMTP_PASS=secret-word", 0o600, False),
+        ("SMTP_PASS=", 0o644, False), ("SMTP_USER=ann", 0o644, False),
+    ],
+)  # fmt: skip
+def test_a_password_that_everybody_can_read_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: str, mode: int, warned: bool
+) -> None:
+    path = tmp_path / "settings"
+    path.write_text(line)
+    path.chmod(mode)
+    Settings.load(env_file=str(path))
+    assert ("every user of this machine can read it: chmod 600" in caplog.text) == warned
+    assert "secret-word" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "warned"),
+    [
+        ("SMTP_PASS", '"secret-word"', True), ("SMTP_HOST", "'mail.example.com'", True), ("ALERT_TOKEN", '""', True),
+        ("SMTP_PASS", '"', False), ("SMTP_PASS", "'secret\"", False), ("SMTP_PASS", "secret-word", False),
+        ("SMTP_FROM", '"Ann" <ann@example.com>', False), ("SMTP_PASS_COMMAND", '"/a b/c" "x"', False),
+        ("OTHER", '"x"', False),
+    ],
+)  # fmt: skip
+def test_quotes_that_docker_leaves_around_a_value_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str, warned: bool
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert Settings.load().secret(name) == value
+    assert (f"{name} has quotes around its value" in caplog.text) == warned
+    assert "secret-word" not in caplog.text
 
 
 def test_a_settings_file_of_windows_says_how_to_save_it(tmp_path: Path) -> None:
@@ -70,10 +171,9 @@ def test_a_settings_file_of_windows_says_how_to_save_it(tmp_path: Path) -> None:
 def test_a_file_that_is_none_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "settings"
     path.write_bytes(b"A=1\n" + content)
-    for read in (smtp.read_env_file, client.read_env_file):
-        with pytest.raises((ConfigError, client.Stop), match="settings") as caught:
-            read(str(path))
-        assert "abc" not in str(caught.value)
+    with pytest.raises(ConfigError, match="settings") as caught:
+        smtp.read_env_file(str(path))
+    assert "abc" not in str(caught.value)
 
 
 def test_a_wrong_value_names_its_variable() -> None:
@@ -122,7 +222,7 @@ def test_a_setting_of_any_of_the_programs_is_no_mistake(caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("5m", 300), ("1h", 3600), ("5d", 432000), ("0", 0), (" 1.5 H ", 5400)],
+    [("90", 90), ("90s", 90), (".5", 0.5), (".5h", 1800), ("5m", 300), ("1h", 3600), ("5d", 432000), ("0", 0), (" 1.5 H ", 5400)],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert smtp.duration(text) == seconds
@@ -139,7 +239,7 @@ def test_sizes(text: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("convert", "text"),
     [
-        *((smtp.duration, text) for text in ("", "x", "-5", "5 minutes", "1e3", "nan", "٥", "9" * 5000)),
+        *((smtp.duration, text) for text in ("", "x", "-5", "5.", ".", "5 minutes", "1e3", "nan", "٥", "9" * 5000)),
         *((smtp.size, text) for text in ("", "x", "-5", "1.5MiB", "5 TiB", "9" * 5000)),
         *((smtp.whole(1, 9), text) for text in ("", "0", "10", "1.0", "+1", "٣", "9" * 5000)),
         *((smtp.port, text) for text in ("65536", "-1", "http")),
@@ -172,6 +272,54 @@ def test_addresses(text: str, plain: str) -> None:
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a mail address"):
         smtp.address(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("faß.de", "xn--fa-hia.de"), ("βόλος.com", "xn--nxasmm1c.com"), ("www.FAẞ.de", "www.xn--fa-hia.de"),
+        ("نامه\u200cای.com", "xn--mgba3gch31f060k.com"), ("ශ්\u200dරී.com", "xn--10cl1a0b660p.com"),
+        ("ΒΌΛΟς。COM", "xn--nxasmm1c.com"),
+    ],
+)  # fmt: skip
+def test_a_domain_that_is_another_by_idna_2008_is_refused_with_its_right_form(name: str, right: str) -> None:
+    for read in (smtp.host_name, smtp.ehlo_name, lambda text: smtp.addresses(f"a@x.org, ann@{text}")):
+        with pytest.raises(ValueError, match=rf"write {re.escape(right)} "):
+            read(name)  # type: ignore[operator]
+    for setting in ("SMTP_HOST", "SMTP_FROM", "SMTP_ENVELOPE_FROM"):
+        with pytest.raises(ConfigError, match=rf"^{setting}: .*{re.escape(right)}"):
+            configured(**{"SMTP_HOST": "x.org", setting: name if setting == "SMTP_HOST" else f"a@{name}"})
+    assert smtp.address(f"ann@{right}") == f"ann@{right}" and smtp.host_name(right) == right
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("mail.example.com", "mail.example.com"), ("[::1]", "::1"), ("fe80::1%eth0", "fe80::1%eth0"),
+        ("bücher.example", "xn--bcher-kva.example"), ("例え.テスト", "xn--r8jz45g.xn--zckzah"),
+        ("mail.example.com.", "mail.example.com"), ("localhost.", "localhost"), ("my_nas", "my_nas"),
+    ],
+)  # fmt: skip
+def test_hosts(text: str, host: str) -> None:
+    assert smtp.host_name(text) == host
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("mail.example.com", "mail.example.com"), ("nas", "nas"), ("[192.0.2.1]", "[192.0.2.1]"),
+        ("192.0.2.1", "[192.0.2.1]"), ("[IPv6:2001:db8::1]", "[IPv6:2001:db8::1]"), ("2001:db8::1", "[IPv6:2001:db8::1]"),
+        ("bücher.example", "xn--bcher-kva.example"),
+    ],
+)  # fmt: skip
+def test_names_for_ehlo(text: str, name: str) -> None:
+    assert configured(SMTP_HOST="x.org", SMTP_EHLO=text).ehlo == name
+
+
+@pytest.mark.parametrize("text", ["a b", "a\r\nQUIT", "-a.org", "a..org", "a.org.", "a_b", "fe80::1%eth0", "x" * 64, "ü" * 300])
+def test_a_wrong_name_for_ehlo_says_what_is_right(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^SMTP_EHLO: .* write mail.example.com or \[192.0.2.1\]"):
+        configured(SMTP_HOST="x.org", SMTP_EHLO=text)
 
 
 def test_lists_of_addresses() -> None:
@@ -222,20 +370,19 @@ LOGIN = {"SMTP_HOST": "mail.example.com", "SMTP_USER": "ann@example.com", "SMTP_
         *(({"SMTP_HOST": text}, "SMTP_HOST") for text in ("a b", "a\r\nb", "smtp.gmail.com:465")),
         ({"SMTP_PORT": "0"}, "SMTP_PORT"), ({"SMTP_PORT": "smtp"}, "SMTP_PORT"),
         ({"SMTP_SECURITY": "tls"}, "SMTP_SECURITY"), ({"SMTP_USE_TLS": "maybe"}, "SMTP_USE_TLS"),
-        ({"SMTP_AUTH": "plain"}, "SMTP_AUTH"), ({"SMTP_FROM": "nobody"}, "SMTP_FROM"),
+        ({"SMTP_AUTH": "ntlm"}, "SMTP_AUTH"), ({"SMTP_ENVELOPE_FROM": "ann"}, "SMTP_ENVELOPE_FROM"), ({"SMTP_FROM": "nobody"}, "SMTP_FROM"),
         *(({"SMTP_TIMEOUT": text}, "SMTP_TIMEOUT") for text in ("0", "soon", "999999d")),
         ({"SMTP_CAFILE": "/nowhere.pem"}, "SMTP_CAFILE"), ({"SMTP_USER": "ann"}, "SMTP_PASS"),
         ({**LOGIN, "SMTP_SECURITY": "none"}, "SMTP_SECURITY"), ({**LOGIN, "SMTP_USE_TLS": "no"}, "SMTP_SECURITY"),
-        ({**LOGIN, "SMTP_PASS": "geheimwört"}, "SMTP_PASS"),
         ({"SMTP_USER": "a", "SMTP_PASS_FILE": "/nowhere"}, "SMTP_PASS_FILE"),
-        ({"SMTP_USER": "a", "SMTP_PASS_COMMAND": "exit 3"}, "SMTP_PASS_COMMAND"),
+        ({"SMTP_USER": "a", "SMTP_PASS_FILE": "/dev/null"}, "SMTP_PASS_FILE"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_stops_the_start_naming_it_and_no_secret(values: dict[str, str], names: str) -> None:
     with pytest.raises(ConfigError) as caught:
         configured(**{"SMTP_HOST": "x.org", **values})
     assert str(caught.value).startswith(f"{names}:")
-    assert not any(secret in str(caught.value) for secret in ("secret-word", "geheimwört"))
+    assert "secret-word" not in str(caught.value)
 
 
 def test_a_password_in_the_clear_is_allowed_to_this_machine_only() -> None:
@@ -248,16 +395,63 @@ def test_a_password_in_the_clear_is_allowed_to_this_machine_only() -> None:
         ("smtp.gmail.com", "abcd efgh ijkl mnop", "abcdefghijklmnop"),
         ("SMTP.GoogleMail.com", "ab\u00a0cd ef", "abcdef"),
         ("mail.example.com", " two words ", " two words "), ("notgmail.com", "a b", "a b"),
-        ("mail.example.com", "#'\"=", "#'\"="),
+        ("mail.example.com", "#'\"=", "#'\"="), ("mail.example.com", "geheimwört", "geheimwört"),
+        ("mail.example.com", "secret\n", "secret"), ("mail.example.com", "\ufeffsecret\r\n", "secret"),
     ],
 )  # fmt: skip
 def test_only_gmails_passwords_lose_their_blanks(host: str, password: str, used: str) -> None:
     assert configured(SMTP_HOST=host, SMTP_USER="ann", SMTP_PASS=password).password() == used
 
 
-def test_a_password_command_that_fails_is_told_by_its_exit_code_and_not_by_what_it_printed() -> None:
-    with pytest.raises(ConfigError, match=r"gives no password \(exit code 3\)$"):
-        configured(SMTP_HOST="x.org", SMTP_USER="ann", SMTP_PASS_COMMAND="echo secret-word; exit 3")
+@pytest.mark.parametrize(
+    ("command", "why"), [("echo secret-word; exit 3", "exit code 3"), ("exit 0", "the first line is empty")]
+)
+def test_a_password_command_is_run_at_the_login_and_tells_why_it_failed_and_not_what_it_printed(
+    command: str, why: str
+) -> None:
+    config = configured(SMTP_HOST="x.org", SMTP_USER="ann", SMTP_PASS_COMMAND=command)
+    with pytest.raises(ConfigError, match=rf"^SMTP_PASS_COMMAND: gives no password \({why}\)$"):
+        config.password()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="written for a POSIX shell")
+def test_a_password_command_gets_nothing_of_the_standard_input() -> None:
+    code = "import smtp_module as s; print(s.SMTPConfig.from_settings(s.Settings.load()).password(), input())"
+    login = {"SMTP_HOST": "x.org", "SMTP_USER": "ann", "SMTP_PASS_COMMAND": "cat; echo pw"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **login}, input=b"the mail\n", capture_output=True,
+        check=False, timeout=30,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (b"pw the mail\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "password"),
+    [
+        (b"secret", "secret"), (b"secret\n", "secret"), (b"\xef\xbb\xbfsecret\r\nmore\r\n", "secret"),
+        ("geheimwört\n".encode(), "geheimwört"), (b" se cret \n", " se cret "), (b'"secret"\n', '"secret"'),
+    ],
+)  # fmt: skip
+def test_a_password_file_as_editors_write_it(tmp_path: Path, content: bytes, password: str) -> None:
+    (tmp_path / "password").write_bytes(content)
+    config = configured(SMTP_HOST="x.org", SMTP_USER="ann", SMTP_PASS_FILE=str(tmp_path / "password"))
+    assert config.password() == password
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "the first line is empty"), (b"\nsecret-word\n", "the first line is empty"),
+        ("secret-word".encode("utf-16"), "it is not UTF-8"), (None, "Is a directory"),
+    ],
+)  # fmt: skip
+def test_a_password_file_that_is_none_says_why(tmp_path: Path, content: bytes | None, why: str) -> None:
+    if content is not None:
+        (tmp_path / "password").write_bytes(content)
+    path = tmp_path if content is None else tmp_path / "password"
+    with pytest.raises(ConfigError, match=rf"^SMTP_PASS_FILE: {path}: gives no password \({why}\)$") as caught:
+        configured(SMTP_HOST="x.org", SMTP_USER="ann", SMTP_PASS_FILE=str(path))
+    assert "secret-word" not in str(caught.value)
 
 
 def test_the_password_from_a_file_or_command_is_its_first_line_and_fetched_anew(tmp_path: Path) -> None:
@@ -307,6 +501,51 @@ def test_a_server_context_that_cannot_be_made_names_the_variables_and_the_file(
         with pytest.raises(ConfigError, match=r"^X_CERT") as caught:
             smtp.server_tls(*arguments, names="X_CERT")
         assert wrong in str(caught.value), arguments
+
+
+# what heals itself
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"), OSError(errno.EADDRNOTAVAIL, "Cannot assign"),
+        smtp.SpoolError("/mnt/usb/alerts.db: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_what_a_machine_gets_later_is_waited_for_and_said_once(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(smtp, "START_RETRY_S", 0.001)
+    if isinstance(error, smtp.SpoolError):
+        error.__cause__ = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    troubles = [error] * 3
+
+    def start() -> str:
+        if troubles:
+            raise troubles.pop()
+        return "started"
+
+    stopping, other = socket.socketpair()
+    with stopping, other:
+        assert smtp.when_possible(start, stopping, "ALERT_HOST") == "started"
+        assert [line.partition(": ")[2].partition(":")[0] for line in caplog.messages] == ["ALERT_HOST"]
+        troubles += [error] * 1000
+        other.send(b"!")
+        assert smtp.when_possible(start, stopping, "ALERT_HOST") is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EADDRINUSE, "in use"), PermissionError(errno.EACCES, "no"), smtp.SpoolBusy("another process has it")],
+)
+def test_what_does_not_heal_itself_ends_the_start(error: Exception) -> None:
+    def start() -> None:
+        raise error
+
+    stopping, other = socket.socketpair()
+    with stopping, other, pytest.raises(type(error)):
+        smtp.when_possible(start, stopping, "ALERT_HOST")
 
 
 # logging

@@ -68,7 +68,7 @@ def test_a_full_spool_is_said_and_drains():
     prove(faults.spool_full)
 
 
-def test_a_spool_deleted_under_a_running_relay_is_written_anew():
+def test_a_spool_deleted_under_a_running_relay_accepts_nothing_and_what_waits_goes_out():
     prove(faults.spool_deleted)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 import embedded_smtpd as emb
+import smtp_module
 from embedded_smtpd import Access, Device, Mail, Maildir, Policy, Refused, networks
 from smtp_module import DiskFull, Outbox, SpoolError
 
@@ -73,10 +74,10 @@ class Bench:
     def replies(self) -> list[EmailMessage]:
         """What waits to be sent, oldest first, and forgotten with this look."""
         with self.outbox.transaction() as db:
-            rows = db.execute("SELECT lane, payload FROM items ORDER BY seq").fetchall()
-            db.execute("DELETE FROM items")
+            rows = db.execute("SELECT source, payload FROM entries ORDER BY seq").fetchall()
+            db.execute("DELETE FROM entries")
         messages = [email.message_from_bytes(payload, policy=email.policy.default) for _, payload in rows]
-        assert [message["To"] for message in messages] == [lane for lane, _ in rows]
+        assert [message["To"] for message in messages] == [to for to, _ in rows]
         return messages  # type: ignore[return-value]
 
     def ask(self, subject: str, **options: object) -> str:
@@ -185,7 +186,8 @@ def test_status_says_the_same_in_text_html_and_json(bench: Bench) -> None:
     assert set(status["cameras"]) == set(emb.CAMERAS)
     assert status["blocks"]["fw"]["sha256"] == hashlib.sha256(b"hello").hexdigest()
     page = text_of(reply, "html")
-    assert "&lt;b&gt;دروازه" in page and "<b>" not in page and '<bdi dir="auto">' in page and "bgcolor" in page
+    assert "<bdi>&lt;b&gt;دروازه&lt;/b&gt;</bdi>" in page and "<b>" not in page and "bgcolor" in page
+    assert all(f"<bdi>{name}</bdi>" in page for name in (*emb.PARAMETERS, *emb.CAMERAS, "fw"))
 
 
 def test_simulated_values_are_smooth_and_a_function_of_the_time(bench: Bench) -> None:
@@ -213,17 +215,20 @@ def test_block_is_replaced_and_read_byte_for_byte(bench: Bench) -> None:
 
 
 def test_snapshot_is_a_png_that_moves(bench: Bench) -> None:
-    pictures = []
+    pictures, cids = [], set()
     for bench.now in (NOW, NOW + 1):
         bench.send("CMD SNAPSHOT CAM1", peer=OFFICE)
         (reply,) = bench.replies()
         (picture,) = files_of(reply).values()
-        assert picture.startswith(b"\x89PNG\r\n\x1a\n") and "cid:snapshot" in text_of(reply, "html")
+        (cid,) = [part["Content-ID"][1:-1] for part in reply.walk() if part["Content-ID"]]
+        assert picture.startswith(b"\x89PNG\r\n\x1a\n") and f"cid:{cid}" in text_of(reply, "html")
+        cids.add(cid)
         assert struct.unpack(">II", picture[16:24]) == (320, 240)
         length = int.from_bytes(picture[33:37], "big")
         assert picture[37:41] == b"IDAT" and len(zlib.decompress(picture[41 : 41 + length])) == 240 * (1 + 320 * 3)
         pictures.append(picture)
     assert pictures[0] != pictures[1]
+    assert len(cids) == 2  # a mail program that keeps pictures by it must not show the older one
 
 
 def test_reboot_replies_first_starts_the_uptime_anew_and_is_logged(
@@ -270,10 +275,19 @@ def test_help_says_how_the_device_sees_the_sender(bench: Bench) -> None:
     assert all(f"CMD {verb}" in here for verb in emb.COMMANDS)
 
 
-def test_columns_of_a_text_are_columns_in_html_too() -> None:
-    shown = emb.text_html("CMD ARM   SET armed=on\n\none\ntwo <b>")
-    assert re.findall(r"<bdi[^>]*>(.*?)</bdi>", shown) == ["CMD ARM", "SET armed=on", "", "one", "two &lt;b&gt;"]
-    assert shown.count("<td") == 2 and shown.count("<br>") == 2
+def test_page_says_what_was_done_which_device_says_so_and_how_to_go_on(bench: Bench) -> None:
+    bench.ask("CMD SET name=دروازه")
+    bench.send("CMD SET threshold=<80>")
+    bench.send("CMD ARM")
+    wrong, armed = (text_of(reply, "html") for reply in bench.replies())
+    for page, colour in ((wrong, smtp_module.RED), (armed, smtp_module.BLUE)):
+        assert f'bgcolor="{colour}"' in page and "<bdi>دروازه</bdi>" in page and "CMD HELP" in page
+    assert "armed: off -&gt; on" in armed and "<bdi>The form is: CMD SET name=value</bdi>" in wrong
+
+
+def test_plain_text_is_nothing_but_the_answer(bench: Bench) -> None:
+    assert bench.ask("CMD GET threshold") == "threshold = 50"
+    assert bench.ask("CMD STATUS").startswith("name = device\narmed = off\n")
 
 
 @pytest.mark.parametrize("subject", ["", "hello", "CMD", "CMD DANCE", "Re: CMD ARM", "AW: CMD ARM", "STATUS"])
@@ -661,7 +675,7 @@ def test_report_comes_though_the_device_restarts_more_often(folder: Path) -> Non
             with outbox.transaction() as db:
                 db.execute("INSERT OR REPLACE INTO parameters VALUES ('report_every', '86400')")
             device.idle()
-            reports.append(len(list(outbox.waiting())))
+            reports.append(len(list(outbox.pending())))
     assert reports == [0] * 24 + [1] * 6
 
 

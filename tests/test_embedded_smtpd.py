@@ -202,7 +202,6 @@ def test_port_that_is_taken_is_an_error_and_not_a_traceback(start: Callable[...,
         ({"DEVICE_HOST": "no such host"}, "DEVICE_HOST"),
         ({"DEVICE_HOST": "a..b"}, "DEVICE_HOST"),
         ({"DEVICE_HOST": "localhost:25"}, "DEVICE_HOST.*without a port"),
-        ({"DEVICE_HOST": "192.0.2.1"}, "DEVICE_HOST"),
         ({"DEVICE_STATE": "/dev/null/x"}, "DEVICE_STATE"),
         ({"DEVICE_ADDRESS": "x"}, "DEVICE_ADDRESS"),
         ({"DEVICE_REPORT_TO": "x"}, "DEVICE_REPORT_TO"),
@@ -215,6 +214,12 @@ def test_wrong_setting_stops_the_start_and_names_the_variable(
     assert program.process.wait(PATIENCE) == 78
     assert program.logged(names)
     program.stop()
+
+
+def test_address_that_the_machine_does_not_have_yet_is_waited_for(tmp_path: Path) -> None:
+    program = Program(tmp_path, wait=False, DEVICE_HOST="192.0.2.1")
+    assert program.logged("cannot start yet: DEVICE_HOST: .*; trying again until it works")
+    assert program.stop() == 0
 
 
 def test_login_in_another_encoding_than_utf_8_is_taken_as_its_bytes() -> None:

@@ -8,6 +8,7 @@ import struct
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -155,7 +156,13 @@ LINES: list[tuple[str, bytes, str]] = [
     ("camera of 129", with_camera("c" * 129), "bad_event"),
     ("camera is empty", with_camera(""), "bad_event"),
     ("camera is white space", with_camera(" \t　 "), "bad_event"),
-    ("camera cannot be seen", with_camera("\u200c\u200d"), "bad_event"),
+    *[(f"camera that shows nothing: {name!a}", with_camera(name), "bad_event")
+      for name in ("\u200c\u200d", "\u3164", "\u2800", "\u00ad", "\u2003", "\u115f\u1160", "\u180e", "\ufff9", "\uffa0", "\u034f",
+                   "\ufe0f", "\u2060\u2064", "\U000e0041\U000e007f", "\U000e0100", "\U0001d173", " \u3164\u200d ", "\u2800" * 128)],
+    *[(f"camera that shows something: {name!a}", with_camera(name), "event")
+      for name in ("\u3164a", "\u2801", "cam\u00ad1", "\u0301", "\U0001f3f4\U000e0067\U000e0062\U000e007f", "\u2764\ufe0f", "=1+1", "\ufffd")],
+    ("camera of 129 that show nothing", with_camera("\u2800" * 129), "bad_event"),
+    ("camera of a million spaces", with_camera(" " * 1_000_000), "bad_event"),
     ("camera is one emoji with a joiner", with_camera("👩‍🚒"), "event"),
     ("camera with Persian half-space", with_camera("دوربین‌ها"), "event"),
     ("camera with an ideographic space", with_camera("前门　摄像头"), "event"),
@@ -178,7 +185,7 @@ LINES: list[tuple[str, bytes, str]] = [
     # times
     *[(f"timestamp {text!r}", json.dumps(GOOD | {"timestamp": text}).encode(), "event")
       for text in ("2026-05-01T22:15:00Z", "2026-05-01T22:15:00+03:30", "2026-05-01 22:15:00",
-                   "2026-05-01T22:15:00.123456",
+                   "2026-05-01T22:15:00.123456", "2026-05-01T22:15:00.123456789Z",
                    "20260501T221500Z", "2026-05-01", "1970-01-01T00:00:00Z",
                    "1938-04-24T22:13:20Z")],
     *[(f"C1 timestamp {text!r}", json.dumps(GOOD | {"timestamp": text}).encode(), "bad_event")
@@ -187,16 +194,17 @@ LINES: list[tuple[str, bytes, str]] = [
                    "22:15",
                    "2026-05-01T22:15:00+99:00", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "∞",
                    "2026-05-01T22:15:00Z\nBcc: x", "٢٠٢٦-٠٥-٠١", "-2026-05-01T00:00:00Z",
-                   "2026-05-01T22:15:00Z" * 500)],
+                   "2026-05-01T22:15:00Z" * 500, "2026-05-01T22:15:00." + "1" * 60 + "Z")],
     # links
     *[(f"image_url {text!r}", json.dumps(GOOD | {"image_url": text}).encode(), "event")
       for text in ("http://nas.lan/a.jpg", "https://x.org/a?b=c&d=(e)#f", "HTTPS://X.ORG/", "http://[fe80::1]:8080/a'b",
-                   "https://例え.jp/画像.jpg", "http://me:secret@cam.lan:8080/snap", "http://x/" + "a" * 3000)],
+                   "https://例え.jp/画像.jpg", "http://me:secret@cam.lan:8080/snap", "http://x/" + "a" * 3991)],
     *[(f"X1 image_url {text[:40]!r}", json.dumps(GOOD | {"image_url": text}).encode(), "bad_event")
       for text in ("", "nas.lan/a.jpg", "javascript:alert(1)", "data:text/html,x", "file:///etc/passwd", "ftp://x/a.jpg",
                    "//x/a.jpg", "http://", "http:/x",
                    "https:///x", "http://[::1", "http://:80/", "http://?x", "http://a:b/", " http://x/", "http://x/a b", "http://x/\n", 'http://x/"><b>',
-                   "http://x/<", "http://x/\u202egpj", "http://x/\0", "http://x/" + "a" * 5000, "http://x\\y")],
+                   "http://x/<", "http://x/\u202egpj", "http://x/\0", "http://x/" + "a" * 3992, "http://x\\y",
+                   "http://" + "a" * 4000, "http://" + "a" * 1_000_000, "http://" + "a" * 1_000_000 + "@x/", "http://x?" + "a" * 1_000_000)],
     ("image_url is a number", HEAD + b', "image_url": 5}', "bad_event"),
     # meta
     ("meta of 32", json.dumps(GOOD | {"meta": {str(n): n for n in range(32)}}).encode(), "event"),
@@ -208,6 +216,12 @@ LINES: list[tuple[str, bytes, str]] = [
     ("meta with a list", json.dumps(GOOD | {"meta": {"a": []}}).encode(), "bad_event"),
     ("meta with an object", json.dumps(GOOD | {"meta": {"a": {}}}).encode(), "bad_event"),
     ("meta with a huge whole number", HEAD + b', "meta": {"a": ' + b"9" * 299 + b"}}", "event"),
+    ("meta with a whole number of 4,300 digits", HEAD + b', "meta": {"a": ' + b"9" * 4300 + b"}}", "event"),
+    ("meta with a whole number of 4,301 digits", HEAD + b', "meta": {"a": ' + b"9" * 4301 + b"}}", "bad_json"),
+    ("meta with a long value", json.dumps(GOOD | {"meta": {"a": "x" * 1_000_000}}).encode(), "event"),
+    ("meta with a long key", json.dumps(GOOD | {"meta": {"x" * 1_000_000: 1}}).encode(), "event"),
+    ("meta with a long key and a list", json.dumps(GOOD | {"meta": {"x" * 1_000_000: []}}).encode(), "bad_event"),
+    ("meta with half a surrogate pair behind the cut", HEAD + b', "meta": {"a": "' + b"x" * 2000 + b'\\ud800"}}', "event"),
     # the other lines
     ("heartbeat", b'{"heartbeat": "cam1"}', "heartbeat"),
     ("heartbeat is a number", b'{"heartbeat": 1}', "bad_event"),
@@ -285,6 +299,13 @@ def test_ping_may_know_the_counts_only_with_the_token() -> None:
     assert parse(json.dumps({"ping": 1, "token": TOKEN}).encode(), TOKEN).trusted
 
 
+def test_a_token_longer_than_any_is_wrong_without_being_read_whole() -> None:
+    longest = "t" * server.TOKEN_MAX
+    assert outcome(json.dumps({**GOOD, "token": longest}).encode(), longest) == "event"
+    assert outcome(json.dumps({**GOOD, "token": longest + "t"}).encode(), longest) == "unauthorized"
+    assert outcome(json.dumps({**GOOD, "token": "t" * 5_000_000}).encode(), longest) == "unauthorized"
+
+
 def test_token_is_kept_nowhere() -> None:
     assert TOKEN not in parse(json.dumps({**GOOD, "token": TOKEN}).encode(), TOKEN).item.payload.decode()
 
@@ -294,13 +315,13 @@ def test_token_is_kept_nowhere() -> None:
 
 def test_event_without_an_id_gets_a_fresh_one() -> None:
     first, second = event(), event()
-    assert first.item.fresh and first.item.id != second.item.id and server.EVENT_ID.fullmatch(first.item.id)
-    assert not event(id="x").item.fresh
+    assert first.item.unique and first.item.id != second.item.id and server.EVENT_ID.fullmatch(first.item.id)
+    assert not event(id="x").item.unique
 
 
 def test_event_keeps_its_fields_and_its_lane() -> None:
     parsed = event(camera="باغ", meta={"zone": 2, "hot": True, "none": None}, image_url="http://x/a.jpg", extra=[1])
-    assert (parsed.name, parsed.camera, parsed.item.lane) == ("MOTION_DETECTED", "باغ", "MOTION_DETECTED باغ")
+    assert (parsed.name, parsed.camera, parsed.item.kind, parsed.item.source) == ("MOTION_DETECTED", "باغ", "MOTION_DETECTED", "باغ")
     assert parsed.item.arrived == NOW
     assert content(parsed) == {
         "event": "MOTION_DETECTED",
@@ -308,6 +329,44 @@ def test_event_keeps_its_fields_and_its_lane() -> None:
         "image_url": "http://x/a.jpg",
         "meta": {"zone": 2, "hot": True},
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"note": "x" * 2000}, {"note": "x" * 2000}),
+        ({"note": "x" * 2001}, {"note": "x" * 2000}),
+        ({"note": "é" * 3_000_000, "zone": 2}, {"note": "é" * 2000, "zone": 2}),
+        ({"count": 10**3999}, {"count": "1" + "0" * 1999}),
+        ({"count": -(10**1998)}, {"count": -(10**1998)}),
+        ({"k" * 100: 1}, {"k" * 100: 1}),
+        ({"k" * 101: 1}, {"k" * 100: 1}),
+        ({"k" * 101: 1, "k" * 102: "2"}, {"k" * 100: "2"}),
+        ({str(n) * 2000: "v" * 9000 for n in range(10, 42)}, {str(n) * 50: "v" * 2000 for n in range(10, 42)}),
+    ],
+)
+def test_too_long_keys_and_values_of_meta_are_cut_and_the_answer_says_so(
+    given: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    parsed = event(meta=given)
+    assert content(parsed)["meta"] == kept
+    said = "meta cut: a key has at most 100 characters, a value 2000"
+    assert parsed.warning == ("" if kept == given else said)
+    assert json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed)).get("warning", "") == parsed.warning
+
+
+def test_one_answer_warns_of_a_cut_value_and_of_a_dropped_picture() -> None:
+    assert event(meta={"a": "x" * 3000}, image_b64="!").warning == (
+        "meta cut: a key has at most 100 characters, a value 2000; image dropped: not valid Base64"
+    )
+
+
+def test_what_is_kept_of_the_largest_event_without_a_picture_is_small() -> None:
+    """Of a line of 16 MiB, whatever its fields: digests and caches hold thousands of these."""
+    long = "\U0001f4f7" * 1_000_000
+    meta = {f"{n}{long}": long for n in range(10)} | {f"n{n}": 10**4200 for n in range(22)}
+    parsed = event(meta=meta, image_url="http://x/" + "é" * 3991, camera="\U0001f4f7" * 128, id="i" * 128, x=long)
+    assert len(parsed.item.payload) < 300_000
 
 
 @pytest.mark.parametrize(
@@ -412,7 +471,7 @@ def test_wrong_picture_costs_only_the_picture(value: Any) -> None:
     assert parsed.item.picture is None
     assert parsed.warning.startswith("image dropped: ")
     assert content(parsed)["dropped"] and "image" not in content(parsed)
-    answer = json.loads(server.answer(smtp.Receipt(parsed.item.id, new=True), parsed))
+    answer = json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed))
     assert answer == {"ok": True, "id": parsed.item.id, "status": "queued", "warning": parsed.warning}
 
 
@@ -449,13 +508,30 @@ FILE_NAMES = [
     ("x" * 300 + ".jpg", "x" * 100 + ".png"),
     ("half \ud800.png", "half_.png"),
     ("archive.tar", "archive.tar.png"),
+    ("/" * 4_000_000 + "a.jpg", "a.jpg"),
+    ("\\" * 4_000_000, "picture.png"),
+    ("a/" * 2_000_000 + "a.jpg", "a.jpg"),
+    ("x" * 4_000_000, "x" * 100 + ".png"),
+    ("\0" * 4_000_000 + "a.jpg", "picture.png"),
 ]
 
 
-@pytest.mark.parametrize(("wished", "kept"), FILE_NAMES)
+@pytest.mark.parametrize(("wished", "kept"), FILE_NAMES, ids=[ascii(wished)[:40] for wished, _ in FILE_NAMES])
 def test_only_the_last_component_of_a_file_name_is_used_and_cleaned(wished: Any, kept: str) -> None:
     line = json.dumps(GOOD | {"image_b64": SMALL, "image_filename": wished}).encode()
     assert content(parse(line))["image"] == kept
+
+
+def test_a_file_name_of_millions_of_slashes_takes_the_memory_of_its_text() -> None:
+    tracemalloc.start()
+    try:
+        for name in ("/" * 8_000_000, "\\" * 8_000_000, "a/" * 4_000_000):
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            server.picture_name(name, "png")
+            assert tracemalloc.get_traced_memory()[1] - before < 10 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # the picture is cut out of the line before json reads it: the result must be the same
@@ -570,7 +646,7 @@ SPICE = [
     b"=",
     b"\r",
 ]
-WORDS = [name.encode() for name in (*server.FIELDS, "image_b64", "image_filename", "token", "ping", "heartbeat")]
+WORDS = [name.encode() for name in (*server.FIELDS, "meta", "image_b64", "image_filename", "token", "ping", "heartbeat")]
 VALUES = [
     b"null",
     b"true",
@@ -603,9 +679,9 @@ def fuzz(rounds: int, seed: int) -> dict[str, int]:
         counts[found] = counts.get(found, 0) + 1
         if found == "event":
             parsed = parse(line)
-            json.loads(server.answer(smtp.Receipt(parsed.item.id, new=True), parsed))
-            shown = server.Shown.of(smtp.Item(1, parsed.item.id, parsed.item.lane, NOW, parsed.item.payload))
-            assert shown.camera == parsed.camera and shown.day and shown.utc()
+            json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed))
+            view = server.EventView.of(smtp.Entry(1, parsed.item.id, parsed.item.kind, parsed.item.source, NOW, parsed.item.payload))
+            assert view.camera == parsed.camera and view.local and server.utc_time(view.happened)
     return counts
 
 

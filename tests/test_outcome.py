@@ -1,70 +1,71 @@
-"""What becomes of a mail: from a step and a reply code to a verdict, to the next state, and to advice for a person."""
+"""What becomes of a delivery: from a step and a reply to an outcome, to its next state, and to advice for a person."""
 
 from __future__ import annotations
 
 import errno
-import smtplib
 import socket
 import ssl
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 import smtp_module as smtp
-from smtp_module import FAILED, FROZEN, SENT, Mail, Outcome, Verdict, conclude, judge, judge_error
+from smtp_module import DAY_S, Delivery, Outcome, ReplyError, RetryRules, Verdict, after_attempt, judge, judge_error
 
-YES, LATER, NO = Verdict.SENT, Verdict.TRY_LATER, Verdict.REFUSED
-OURS = ("resolve", "connect", "tls", "greeting", "ehlo", "login", "mail")
+SENT, LATER, REFUSED = Verdict.SENT, Verdict.TRY_LATER, Verdict.REFUSED
+ABOUT_US = ("resolve", "connect", "tls", "greeting", "ehlo", "login", "mail")
 
 
-@pytest.mark.parametrize("step", [*OURS, "rcpt", "data", "dot"])
+@pytest.mark.parametrize("step", [*ABOUT_US, "rcpt", "data", "dot"])
 @pytest.mark.parametrize("code", [-1, 0, 100, 199, 400, 421, 450, 451, 452, 499, 500, 550, 554, 599, 600, 999])
-def test_a_no_at_any_step(step: str, code: int) -> None:
+def test_a_no_is_a_refusal_only_as_a_5xx_after_mail(step: str, code: int) -> None:
     found = judge(step, code, "words")
-    ours = step in OURS
-    assert found.verdict is (NO if 500 <= code < 600 and not ours else LATER)
-    assert (found.ours, found.too_big) == (ours, False)
+    about_us = step in ABOUT_US
+    assert found.verdict is (REFUSED if 500 <= code < 600 and not about_us else LATER)
+    assert (found.about_us, found.too_big) == (about_us, False)
 
 
 @pytest.mark.parametrize("code", [200, 220, 235, 250, 251, 252, 354])
-def test_a_yes(code: int) -> None:
-    assert judge("rcpt", code, b"ok").verdict is YES
+def test_a_yes_is_sent(code: int) -> None:
+    assert judge("rcpt", code, "ok").verdict is SENT
 
 
 @pytest.mark.parametrize(
-    ("step", "code", "words", "verdict", "ours", "too_big"),
+    ("step", "code", "words", "verdict", "about_us", "too_big"),
     [
         ("rcpt", 530, "5.7.0 Must issue a STARTTLS command first", LATER, True, False),
         ("dot", 535, "5.7.8", LATER, True, False),
         ("data", 534, "5.7.9 application-specific password required", LATER, True, False),
         ("dot", 550, "5.4.5 Daily user sending quota exceeded", LATER, True, False),
         ("rcpt", 550, "5.4.5 Daily SMTP relay limit exceeded", LATER, True, False),
+        ("dot", 550, "see 5.4.5 of the manual", REFUSED, False, False),
         ("rcpt", 452, "4.5.3 too many recipients", LATER, False, False),
         ("rcpt", 552, "too many recipients", LATER, False, False),
-        ("rcpt", 552, "5.2.2 mailbox full", NO, False, False),
-        ("dot", 552, "5.2.2 mailbox full", NO, False, False),
-        ("rcpt", 552, "5.3.4 message too big", NO, False, True),
-        ("mail", 552, "message size exceeds fixed limit", NO, False, True),
-        ("mail", 552, "5.3.4 too big", NO, False, True),
-        ("dot", 552, "5.3.4 too big", NO, False, True),
-        ("dot", 552, "too big", NO, False, True),
-        ("data", 554, "5.3.4 message too big for system", NO, False, True),
-        ("dot", 523, "5.3.4 the message is too big", NO, False, True),
-        ("dot", 550, "5.7.1 spam", NO, False, False),
-        ("dot", 550, "see 5.4.5 of the manual", NO, False, False),
+        ("rcpt", 552, "5.2.2 mailbox full", REFUSED, False, False),
+        ("dot", 552, "5.2.2 mailbox full", REFUSED, False, False),
+        ("rcpt", 552, "5.3.4 message too big", REFUSED, False, True),
+        ("mail", 552, "message size exceeds fixed limit", REFUSED, False, True),
+        ("dot", 552, "too big", REFUSED, False, True),
+        ("data", 554, "5.3.4 message too big for system", REFUSED, False, True),
+        ("dot", 523, "5.3.4 the message is too big", REFUSED, False, True),
+        ("dot", 550, "5.7.1 spam", REFUSED, False, False),
         ("greeting", 554, "5.7.1 no", LATER, True, False),
+        # What is about us in words alone is judged as it stands: three in a row pause the recipient.
+        ("rcpt", 553, "5.7.1 Sender address rejected: not owned by user", REFUSED, False, False),
+        ("rcpt", 554, "5.7.1 Client host blocked using zen.spamhaus.org", REFUSED, False, False),
+        ("dot", 550, "5.7.1 has exceeded its 24-hour sending limit", REFUSED, False, False),
     ],
 )
-def test_special_codes(  # noqa: PLR0917
-    step: str, code: int, words: str, verdict: Verdict, ours: bool, too_big: bool
+def test_codes_that_mean_more_than_their_first_digit(  # noqa: PLR0917
+    step: str, code: int, words: str, verdict: Verdict, about_us: bool, too_big: bool
 ) -> None:
     found = judge(step, code, words)
-    assert (found.verdict, found.ours, found.too_big) == (verdict, ours, too_big)
+    assert (found.verdict, found.about_us, found.too_big) == (verdict, about_us, too_big)
 
 
-def test_a_reply_is_one_harmless_line() -> None:
-    assert judge("rcpt", 550, b"5.1.1 a\r\n5.1.1 b\x1b[31m \xff").detail == "5.1.1 a 5.1.1 b\\x1b[31m \ufffd"
-    assert len(judge("rcpt", 550, b"x" * 60_000).detail) < 400
+def test_a_reply_becomes_one_harmless_line() -> None:
+    assert judge("rcpt", 550, "5.1.1 a\r\n5.1.1 b\x1b[31m").detail == "5.1.1 a 5.1.1 b\\x1b[31m"
+    assert len(judge("rcpt", 550, "x" * 60_000).detail) < 400
 
 
 @pytest.mark.parametrize(
@@ -75,135 +76,151 @@ def test_a_reply_is_one_harmless_line() -> None:
         ("connect", OSError(errno.ENETUNREACH, "Network is unreachable"), "connect", "Network is unreachable"),
         ("resolve", socket.gaierror(-2, "Name or service not known"), "resolve", "name not found"),
         ("mail", BrokenPipeError(), "mail", "closed the connection"),
-        ("dot", smtplib.SMTPServerDisconnected("x"), "dot", "closed the connection"),
+        ("dot", ConnectionResetError("closed"), "dot", "closed the connection"),
         ("dot", TimeoutError(), "dot", "timed out"),
         ("tls", ssl.SSLError(1, "made by hand"), "tls", "made by hand"),
         ("tls", ssl.SSLZeroReturnError(), "tls", ""),
         ("dot", ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), "dot", "closed the connection"),
-        (
-            "login",
-            smtplib.SMTPNotSupportedError("SMTP AUTH extension not supported by server."),
-            "login",
-            "not supported",
-        ),
-        ("login", UnicodeEncodeError("ascii", "ü", 0, 1, "x"), "login", "ascii"),
-        ("ehlo", smtplib.SMTPHeloError(502, b"what?"), "ehlo", "what?"),
-        ("dot", smtplib.SMTPResponseException(-1, "garbage"), "dot", "garbage"),
+        ("login", ReplyError(-1, "no suitable login"), "login", "no suitable login"),
+        ("login", UnicodeEncodeError("ascii", "\xfc", 0, 1, "x"), "login", "ascii"),
+        ("ehlo", ReplyError(502, "what?"), "ehlo", "what?"),
+        ("rcpt", ReplyError(421, "closing"), "rcpt", "closing"),
+        ("dot", ReplyError(-1, "not an SMTP reply"), "dot", "not an SMTP reply"),
     ],
 )
 def test_every_error_is_a_later_with_words(step: str, error: Exception, where: str, words: str) -> None:
     found = judge_error(step, error)
-    assert (found.verdict, found.step, found.ours) == (LATER, where, where in OURS)
+    assert (found.verdict, found.step, found.about_us) == (LATER, where, where in ABOUT_US)
     assert words in found.detail
 
 
-# the next state of a mail
+# The delivery after an attempt. The table's times are seconds since its first try, which failed at 0.
 
-MAIL = Mail(1, "alert", (1,), ("a@x", "b@x"))
-
-
-def after(mail: Mail, *outcomes: Outcome, delay: float = 10.0, max_age: float = 100.0) -> Mail:
-    return conclude(mail, dict(zip(mail.recipients, outcomes, strict=True)), 1000.0, delay, max_age)
-
-
-def test_sent_to_all() -> None:
-    found = after(MAIL, judge("dot", 250, ""), judge("dot", 250, ""))
-    assert (found.state, found.recipients, found.taken, found.error, found.tries) == (SENT, (), ("a@x", "b@x"), None, 1)
+START = 1_700_000_000.0
+RULES = RetryRules(first=10.0, longest=3600.0, max_age=5 * DAY_S, refused_after=DAY_S)
+YES = judge("dot", 250, "taken")
+LATER_AT_RCPT, LATER_AT_DOT = judge("rcpt", 450, "4.2.0 busy"), judge("dot", 451, "4.7.1 greylisted")
+NO_AT_RCPT, NO_AT_DOT = judge("rcpt", 550, "5.1.1 unknown"), judge("dot", 554, "5.7.1 no")
+CUT, SILENT = judge_error("dot", ConnectionResetError()), judge_error("dot", TimeoutError())
+TOO_BIG = judge("dot", 552, "5.3.4 too big")
+BEYOND_SIZE = Outcome(REFUSED, 552, "5.3.4 9000000 bytes", "mail", too_big=True, size_limit=1_000_000)
 
 
-def test_some_now_some_later_some_never() -> None:
-    first = after(MAIL, judge("dot", 250, ""), judge("rcpt", 450, "busy"))
-    assert (first.state, first.next, first.recipients, first.taken) == (FROZEN, 1010.0, ("b@x",), ("a@x",))
-    second = after(first, judge("rcpt", 550, "gone"))
-    assert (second.state, second.refused, second.taken) == (FAILED, {"b@x": "rcpt: 550 gone"}, ("a@x",))
-    assert second.error == "b@x: rcpt: 550 gone"
+def after(*outcomes: Outcome, at: float = 0.0, accepted: float = -1.0, rules: RetryRules = RULES, **how: Any) -> Delivery:
+    """The delivery after these outcomes, the last of them at `at`; the server accepted another one at `accepted`."""
+    found = Delivery(1, "alert", (1,), "a@x", ("a@x", "b@x"))
+    for number, outcome in enumerate(outcomes, 1):
+        now = START + (at if number == len(outcomes) else 0.0)
+        found = after_attempt(found, outcome, now, rules, accepted_at=START + accepted, **how)
+    return found
 
 
-def test_given_up_when_its_own_delays_add_up_to_its_life() -> None:
-    mail = MAIL
-    for _ in range(10):
-        mail = after(mail, *[judge("rcpt", 450, "busy")] * 2)
-        assert mail.state == FROZEN
-    mail = after(mail, *[judge("rcpt", 450, "busy")] * 2)
-    assert mail.state == FAILED and "given up after 11 tries" in mail.refused["a@x"]
+def test_a_delivery_that_was_accepted_is_sent() -> None:
+    found = after(LATER_AT_RCPT, YES, at=60.0)
+    assert (found.state, found.tries, found.tried_at) == ("sent", 2, START + 60.0)
 
 
-def test_too_big_goes_at_once_and_bare_and_then_is_a_refusal() -> None:
-    first = after(MAIL, judge("dot", 250, ""), judge("dot", 552, ""))
-    assert (first.state, first.next, first.bare, first.recipients) == (FROZEN, 1000.0, True, ("b@x",))
-    second = after(first, judge("dot", 552, ""))
-    assert (second.state, second.taken) == (FAILED, ("a@x",))
+@pytest.mark.parametrize(
+    ("outcome", "tries", "shortest", "longest"),
+    [
+        (LATER_AT_RCPT, 1, 8, 10), (LATER_AT_RCPT, 2, 16, 20), (LATER_AT_RCPT, 4, 64, 80), (LATER_AT_RCPT, 20, 2880, 3600),
+        (NO_AT_RCPT, 1, 300, 300), (NO_AT_RCPT, 20, 2880, 3600),  # A refused one is not tried before 5 minutes.
+        (CUT, 1, 8, 10), (SILENT, 1, 8, 10), (CUT, 2, 3600, 3600), (SILENT, 2, 3600, 3600),  # The server may have it.
+    ],
+)  # fmt: skip
+def test_the_next_try_waits(outcome: Outcome, tries: int, shortest: float, longest: float) -> None:
+    found = after(*[outcome] * tries)
+    assert (found.state, found.tries, found.error) == ("open", tries, str(outcome))
+    assert shortest <= found.next_try - START <= longest
 
 
-def test_nobody_left() -> None:
-    assert conclude(MAIL, {}, 1000.0, 10.0, 100.0).state == SENT
+def test_a_probe_costs_no_try() -> None:
+    assert after(LATER_AT_RCPT, probe=True).tries == 0
+
+
+LIFETIMES = [
+    # outcomes, seconds since the first failure, when the server accepted another one, state
+    ([NO_AT_RCPT] * 2, DAY_S, 1.0, "failed"),
+    ([NO_AT_RCPT] * 2, DAY_S - 1, 1.0, "open"),  # ALERT_REFUSED_AFTER is not over.
+    ([NO_AT_RCPT] * 2, 30 * DAY_S, -1.0, "open"),  # Nothing was accepted since: nothing ages.
+    ([LATER_AT_RCPT] * 2, 5 * DAY_S, 1.0, "failed"),
+    ([LATER_AT_RCPT] * 2, 5 * DAY_S - 1, 1.0, "open"),
+    ([LATER_AT_RCPT] * 2, 30 * DAY_S, -1.0, "open"),
+    ([LATER_AT_RCPT, NO_AT_RCPT], DAY_S, 1.0, "failed"),
+    ([NO_AT_RCPT, LATER_AT_RCPT], DAY_S, 1.0, "open"),
+    ([SILENT] * 2, 5 * DAY_S, 1.0, "failed"),
+    ([NO_AT_RCPT], 0.0, 1.0, "open"),
+]
+
+
+@pytest.mark.parametrize(("outcomes", "at", "accepted", "state"), LIFETIMES)
+def test_a_delivery_fails_only_when_its_time_is_over_and_another_was_accepted_since(
+    outcomes: list[Outcome], at: float, accepted: float, state: str
+) -> None:
+    assert after(*outcomes, at=at, accepted=accepted).state == state
+
+
+def test_a_refusal_is_final_at_once_where_that_is_wanted() -> None:
+    at_once = RetryRules(refused_after=0.0)
+    assert after(NO_AT_RCPT, rules=at_once).state == "failed"
+    assert after(LATER_AT_RCPT, rules=at_once).state == "open"
+
+
+PICTURES = [
+    # outcomes, seconds since the first failure, whether the next try goes at once without pictures
+    ([TOO_BIG], 0.0, True),
+    ([judge("mail", 552, "too big")], 0.0, True),
+    ([judge("dot", 552, "5.2.2 mailbox full")], 0.0, False),
+    ([NO_AT_DOT], 0.0, False),
+    ([NO_AT_DOT, NO_AT_DOT], 60.0, True),
+    ([judge("data", 554, "no"), CUT], 60.0, True),
+    ([SILENT, CUT], 60.0, True),
+    ([LATER_AT_DOT] * 9, 3599.0, False),
+    ([LATER_AT_DOT] * 9, 3600.0, True),
+    ([NO_AT_RCPT] * 9, 60.0, False),  # That was before DATA: it is not about the content.
+    ([LATER_AT_RCPT] * 9, 7200.0, False),
+]
+
+
+@pytest.mark.parametrize(("outcomes", "at", "stripped"), PICTURES)
+def test_pictures_are_left_out_when_they_may_be_what_is_refused(
+    outcomes: list[Outcome], at: float, stripped: bool
+) -> None:
+    found = after(*outcomes, at=at, has_pictures=True)
+    assert found.max_bytes == (0 if stripped else None)
+    assert (found.next_try == START + at) == stripped
+    assert after(*outcomes, at=at).max_bytes is None
+
+
+def test_a_refusal_of_the_content_is_tried_again_soon_while_the_pictures_may_be_what_is_refused() -> None:
+    assert after(NO_AT_DOT, has_pictures=True).next_try <= START + 10
+    assert after(NO_AT_DOT, NO_AT_DOT, NO_AT_DOT, at=60.0, has_pictures=True).next_try >= START + 60 + 300
+
+
+def test_a_size_that_the_server_tells_keeps_the_pictures_that_fit_and_then_none() -> None:
+    assert after(BEYOND_SIZE, has_pictures=True).max_bytes == 1_000_000
+    assert after(BEYOND_SIZE, BEYOND_SIZE, has_pictures=True).max_bytes == 0
+
+
+def test_a_message_that_is_refused_without_its_pictures_too_fails_in_its_time() -> None:
+    found = after(TOO_BIG, TOO_BIG, at=DAY_S, accepted=1.0, has_pictures=True)
+    assert (found.state, found.max_bytes) == ("failed", 0)
+
+
+def test_pictures_are_left_out_before_a_delivery_fails() -> None:
+    assert after(TOO_BIG, rules=RetryRules(refused_after=0.0), has_pictures=True).state == "open"
+    found = after(NO_AT_DOT, NO_AT_DOT, at=DAY_S, accepted=1.0, has_pictures=True)
+    assert (found.state, found.max_bytes) == ("open", 0)
 
 
 # advice
 
 
-@pytest.mark.parametrize(
-    ("step", "host", "code", "words", "said"),
-    [
-        ("login", "smtp.gmail.com", 535, "5.7.8 Username and Password not accepted", "app password"),
-        ("login", "smtp.gmail.com", 534, "5.7.9 Application-specific password required", "app password"),
-        (
-            "login",
-            "smtp.office365.com",
-            535,
-            "5.7.139 Authentication unsuccessful, basic authentication is disabled",
-            "xoauth2",
-        ),
-        ("login", "smtp-mail.outlook.com", 535, "5.7.3 Authentication unsuccessful", "SMTP_USER"),
-        ("login", "mail.example.com", 535, "5.7.8 bad", "SMTP_USER"),
-        ("login", "mail.example.com", 534, "5.7.9 stronger", "app password"),
-        ("login", "mail.example.com", 0, "SMTP AUTH extension not supported by server.", "587"),
-        ("mail", "mail.example.com", 530, "5.7.0 Authentication Required", "SMTP_USER"),
-        ("mail", "smtp.gmail.com", 530, "5.7.0 Must issue a STARTTLS command first", "SMTP_SECURITY"),
-        ("dot", "smtp.gmail.com", 550, "5.4.5 Daily user sending quota exceeded", "ALERT_DAILY_MAX"),
-        ("dot", "mail.example.com", 552, "5.3.4 Message size exceeds limit", "too big"),
-        ("rcpt", "mail.example.com", 552, "5.2.2 mailbox full", "full"),
-        ("mail", "mail.example.com", 550, "5.7.1 sender not allowed", "SMTP_FROM"),
-        ("rcpt", "mail.example.com", 550, "5.1.1 no such user", "address"),
-        (
-            "tls",
-            "mail.example.com",
-            0,
-            "certificate: Hostname mismatch, certificate is not valid for 'x'",
-            "another name",
-        ),
-        (
-            "tls",
-            "192.0.2.1",
-            0,
-            "certificate: IP address mismatch, certificate is not valid for '192.0.2.1'.",
-            "another name",
-        ),
-        ("tls", "mail.example.com", 0, "certificate: certificate has expired", "expired"),
-        ("tls", "mail.example.com", 0, "certificate: unable to get local issuer certificate", "SMTP_CAFILE"),
-        ("tls", "mail.example.com", 0, "certificate: self-signed certificate", "SMTP_CAFILE"),
-        ("tls", "mail.example.com", 0, "WRONG_VERSION_NUMBER", "465"),
-        ("tls", "mail.example.com", 0, "STARTTLS is not offered by the server", "465"),
-        ("greeting", "mail.example.com", 0, "timed out", "465"),
-        ("connect", "mail.example.com", 0, "timed out", "25"),
-        ("login", "mail.example.com", 454, "4.7.0 temporary authentication failure", "by itself"),
-        ("login", "mail.example.com", 0, "timed out", "by itself"),
-        ("login", "mail.example.com", 0, "the server closed the connection", "SMTP_PASS"),
-        ("connect", "mail.example.com", 0, "refused", "SMTP_PORT"),
-        ("connect", "localhost", 0, "refused", "embedded_smtpd.py --debug"),
-        ("connect", "mail.example.com", 0, "Network is unreachable", "network"),
-        ("resolve", "mail.exmaple.com", 0, "name not found (Name or service not known)", "DNS"),
-    ],
-)
-def test_what_to_do_about_it(step: str, host: str, code: int, words: str, said: str) -> None:
-    assert said in smtp.advice(Outcome(LATER, code, words, step), host)
-
-
 def test_no_advice_where_there_is_none() -> None:
-    assert smtp.advice(Outcome(NO, 554, "5.7.1 spam", "dot"), "mail.example.com") == ""
+    assert smtp.advice(Outcome(LATER, 0, "the server closed the connection", "dot"), "mail.example.com") == ""
 
 
-def test_real_certificate_errors_are_understood(tmp_path: Path) -> None:
+def test_real_certificate_errors_are_understood() -> None:
     error = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
     error.verify_message = "certificate has expired"
     assert "expired" in smtp.advice(judge_error("tls", error), "mail.example.com")

@@ -201,6 +201,23 @@ def test_attachment_that_is_not_exact_is_refused(content: bytes) -> None:
         the_attachment(content)
 
 
+def test_file_that_outlook_packed_is_refused_with_what_to_do() -> None:
+    packed = base64.b64encode(b"\x78\x9f\x3e\x22" + bytes(100))
+    with pytest.raises(Refused, match=r"winmail\.dat: send the mail as HTML or plain text"):
+        the_attachment(mixed(TEXT, attached(packed, b"base64")))
+
+
+def test_line_ends_that_are_refused_are_refused_with_the_cure() -> None:
+    assert b"end each line with CR LF" in device.BARE_BYTES and len(device.BARE_BYTES) <= 512
+
+
+def test_parts_that_only_hold_others_count_too() -> None:
+    empty = [mixed(boundary=b"in%d" % number) for number in range(60)]
+    assert len(parts(mixed(TEXT, *empty[:40]))) == 1
+    with pytest.raises(Refused):
+        parts(mixed(mixed(*empty, boundary=b"a"), mixed(*empty, boundary=b"b")))
+
+
 @pytest.mark.parametrize("charset", [b"=x-none", b"=undefined", b"=idna", b"=punycode", b"=hex", b"=utf-8*", b"*=us-ascii''%00"])
 def test_text_of_an_odd_charset_is_read_as_utf_8_and_quickly(charset: bytes) -> None:
     began = time.perf_counter()
@@ -249,6 +266,7 @@ BOMBS = {
     "part header": mixed(b"X: " + b"y" * 1_000_000),
     "encoded words": b"Subject: " + b"=?utf-8?q?a?= " * 4_000 + b"\r\nContent-Type: multipart/mixed\r\n\r\n",
     "folded lines": b"Subject: a" + b"\r\n b" * 900 + b"\r\nContent-Type: multipart/mixed\r\n\r\n",
+    "a tree of multiparts": mixed(*[mixed(*[mixed(*[mixed(boundary=b"d")] * 30, boundary=b"c")] * 30, boundary=b"b")] * 30, boundary=b"a"),
     "delimiters": b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"\r\n--b" * 300_000,
     "base64": mixed(attached(b"A\r\n" * 1_000_001, b"base64")),
 }

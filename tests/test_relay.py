@@ -1,9 +1,12 @@
 """The event port with real sockets: one answer a line, in order, after the commit; nobody disturbs another."""
 
+import base64
 import contextlib
 import gc
 import json
+import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -23,6 +26,15 @@ import server
 import smtp_module as smtp
 
 EVENT = b'{"event": "MOTION_DETECTED", "camera": "cam1"}\n'
+TOKEN = "s3cret"
+WITH_TOKEN = b'{"event": "DOOR_OPENED", "camera": "front", "token": "s3cret"}\n'
+BUSY = {"ok": False, "error": "busy"}
+
+
+def with_picture(length: int, **fields: Any) -> bytes:
+    """An event with a picture, whose token, if it has one, comes last."""
+    picture = base64.b64encode(b"\xff\xd8\xff" + bytes(length)).decode()
+    return json.dumps({"event": "E", "camera": "c", "image_b64": picture} | fields).encode() + b"\n"
 
 
 class Running:
@@ -31,7 +43,7 @@ class Running:
     def __init__(self, folder: Path, outbox: smtp.Outbox | None = None, **settings: Any) -> None:
         self.config = replace(server.RelayConfig(port=0, spool=str(folder / "alerts.db")), **settings)
         self.outbox = outbox or smtp.Outbox(self.config.spool, size_max=self.config.spool_max)
-        self.relay = server.Relay(self.config, self.outbox, server.Watch(self.config, self.outbox), lambda: None)
+        self.relay = server.Relay(self.config, self.outbox, server.CameraMonitor(self.config, self.outbox), lambda: None)
         self.relay.listen()
         self.relay.start()
 
@@ -51,9 +63,11 @@ class Running:
 
 
 def answers(sock: socket.socket) -> list[dict[str, Any]]:
+    """All until the relay closes; a peer that is turned out within a line gets a reset after them."""
     data = b""
-    while chunk := sock.recv(65536):
-        data += chunk
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := sock.recv(65536):
+            data += chunk
     assert not data or data.endswith(b"\n")
     return [json.loads(line) for line in data.splitlines()]
 
@@ -175,7 +189,7 @@ def test_the_right_token_lets_in_and_is_not_kept(run: Any) -> None:
     line = json.dumps({"event": "E", "camera": "c", "token": "s3cret ütf"}).encode() + b"\n"
     assert running.ask(line)[0]["status"] == "queued"
     with running.outbox.transaction() as db:
-        assert b"s3cret" not in db.execute("SELECT payload FROM items").fetchone()[0]
+        assert b"s3cret" not in db.execute("SELECT payload FROM entries").fetchone()[0]
 
 
 def test_a_ping_needs_the_token_only_for_the_counts(run: Any) -> None:
@@ -231,21 +245,234 @@ def test_a_peer_that_never_reads_and_closes_still_has_its_lines_accepted(run: An
 
 
 def test_half_sent_lines_share_one_budget(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "UNFINISHED_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(server, "UNANSWERED_MAX_BYTES", 1 << 20)
     running = run()
     with running.connect() as hog, running.connect() as second:
         hog.sendall(b"a" * 1_000_000)
-        until(lambda: server.Lines.held_by_all > 900_000)
+        until(lambda: running.relay._counted_bytes > 900_000)
         second.sendall(b"b" * 200_000)
         assert answers(second)[0]["error"] == "busy"
         assert running.ask(EVENT)[0]["status"] == "queued"
-    until(lambda: server.Lines.held_by_all == 0)
+    until(lambda: running.relay._counted_bytes == 0)
+
+
+# strangers: peers that have shown neither token nor certificate where one is asked for
+
+
+def test_strangers_with_half_sent_lines_give_way_to_a_picture_with_the_token(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "UNANSWERED_MAX_BYTES", 1 << 20)
+    running = run(token=TOKEN)
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(running.connect()) for _ in range(4)]
+        for number, stranger in enumerate(strangers, 1):
+            stranger.sendall(b"a" * 250_000)
+            until(lambda number=number: running.relay._counted_bytes == number * 250_000)
+        for _ in range(3):
+            assert running.ask(with_picture(200_000, token=TOKEN))[0]["status"] == "queued"
+        assert answers(strangers[0]) == [BUSY | {"detail": server.NO_ROOM.detail}]  # the one who came first
+        until(lambda: running.relay._counted_bytes == 750_000)
+        strangers[1].sendall(b"\n")
+        assert b"bad_json" in strangers[1].recv(4096)
+    until(lambda: running.relay._counted_bytes == 0)
+    told = [record.getMessage() for record in caplog.records if "turned out" in record.getMessage()]
+    assert len(told) == 1 and "127.0.0.1:" in told[0]
+
+
+def test_among_strangers_it_is_never_the_newcomer_who_is_turned_out(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "UNANSWERED_MAX_BYTES", 1 << 20)
+    running = run(token=TOKEN)
+    with running.connect() as first, running.connect() as second:
+        first.sendall(b"a" * 600_000)
+        until(lambda: running.relay._counted_bytes == 600_000)
+        second.sendall(b"b" * 600_000)
+        assert [entry["error"] for entry in answers(first)] == ["busy"]
+        until(lambda: running.relay._counted_bytes == 600_000)
+
+
+def test_a_peer_that_has_shown_the_token_is_not_turned_out(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "UNANSWERED_MAX_BYTES", 1 << 20)
+    running = run(token=TOKEN)
+    with running.connect() as known, running.connect() as stranger:
+        known.sendall(WITH_TOKEN)
+        assert b"queued" in known.recv(4096)
+        line = with_picture(700_000, token=TOKEN)
+        known.sendall(line[:900_000])
+        until(lambda: running.relay._counted_bytes == 900_000)
+        stranger.sendall(b"b" * 200_000)
+        assert [entry["error"] for entry in answers(stranger)] == ["busy"]
+        known.sendall(line[900_000:])
+        assert b"queued" in known.recv(4096)
+
+
+def test_silent_strangers_give_their_places_to_newcomers_and_known_peers_do_not(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = run(token=TOKEN, max_connections=3)
+    with running.connect() as known, running.connect() as first, running.connect() as second:
+        known.sendall(WITH_TOKEN)
+        assert b"queued" in known.recv(4096)
+        until(lambda: len(running.relay._connections) == 3)
+        with running.connect() as newcomer:
+            newcomer.sendall(WITH_TOKEN)
+            assert b"queued" in newcomer.recv(4096)
+            assert answers(first) == [BUSY | {"detail": server.NO_ROOM.detail}]
+            with running.connect() as another:
+                another.sendall(WITH_TOKEN)
+                assert b"queued" in another.recv(4096)
+                assert [entry["error"] for entry in answers(second)] == ["busy"]
+                until(lambda: len(running.relay._connections) == 3)
+                with running.connect() as too_many:
+                    assert answers(too_many) == [BUSY | {"detail": server.TOO_MANY.detail}]
+        known.sendall(WITH_TOKEN)
+        assert b"queued" in known.recv(4096)
+    assert sum("turned out" in record.getMessage() for record in caplog.records) == 1
+    assert sum("too many connections" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_strangers_give_way_also_where_the_system_permits_no_more_threads(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    running = run(token=TOKEN)
+    with running.connect() as stranger:
+        until(lambda: running.relay._connections)
+        with monkeypatch.context() as short:
+            short.setattr("server._thread.start_new_thread", cannot)
+            assert [entry["error"] for entry in running.ask(WITH_TOKEN)] == ["busy"]
+        assert [entry["error"] for entry in answers(stranger)] == ["busy"]
+        assert running.ask(WITH_TOKEN)[0]["status"] == "queued"
+
+
+def test_a_stranger_that_does_not_read_its_answers_gives_its_place_at_once(run: Any) -> None:
+    running = run(token=TOKEN, max_connections=1)
+    with running.connect() as deaf:
+        deaf.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                deaf.sendall(b'{"ping": 1}\n' * 5000)
+        until(lambda: [connection._sending for connection in running.relay._connections] == [True])
+        assert running.ask(WITH_TOKEN)[0]["status"] == "queued"
+        until(lambda: not running.relay._connections, 2)
+
+
+def test_a_peer_that_is_turned_out_while_it_sends_learns_it_at_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be in a long sendall, with more than the buffers of the kernel hold."""
+    monkeypatch.setattr(server, "UNANSWERED_MAX_BYTES", 3 << 20)
+    running = run(token=TOKEN)
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(running.connect()) for _ in range(4)]
+        began = time.monotonic()
+        threads = [threading.Thread(target=send, args=(stranger, b"a" * 15_000_000)) for stranger in strangers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert time.monotonic() - began < 5
+
+
+def send(sock: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
+
+
+def test_a_stranger_may_be_silent_for_less_long_than_a_known_peer(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STRANGER_TIMEOUT_S", 0.3)
+    running = run(token=TOKEN)
+    with running.connect() as known, running.connect() as stranger:
+        known.sendall(WITH_TOKEN)
+        assert b"queued" in known.recv(4096)
+        assert answers(stranger) == []
+        known.sendall(WITH_TOKEN)
+        assert b"queued" in known.recv(4096)
+
+
+def test_where_nothing_is_asked_for_nobody_is_a_stranger(run: Any) -> None:
+    running = run(max_connections=2)
+    with running.connect(), running.connect():
+        until(lambda: len(running.relay._connections) == 2)
+        assert [entry["error"] for entry in running.ask(EVENT)] == ["busy"]
+
+
+def test_a_stream_of_small_events_goes_on_while_others_hold_all_the_memory(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "UNANSWERED_MAX_BYTES", 1 << 20)
+    running = run()
+    with running.connect() as hog:
+        hog.sendall(b"a" * 1_000_000)
+        until(lambda: running.relay._counted_bytes == 1_000_000)
+        said = running.ask(EVENT * 5000)
+    assert [entry["status"] for entry in said] == ["queued"] * 5000
+
+
+# what the log says
+
+
+@pytest.fixture
+def info(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "relay")
+    return caplog
+
+
+def test_accepted_events_are_one_line_of_the_log_for_a_commit(run: Any, info: pytest.LogCaptureFixture) -> None:
+    running = run()
+    running.ask(b'{"event": "DOOR_OPENED", "camera": "front", "id": "a:1"}\n')
+    running.ask(b"".join(b'{"event": "E", "camera": "c%d", "id": "a:%d"}\n' % (n, n) for n in range(1, 6)))
+    said = [record.getMessage() for record in info.records if record.getMessage().startswith("accepted")]
+    assert said[0] == "accepted DOOR_OPENED front (a:1)"
+    assert said[1].startswith("accepted E c1 (a:1-")  # the same id, another event
+    assert said[1].endswith("E c2 (a:2), E c3 (a:3) and 2 more") and len(said) == 2
+
+
+def test_a_refused_token_is_logged_once_with_its_peer_and_without_the_token(
+    run: Any, info: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "UNAUTHORIZED_DELAY_S", 0.0)
+    running = run(token=TOKEN)
+    for _ in range(3):
+        running.ask(b'{"ping": 1, "token": "guess\\n"}\n')
+    said = [record.getMessage() for record in info.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert re.fullmatch(r"127\.0\.0\.1:\d+ was refused: token is missing or wrong", said[0])
+
+
+def test_what_is_logged_once_is_logged_again_after_a_while(
+    run: Any, info: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LOG_AGAIN_S", 0.05)
+    relay = run().relay
+    until(lambda: relay.log_once("x", "again") or len([r for r in info.records if r.getMessage() == "again"]) == 3)
+
+
+def test_a_failed_handshake_is_logged_once_with_its_peer(
+    run: Any, certificate: Path, info: pytest.LogCaptureFixture
+) -> None:
+    running = run(tls=smtp.server_tls(str(certificate), ""))
+    for _ in range(3):
+        with running.connect() as plain:
+            plain.sendall(EVENT)
+            with contextlib.suppress(OSError):
+                plain.recv(4096)
+    with running.connect():  # a look at the port is none
+        pass
+    until(lambda: not running.relay._connections)
+    said = [record.getMessage() for record in info.records if record.levelname == "WARNING"]
+    assert len(said) == 1 and re.match(r"no TLS with 127\.0\.0\.1:\d+: .", said[0])
+
+
+def test_a_proxy_that_says_first_who_the_peer_is_gets_no_answer_to_that(run: Any) -> None:
+    header = b"PROXY TCP4 192.168.1.9 192.168.1.10 5555 5000\r\n"
+    said = run().ask(header + EVENT + header)
+    assert [entry.get("status") or entry["error"] for entry in said] == ["queued", "bad_json"]
 
 
 def test_a_full_spool_is_said_and_the_connection_goes_on(run: Any) -> None:
     running = run(spool_max=100_000)
-    big = json.dumps({"event": "E", "camera": "c", "meta": {"x": "y" * 200_000}}).encode() + b"\n"
-    said = running.ask(big + b'{"ping": 1}\n')
+    said = running.ask(with_picture(200_000) + b'{"ping": 1}\n')
     assert [entry.get("error") or entry["status"] for entry in said] == ["spool_full", "pong"]
 
 
@@ -324,8 +551,7 @@ def test_a_peer_that_sends_on_while_the_relay_ends_is_not_told_of_a_failed_disk(
 
 def test_of_a_batch_what_fits_is_taken(run: Any) -> None:
     running = run(spool_max=1 << 20)
-    line = json.dumps({"event": "E", "camera": "c", "meta": {"x": "y" * 130_000}}).encode() + b"\n"
-    said = [entry.get("status") or entry["error"] for entry in running.ask(line * 20)]
+    said = [entry.get("status") or entry["error"] for entry in running.ask(with_picture(100_000) * 20)]
     assert said.count("queued") >= 4 and said.count("spool_full") >= 10
     assert said == sorted(said, key=["queued", "spool_full"].index)
 
@@ -511,6 +737,34 @@ def test_a_silent_or_talkative_handshake_costs_only_itself(run: Any, certificate
             sock.sendall(EVENT)
             assert b"queued" in sock.recv(4096)
     assert running.outbox.counts()["queued"] == 1
+
+
+def test_strangers_in_a_handshake_give_their_places_to_a_client_certificate(run: Any, certificate: Path) -> None:
+    tls = smtp.server_tls(str(certificate), "", str(certificate))
+    running = run(tls=tls, client_ca=True, max_connections=2)
+    own = tls_client(certificate, certificate)
+    with running.connect() as first, running.connect(), own.wrap_socket(running.connect(), server_hostname="localhost") as sock:
+        sock.sendall(EVENT)
+        assert b"queued" in sock.recv(4096)
+        assert first.recv(1) == b""
+        with own.wrap_socket(running.connect(), server_hostname="localhost") as another:
+            another.sendall(EVENT)
+            assert b"queued" in another.recv(4096)
+        sock.sendall(EVENT)
+        assert b"queued" in sock.recv(4096)
+
+
+def test_a_stranger_over_tls_is_told_that_it_is_turned_out(run: Any, certificate: Path) -> None:
+    running = run(tls=smtp.server_tls(str(certificate), ""), token=TOKEN, max_connections=1)
+    client = tls_client(certificate)
+    with client.wrap_socket(running.connect(), server_hostname="localhost") as first:
+        first.sendall(b'{"ping": 1}\n')
+        assert b"pong" in first.recv(4096)
+        until(lambda: not any(connection._sending for connection in running.relay._connections))
+        with client.wrap_socket(running.connect(), server_hostname="localhost") as newcomer:
+            newcomer.sendall(WITH_TOKEN)
+            assert b"queued" in newcomer.recv(4096)
+        assert [entry["error"] for entry in answers(first)] == ["busy"]
 
 
 def test_without_a_client_certificate_nobody_gets_in_where_one_is_asked_for(run: Any, certificate: Path) -> None:

@@ -69,6 +69,9 @@ GOOD: list[tuple[str, str, str, Any]] = [
     ("RETRY_MAX", "10m", "retry_max_s", 600.0),
     ("MAX_AGE", "", "max_age_s", 432_000.0),
     ("MAX_AGE", "5d", "max_age_s", 432_000.0),
+    ("REFUSED_AFTER", "", "refused_after_s", 86_400.0),
+    ("REFUSED_AFTER", "0", "refused_after_s", 0.0),
+    ("REFUSED_AFTER", "2h", "refused_after_s", 7200.0),
     ("DAILY_MAX", "", "daily_max", 0),
     ("DAILY_MAX", "500", "daily_max", 500),
     ("PRIORITY", "", "priority", ("DOOR_OPENED", "TAMPER_DETECTED", "CAMERA_*")),
@@ -128,6 +131,8 @@ BAD: list[tuple[str, str, str]] = [
     ("RETRY_FIRST", "0", "more than 0"),
     ("RETRY_MAX", "soon", "'soon'"),
     ("MAX_AGE", "0d", "more than 0"),
+    ("REFUSED_AFTER", "-1", "'-1'"),
+    ("REFUSED_AFTER", "never", "'never'"),
     ("DAILY_MAX", "1.5", "'1.5'"),
     ("DAILY_MAX", "-1", "'-1'"),
     ("PRIORITY", "DOOR_*,,CAM", "pattern"),
@@ -205,6 +210,21 @@ def test_debug_fallback_needs_nothing_and_sends_one_mail_at_a_time() -> None:
     settings = smtp.Settings({"ALERT_SENDERS": "3", "ALERT_RECIPIENT": "me@x.org"})
     config = server.RelayConfig.from_settings(settings, smtp.SMTPConfig.from_settings(settings))
     assert config.recipients == ("me@x.org",) and config.senders == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ALERT_RECIPIENT": "a@x.org,b@y.org,c@z.org"},
+        {"ALERT_ROUTES": "cam1=a@x.org,b@y.org,c@z.org"},
+        {"ALERT_RECIPIENT": "a@x.org,b@y.org", "ALERT_ROUTES": "cam1=a@x.org; cam2=a@x.org,b@y.org,c@z.org"},
+    ],
+)
+def test_daily_limit_below_the_longest_list_of_recipients_is_an_error(values: dict[str, str]) -> None:
+    with pytest.raises(smtp.ConfigError, match=r"ALERT_DAILY_MAX: .* 3 recipients"):
+        load(ALERT_DAILY_MAX="2", **values)
+    assert load(ALERT_DAILY_MAX="3", **values).daily_max == 3
+    assert load(ALERT_DAILY_MAX="0", **values).daily_max == 0
 
 
 def test_token_is_in_no_repr() -> None:

@@ -219,7 +219,7 @@ class Relay(Process):
 
     def counts(self) -> dict[str, int]:
         """What a ping answers: queued, sent, failed."""
-        return self.ask(b'{"ping": 1}')[0]
+        return self.ask(json.dumps({"ping": 1, "token": self.environ.get("ALERT_TOKEN")}).encode())[0]
 
     def command(self, *words: str) -> bytes:
         """What a command of smtp_module.py prints for this spool. Raises Red."""
