@@ -2658,9 +2658,10 @@ class Outbox:
     def limit_times(self, now: float, longest: float) -> None:
         """No open delivery waits longer than `longest`, or has failed in the future: another clock may have said so."""
         with self._transaction() as db:
-            latest = "CASE WHEN tried_at = 0 THEN ?1 ELSE ?1 + ?2 END"
-            sql = f"UPDATE deliveries SET next_try = min(next_try, {latest}), first_failed = min(first_failed, ?1)"
-            db.execute(f"{sql} WHERE state = 'open' AND (next_try > {latest} OR first_failed > ?1)", (now, longest))
+            latest = "CASE WHEN tried_at = 0 THEN :now ELSE :now + :longest END"
+            sql = f"UPDATE deliveries SET next_try = min(next_try, {latest}), first_failed = min(first_failed, :now)"
+            sql += f" WHERE state = 'open' AND (next_try > {latest} OR first_failed > :now)"
+            db.execute(sql, {"now": now, "longest": longest})
 
     def prune(self, now: float) -> int:
         """Forget what ended more than MEMORY_S ago, a little at a time; the number of entries forgotten. A delivery is

@@ -257,7 +257,7 @@ def test_many_deliveries_share_a_commit(bench: Make) -> None:
     said: list[str] = []
     b.outbox._db.set_trace_callback(said.append)
     assert b.run() == 160
-    assert said.count("COMMIT") <= 2 * 160 / 16 + 1
+    assert said.count("COMMIT") <= 2 * 160 / smtp.FILL + 160 / smtp.UNWRITTEN_MAX
 
 
 def test_outcomes_are_written_after_sixteen_after_a_second_or_when_a_sender_runs_dry(bench: Make) -> None:

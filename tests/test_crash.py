@@ -40,7 +40,10 @@ def test_what_is_acknowledged_survives_a_power_cut_at_that_instant():
 @needs_strace
 @pytest.mark.parametrize("broken", powerloss.CONTROLS)
 def test_the_power_cut_test_notices_a_relay_that_breaks_its_promise(broken):
-    assert powerloss.control(RUN.product, powerloss.CONTROLS[broken], seed=1, points=100).bad_points
+    try:
+        assert powerloss.control(RUN.product, powerloss.CONTROLS[broken], seed=1, points=100).bad_points
+    except harness.Red:
+        pass  # The relay that came back on such a disk did what it must not.
 
 
 def test_a_mail_cut_off_after_the_dot_is_sent_again_with_the_same_message_id():
