@@ -1,16 +1,14 @@
 #!/usr/bin/env python3
-"""device_nemesis: embedded_smtpd.py and client.py are killed over and over, around the reply that counts.
+"""device_nemesis: embedded_smtpd.py is killed over and over, around the 250 after a mail.
 
     device      operators send it commands by mail until each got its 250; the mail server misbehaves, too
     gateway     cameras send it mails until each got its 250; gateway and relay are killed in turn
-    outbox      client.py --outbox with a relay that is there or not; what ended with 0 or 75 counts
 
 Each is ended by kill -9 at random or at a chosen system call, or by SIGTERM. At the end everything works again, and
 
     device      each command was carried out exactly once, in order: its reply tells the value before and after; each
                 reply arrived, and came a second time only because of an end of the device, as the same mail
     gateway     each mail that got its 250 is one alert, with its picture
-    outbox      each event that counts is one alert, none is two
 
     python3 tests/bench/device_nemesis.py [--only WORD]       25 kills each
     python3 tests/bench/device_nemesis.py --long              300 kills each
@@ -43,7 +41,6 @@ sys.path.insert(0, str(harness.ROOT / "tests"))
 from neighbours import free_port
 
 CHOSEN_CALLS = ("fdatasync", "pwrite64", "sendto")
-CLIENT_CALLS = ("fsync", "rename", "sendto", "write", "unlink")
 PROGRAM = "embedded_smtpd.py"
 SINK_FAULTS = ("dot:die%20", "dot:451%20", "dot:reset%20", "body:drop=1%20", "quit:drop")
 
@@ -320,64 +317,7 @@ def wrong_alerts(mails: list[Mail], stage: Stage) -> Iterator[str]:
     yield from harness.some("never sent", alerts.keys() - {mail.name for mail in mails})
 
 
-# --- The outbox of client.py --------------------------------------------------------------------------
-
-
-class Client:
-    """Runs client.py --outbox, once for each event. Each event is that of a camera of its own."""
-
-    def __init__(self, stage: Stage, product: Path, rng: random.Random) -> None:
-        self._folder, self._rng = stage.folder, rng
-        self._command = [sys.executable, str(product / "client.py"), "--port", stage.relay.environ["ALERT_PORT"],
-                         "--retries", "0", "--timeout", "2", "--outbox", str(stage.folder / "outbox"), "--camera"]  # fmt: skip
-
-    def run(self, camera: str, *wrapper: str, seconds: float | None = None) -> int:
-        """Its exit code; negative when it was killed, as it is after so many seconds."""
-        with subprocess.Popen([*wrapper, *self._command, camera], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              stdin=subprocess.DEVNULL, cwd=self._folder) as process:  # fmt: skip
-            try:
-                return process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                return process.wait()
-
-    def run_and_kill(self, camera: str) -> int:
-        """The same; it may be killed, in one way or another."""
-        if self._rng.random() < 0.5 and harness.STRACE:
-            return self.run(camera, *harness.inject(self._rng.choice(CLIENT_CALLS), str(self._rng.randrange(1, 6))))
-        return self.run(camera, seconds=self._rng.choice((None, self._rng.uniform(0.02, 0.2))))
-
-
-def outbox(product: Path, seed: int, kills: int) -> str:
-    """Raises Red."""
-    rng = random.Random(seed)
-    with Stage(product, seed=seed, clients=0, ALERT_PORT=str(free_port())) as stage:
-        relay, client = stage.relay, Client(stage, product, rng)
-        codes: dict[str, int] = {}
-        for number in range(kills * 3):
-            if relay.dead() and rng.random() < 0.4:
-                relay.start()
-            elif not relay.dead() and rng.random() < 0.2:
-                relay.kill()
-            codes[f"cam-{number}"] = client.run_and_kill(f"cam-{number}")
-        if relay.dead():
-            relay.start()
-        codes["last"] = client.run("last")
-        must(set(codes.values()) <= {0, 75, -9} and codes["last"] == 0, f"exit codes {Counter(codes.values())}")
-        stage.drain()
-        alerts: dict[str, set[str]] = defaultdict(set)
-        for mail in stage.sink.mails:
-            for name, camera in mail["alerts"]:
-                alerts[camera].add(name)
-        complaints = [*harness.some("lost", {name for name, code in codes.items() if code >= 0 and not alerts[name]})]
-        complaints += harness.some("more than one alert", {name for name, ids in alerts.items() if len(ids) > 1})
-        must(not complaints, "; ".join(complaints))
-        kept, killed, sent = (sum(code == one for code in codes.values()) for one in (75, -9, 0))
-        return (f"{len(codes)} runs, {killed} killed, {kept} kept their event, {sent} handed over all,"
-                f" {sum(map(bool, alerts.values()))} alerts, each once")  # fmt: skip
-
-
-PROOFS: dict[str, Callable[[Path, int, int], str]] = {"device": device, "gateway": gateway, "outbox": outbox}
+PROOFS: dict[str, Callable[[Path, int, int], str]] = {"device": device, "gateway": gateway}
 
 
 def main() -> int:

@@ -784,14 +784,14 @@ def mended_recipient(run: Run) -> str:
 
 BROKEN_PIPELINING = (
     "rcpt@early:lost", "mail@early:lost", "data@early:lost", "rcpt@early:503 5.5.1 out of order",
-    "mail@early:503 5.5.1 out of order", "rcpt@early:garbage", "rcpt@early:554 5.5.0 improper pipelining",
+    "mail@early:503 5.5.1 out of order", "rcpt@early:garbage", "data@early:554 5.5.0 improper pipelining",
 )  # fmt: skip
 
 
 @row("PIPELINING is offered and broken", f"{'; '.join(BROKEN_PIPELINING)}: lock step from then on, nothing twice")
 def broken_pipelining(run: Run) -> str:
     said = []
-    for fault in BROKEN_PIPELINING:
+    for fault in BROKEN_PIPELINING[:: 3 if run.short else 1]:
         with run.stage(picture_max=0, SMTP_TIMEOUT="1") as stage:
             stage.sink.script(fault)
             stage.relay.start()
