@@ -148,25 +148,17 @@ class Settings:
     @classmethod
     def load(cls, flags: Mapping[str, object] | None = None, env_file: str | None = None) -> Settings:
         """Merge `.env` (or `env_file`, which must then exist), the environment and the flags that are not None."""
-        values = read_env_file(env_file)
-        values.update(os.environ)
         for name in SETTINGS:
             if re.fullmatch(r"""(["'])(?:(?!\1).)*\1""", os.environ.get(name, "").strip(), re.DOTALL):
-                log.warning(
-                    "%s has quotes around its value, and they count as part of it: take them away"
-                    " (Docker's --env-file keeps quotes; a .env file that is read here may have them)",
-                    name,
-                )
-        values.update({name: str(value) for name, value in (flags or {}).items() if value is not None})
-        return cls(values)
+                log.warning("%s: take away the quotes, which count as part of the value (Docker keeps them)", name)
+        given = {name: str(value) for name, value in (flags or {}).items() if value is not None}
+        return cls({**read_env_file(env_file), **os.environ, **given})
 
     def read(self, name: str, convert: Callable[[str], T], default: T) -> T:
         """The converted value, or `default` where the variable is absent or empty. Raises ConfigError."""
         text = self.secret(name).strip()
-        if not text:
-            return default
         try:
-            return convert(text)
+            return convert(text) if text else default
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
 
@@ -187,7 +179,10 @@ class Settings:
 
 
 def read_env_file(path: str | None) -> dict[str, str]:
-    """The settings in a file. Without `path` it is ./.env, which may be missing. Raises ConfigError."""
+    """The settings in a file: `KEY=value` lines with `#` comments and an optional `export`.
+
+    Without `path` it is ./.env, which may be missing. Raises ConfigError, which shows no value.
+    """
     name = path or ".env"
     try:
         with open(name, encoding="utf-8-sig") as file:
@@ -200,46 +195,30 @@ def read_env_file(path: str | None) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "save it as UTF-8"
         raise ConfigError(f"{name}: cannot be read: {why}") from None
-    if path is None:
-        _refuse_foreign(status)
-    values = _env_lines(name, text)
-    if os.name == "posix" and status.st_mode & 0o004 and any(map(values.get, SECRETS)):
+    posix = os.name == "posix"
+    if posix and path is None and (status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002):
+        # An SMTP_PASS_COMMAND in it would run as this user.
+        raise ConfigError(
+            ".env: belongs to another user, or everybody may write to it, so it is not read unasked;"
+            " make it yours with chown and chmod 600, or name it with --env-file"
+        )
+    values: dict[str, str] = {}
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = re.sub(r"^export\s+", "", raw.strip())
+        key, equals, value = (part.strip() for part in line.partition("="))
+        try:
+            if line and not line.startswith("#"):
+                if not equals or len(key.split()) != 1:
+                    raise ValueError("not KEY=value")
+                values[key] = _env_value(value)
+        except ValueError as error:
+            raise ConfigError(f"{name} line {number}: {error}") from None
+    if posix and status.st_mode & 0o004 and any(map(values.get, SECRETS)):
         log.warning("%s holds a password, and every user of this machine can read it: chmod 600 %s", name, name)
     return values
 
 
-def _refuse_foreign(status: os.stat_result) -> None:
-    """Raise ConfigError for a ./.env that somebody else wrote: its SMTP_PASS_COMMAND would run as this user."""
-    if not hasattr(os, "geteuid"):  # Windows
-        return
-    if status.st_uid not in (0, os.geteuid()):
-        raise ConfigError(
-            f".env: belongs to another user (number {status.st_uid}), so it is not read unasked;"
-            " change its owner with chown, or name it with --env-file"
-        )
-    if status.st_mode & 0o002:
-        raise ConfigError(".env: everybody may write to it, so it is not read unasked; chmod 600 .env")
-
-
-def _env_lines(name: str, text: str) -> dict[str, str]:
-    """`KEY=value` lines with `#` comments and an optional `export`. Raises ConfigError, which shows no value."""
-    values: dict[str, str] = {}
-    for number, raw in enumerate(text.split("\n"), 1):
-        line = re.sub(r"^export\s+", "", raw.strip())
-        if not line or line.startswith("#"):
-            continue
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or len(key.split()) != 1:
-            raise ConfigError(f"{name} line {number}: not KEY=value")
-        try:
-            values[key] = _env_value(value)
-        except ValueError as error:
-            raise ConfigError(f"{name} line {number}: {error}") from None
-    return values
-
-
-_SHELL_PIECE = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\]""")
-_SHELL_WORD = re.compile(f"(?:{_SHELL_PIECE.pattern})+")
+_SHELL_PIECE = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)|([^\s'"\\])""")
 
 
 def _env_value(text: str) -> str:
@@ -250,19 +229,14 @@ def _env_value(text: str) -> str:
     """
     if not text.startswith(("'", '"')):
         return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].rstrip()
-    word = _SHELL_WORD.match(text)
-    rest = text[word.end() :].strip() if word else text
-    if word is None or (rest and not rest.startswith("#")):
+    value, at = "", 0
+    while piece := _SHELL_PIECE.match(text, at):
+        single, double, escaped, plain = piece.groups("")
+        value += single + re.sub(r"""\\([$`"\\])""", r"\1", double) + escaped + plain
+        at = piece.end()
+    if not re.fullmatch(r"(\s+#.*)?", text[at:]):
         raise ValueError("a value in quotes must end with its quote; only a # comment may follow")
-
-    def unquoted(piece: re.Match[str]) -> str:
-        if piece[0].startswith("'"):
-            return piece[0][1:-1]
-        if piece[0].startswith('"'):
-            return re.sub(r"""\\([$`"\\])""", r"\1", piece[0][1:-1])
-        return piece[0][-1]
-
-    return _SHELL_PIECE.sub(unquoted, word[0])
+    return value
 
 
 def duration(text: str) -> float:
@@ -295,51 +269,6 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 port = whole(0, 65535)
 
 
-def ascii_domain(name: str) -> str:
-    """A host or mail domain in ASCII, by IDNA 2003 as Python has it. Raises ValueError, UnicodeError for no name.
-
-    IDNA 2008 keeps four letters that 2003 changes or drops (RFC 5894 section 7.2), and so means another domain, whose
-    owner may be somebody else. Registries and mail programs follow 2008; such a name must be given in its ASCII form.
-    """
-    if name.isascii():
-        return name
-    if re.search("[\u00df\u1e9e\u03c2\u200c\u200d]", name):  # sharp s, small and capital; final sigma; joiners
-        # Letter by letter: the lower case of a whole word would make a final sigma of another letter.
-        lower = unicodedata.normalize("NFKC", "".join(map(str.lower, name)))
-        labels = encodings.idna.dots.split(lower)
-        right = ".".join(x if x.isascii() else f"xn--{x.encode('punycode').decode('ascii')}" for x in labels)
-        raise ValueError(f"'{printable(name)}' means different domains in IDNA 2003 and 2008; write {right} (2008)")
-    return name.encode("idna").decode("ascii")
-
-
-def host_name(text: str) -> str:
-    """A name or an address, without the brackets that an IPv6 address may have, and without a dot at its end.
-
-    A name with that dot stands neither in certificates nor in /etc/hosts.
-    """
-    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text.removesuffix(".")
-    with contextlib.suppress(UnicodeError):
-        host = ascii_domain(host)
-    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,255}", host) or host.count(":") == 1:
-        raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address, without a port")
-    return host
-
-
-def ehlo_name(text: str) -> str:
-    """What EHLO says: a domain, or an address literal (RFC 5321 section 4.1.3); a bare address gets its brackets."""
-    with contextlib.suppress(ValueError):
-        ip = ipaddress.ip_address(re.sub(r"^IPv6:", "", text.removeprefix("[").removesuffix("]"), flags=re.IGNORECASE))
-        if "%" not in text:
-            return f"[{'IPv6:' * (ip.version == 6)}{ip}]"
-    name = text
-    with contextlib.suppress(UnicodeError):
-        name = ascii_domain(text)
-    label = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-    if len(name) > 255 or not re.fullmatch(rf"{label}(?:\.{label})*", name):
-        raise ValueError(f"'{printable(text)}' is no name for EHLO; write mail.example.com or [192.0.2.1]")
-    return name
-
-
 def one_of(*words: str) -> Callable[[str], str]:
     """A converter for one of some words, in any case."""
 
@@ -351,6 +280,49 @@ def one_of(*words: str) -> Callable[[str], str]:
     return convert
 
 
+def ascii_domain(name: str) -> str:
+    """A host or mail domain in ASCII, by IDNA 2003 as Python has it; what is no domain stays as it is.
+
+    IDNA 2008 keeps four letters that 2003 changes or drops (RFC 5894 section 7.2), and so means another domain, whose
+    owner may be somebody else. Registries and mail programs follow 2008; such a name must be given in its ASCII form.
+    Raises ValueError.
+    """
+    if re.search("[\u00df\u1e9e\u03c2\u200c\u200d]", name):  # sharp s, small and capital; final sigma; joiners
+        # Letter by letter: the lower case of a whole word would make a final sigma of another letter.
+        lower = unicodedata.normalize("NFKC", "".join(map(str.lower, name)))
+        labels = encodings.idna.dots.split(lower)
+        right = ".".join(x if x.isascii() else f"xn--{x.encode('punycode').decode('ascii')}" for x in labels)
+        raise ValueError(f"'{printable(name)}' means different domains in IDNA 2003 and 2008; write {right} (2008)")
+    try:
+        return name if name.isascii() else name.encode("idna").decode("ascii")
+    except UnicodeError:
+        return name
+
+
+def host_name(text: str) -> str:
+    """A name or an address, without the brackets that an IPv6 address may have, and without a dot at its end.
+
+    A name with that dot stands neither in certificates nor in /etc/hosts.
+    """
+    host = ascii_domain(text[1:-1] if text.startswith("[") and text.endswith("]") else text.removesuffix("."))
+    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,255}", host) or host.count(":") == 1:
+        raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address, without a port")
+    return host
+
+
+def ehlo_name(text: str) -> str:
+    """What EHLO says: a domain, or an address literal (RFC 5321 section 4.1.3); a bare address gets its brackets."""
+    try:
+        ip = ipaddress.ip_address(text.removeprefix("[").removesuffix("]").removeprefix("IPv6:"))
+        name = f"[{'IPv6:' * (ip.version == 6)}{ip}]"
+    except ValueError:
+        name = ascii_domain(text)
+    label = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+    if len(name) > 255 or not re.fullmatch(rf"{label}(?:\.{label})*|\[[IPv0-9A-Fa-f.:]+\]", name):
+        raise ValueError(f"'{printable(text)}' is no name for EHLO; write mail.example.com or [192.0.2.1]")
+    return name
+
+
 _ADDRESS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@(?:[A-Za-z0-9_.-]{1,255}|\[[0-9A-Fa-f.:]+\])", re.ASCII)
 
 
@@ -358,9 +330,7 @@ def address(text: str) -> str:
     """One mail address, its domain in ASCII. The pattern lets nothing through that could end a command."""
     match = re.fullmatch(r"[^<>]*<([^<>]+)>|([^<>]+)", text.strip())
     local, _, domain = (match[1] or match[2] if match else "").strip().rpartition("@")
-    with contextlib.suppress(UnicodeError):
-        domain = ascii_domain(domain)
-    plain = f"{local}@{domain}"
+    plain = f"{local}@{ascii_domain(domain)}"
     if not _ADDRESS.fullmatch(plain) or UNPRINTABLE.search(text):
         more = ", several with commas between" if text.count("@") > 1 else ""
         raise ValueError(f"'{printable(text)}' is not a mail address; write name@example.com{more}")
@@ -380,9 +350,8 @@ def add_common_flags(parser: argparse.ArgumentParser, *, logs: bool = True) -> N
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--env-file", metavar="FILE", help="settings file (default: .env, if it is there)")
     if logs:
-        parser.add_argument(
-            "--log-level", default="info", type=str.lower, choices=["debug", "info", "warning", "error"]
-        )
+        levels = ["debug", "info", "warning", "error"]
+        parser.add_argument("--log-level", default="info", type=str.lower, choices=levels)
 
 
 # ───────────────────────────────────────────── Logging ──────────────────────────────────────────────
@@ -399,8 +368,6 @@ def printable(text: object, limit: int = 300) -> str:
     shown = str(text)
     if len(shown) > limit:
         shown = shown[:limit] + "…"
-    if shown.isprintable():
-        return shown
     return UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), shown)
 
 
@@ -409,14 +376,6 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), limit=4000)
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        return f"{_clock(int(record.created))},{record.msecs:03.0f}"
-
-
-@functools.lru_cache(maxsize=4)  # a busy relay logs thousands of lines a second
-def _clock(second: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class BackgroundHandler(logging.Handler):
@@ -438,15 +397,12 @@ class BackgroundHandler(logging.Handler):
         if self._lines.qsize() >= LOG_LINES_MAX:
             self._dropped += 1
             return
-        try:
+        with contextlib.suppress(Exception):  # an error in a log line must not cost anything
             line = self.format(record)
-        except Exception:
-            self.handleError(record)
-            return
-        if self._dropped:
-            line += f" (lines dropped before this one, because nobody read the log: {self._dropped})"
-            self._dropped = 0
-        self._lines.put(line)
+            if self._dropped:
+                line += f" (lines dropped before this one, because nobody read the log: {self._dropped})"
+                self._dropped = 0
+            self._lines.put(line)
 
     def close(self) -> None:
         """Wait a moment for what is left to be written; logging calls this when the program ends."""
@@ -461,25 +417,19 @@ class BackgroundHandler(logging.Handler):
                 self._stream.flush()
 
 
-def _stderr_handler() -> logging.Handler:
-    if not sys.stderr:  # it was closed
-        return logging.NullHandler()
-    try:
-        number = sys.stderr.fileno()
-    except io.UnsupportedOperation:  # it is caught in memory
-        return logging.StreamHandler()
-    # A second stream, because Python at its end would wait for a thread that is stuck in a write to sys.stderr.
-    stream = os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
-    return BackgroundHandler(stream)
-
-
 def start_logging(level: str = "info") -> None:
     """Log to standard error, one line a record."""
     logging.raiseExceptions = False  # an error in a log line must not cost anything
-    # what no line shows need not be found out: docs.python.org/3/howto/logging.html#optimization
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
-    handler = _stderr_handler()
+    handler: logging.Handler = logging.NullHandler()  # where standard error is closed
+    if sys.stderr:
+        try:
+            number = sys.stderr.fileno()
+            # A second stream, because Python at its end would wait for a thread that is stuck in a write to sys.stderr.
+            handler = BackgroundHandler(
+                os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
+            )
+        except io.UnsupportedOperation:  # it is caught in memory
+            handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
