@@ -27,6 +27,8 @@ import binascii
 import contextlib
 import datetime as dt
 import difflib
+import email.charset
+import email.header
 import email.message
 import email.policy
 import email.utils
@@ -449,9 +451,6 @@ class Attachment:
     base64: bytes | None = None  # the same, already strict Base64 in one line
     cid: str = ""
 
-    def lines(self) -> list[bytes]:
-        return wrap_base64(self.base64 if self.base64 is not None else base64.b64encode(self.data))
-
 
 _THOUSAND_LINES = struct.Struct("76s" * 1000)
 
@@ -470,13 +469,20 @@ def one_line(text: str) -> str:
 
 
 PLAIN_WORDS = re.compile(r"(?:(?:(?!=\?)[!-~]){1,900}(?: +|$))*")  # these need no encoding
-Q_UNSAFE = re.compile(rb"[^A-Za-z0-9!*+/-]")  # RFC 2047 5 (3), which holds for names in address headers, too
-WORD_MAX = 75  # characters of an encoded word, RFC 2047 2
+# Encoded words in quoted-printable (RFC 2047): a word in Base64 ends with padding unless its bytes are a multiple of
+# three, and programs that use GMime drop what follows a padded word.
+UTF8_WORDS = email.charset.Charset("utf-8")
+UTF8_WORDS.header_encoding = email.charset.QP
+
+
+def is_fit(data: bytes) -> bool:
+    """ASCII, and no line longer than 998 bytes (RFC 5322 section 2.1.1)? Then any server can carry it as it is."""
+    return data.isascii() and max(map(len, data.split(b"\r\n"))) <= 998
 
 
 @functools.lru_cache(maxsize=1024)
 def header_text(name: str, value: str) -> str:
-    """An unstructured header's value, encoded (RFC 2047) and folded where that is needed.
+    """An unstructured header's value, encoded and folded where that is needed.
 
     What is plain at its beginning stays so, for programs that look at a Subject without decoding it.
     """
@@ -485,25 +491,10 @@ def header_text(name: str, value: str) -> str:
     rest = value[len(plain) + 1 :] if plain else value
     if not rest and len(plain) < 900:
         return plain
-    folded = plain if len(plain) < 900 else re.sub(r"(.{1,900}) (?=\S)", r"\1\r\n ", plain)
-    words = encoded_words(rest, WORD_MAX if plain else WORD_MAX - 1 - len(name))
-    return "\r\n ".join([folded, *words] if folded else words)
-
-
-def encoded_words(text: str, first: int = WORD_MAX) -> list[str]:
-    """Text as encoded words of whole characters (RFC 2047), the first one with at most `first` characters.
-
-    They are quoted-printable: a word in Base64 ends with padding unless its bytes are a multiple of three, and
-    programs that use GMime drop what follows a padded word.
-    """
-    words, word, room = [], b"", first - len("=?utf-8?q??=")
-    for character in text:
-        written = Q_UNSAFE.sub(lambda byte: b"=%02X" % ord(byte[0]), character.encode("utf-8", "replace"))
-        if len(word) + len(written) > room:
-            words.append(word)
-            word, room = b"", WORD_MAX - len("=?utf-8?q??=")
-        word += written
-    return [f"=?utf-8?q?{word.decode('ascii')}?=" for word in (*words, word) if word]
+    header = email.header.Header(plain, maxlinelen=75, header_name=name)
+    if rest:
+        header.append(rest, UTF8_WORDS)
+    return header.encode(linesep="\r\n")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -516,7 +507,8 @@ def header_address(value: str) -> str:
         name, plain = email.utils.parseaddr(value)
     if name.isascii():
         return email.utils.formataddr((name[:200], plain)) if name else (plain or value)[:900]
-    return "\r\n ".join([*encoded_words(name, WORD_MAX - len("From:")), f"<{plain}>"])
+    words = email.header.Header(name, UTF8_WORDS, 75, "Reply-To").encode(linesep="\r\n")
+    return f"{words}\r\n <{plain}>"
 
 
 def header_addresses(values: Iterable[str]) -> str:
@@ -532,11 +524,6 @@ def _file_name(attribute: str, name: str) -> str:
     if name.isascii():
         return f'{attribute}="{name.replace(chr(34), "_")}"'
     return f"{attribute}*={email.utils.encode_rfc2231(name, 'utf-8')}"  # RFC 2231
-
-
-@functools.lru_cache(maxsize=64)
-def _date(second: int) -> str:
-    return email.utils.formatdate(second, localtime=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -556,25 +543,12 @@ def message_id(key: str, sender: str) -> str:
 
 
 def _text_part(subtype: str, text: str) -> list[bytes]:
-    if "\r" in text:
-        text = re.sub("\r\n|\r", "\n", text)
-    text = text if text.endswith("\n") else f"{text}\n"
+    data = re.sub("\r\n|\r|\n", "\r\n", text).encode("utf-8", "replace")
+    data = data if data.endswith(b"\r\n") else data + b"\r\n"
+    plain = is_fit(data) and b"\0" not in data
     head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: "
-    plain = text.isascii() and "\0" not in text and "\x7f" not in text and _has_short_lines(text)
-    data = text.encode("utf-8", "replace").replace(b"\n", b"\r\n")
-    if plain:
-        return [f"{head}7bit\r\n\r\n".encode("ascii"), data]
-    return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(base64.b64encode(data))]
-
-
-def _has_short_lines(text: str) -> bool:
-    """No line has more than 900 characters; RFC 5322 2.1.1 allows 998."""
-    at = 0
-    while len(text) - at > 900:
-        at = text.rfind("\n", at, at + 901) + 1
-        if not at:
-            return False
-    return True
+    head += "7bit\r\n\r\n" if plain else "base64\r\n\r\n"
+    return [head.encode("ascii"), *([data] if plain else wrap_base64(base64.b64encode(data)))]
 
 
 def _file_part(part: Attachment) -> list[bytes]:
@@ -584,7 +558,7 @@ def _file_part(part: Attachment) -> list[bytes]:
         f"Content-Transfer-Encoding: base64\r\n{cid}"
         f"Content-Disposition: attachment; {_file_name('filename', part.filename)}\r\n\r\n"
     )
-    return [head.encode("ascii"), *part.lines()]
+    return [head.encode("ascii"), *wrap_base64(base64.b64encode(part.data) if part.base64 is None else part.base64)]
 
 
 def _multipart(subtype: bytes, parts: Sequence[list[bytes]]) -> list[bytes]:
@@ -620,7 +594,7 @@ def compose_pieces(
     body = _multipart(b"alternative", alternatives)
     related = _multipart(b'related; type="multipart/alternative"', [body, *shown])  # RFC 2387 3.1 asks for the type
     lines = [
-        f"Date: {_date(int(time.time() if date is None else date))}",
+        f"Date: {email.utils.formatdate(date, localtime=True)}",
         f"From: {header_address(sender)}",
         f"To: {header_addresses(to) or 'undisclosed-recipients:;'}",
         *([f"Cc: {header_addresses(cc)}"] if cc else []),
@@ -630,11 +604,6 @@ def compose_pieces(
         "MIME-Version: 1.0\r\n",
     ]
     return ["\r\n".join(lines).encode("ascii", "replace"), *_multipart(b"mixed", [related, *others])]
-
-
-def compose(**parts: Any) -> bytes:
-    """`compose_pieces` as one string of bytes."""
-    return b"".join(compose_pieces(**parts))
 
 
 # The page of a mail. A Page is plain values; `draw_text` and `draw_html` draw it, so that all mails look alike. Nothing
@@ -648,6 +617,7 @@ COLUMNS = {1: (100,), 2: (31, 69), 3: (32, 34, 34), 4: (20, 26, 26, 28)}  # widt
 LONG_TITLE = 60  # a longer line of a title is written smaller
 # Digits after right-to-left letters are turned round at each hyphen unless a left-to-right mark stands before them.
 RTL_LABEL = re.compile(r"^[\u0590-\u08ff][^:\n]*: (?=[-+0-9])", re.MULTILINE)
+HIDDEN = re.compile(f"{UNPRINTABLE.pattern}(?<!\n)")
 RTL_BEFORE_TIME = re.compile(r"[\u0590-\u08ff]:? (?=\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d)")
 STYLE = """<style>:root{color-scheme:light dark;supported-color-schemes:light dark}
 @media (prefers-color-scheme:dark){.back{background:#0f1419!important}
@@ -743,12 +713,11 @@ def draw_text(page: Page) -> str:
     parts = ["\n".join(page.title), "\n".join([one.text for one in page.sentences])]
     parts += ["\n".join([_text_row(row, table.separator) for row in table.rows]) for table in page.tables]
     text = clean("\n\n".join(filter(None, [*parts, *[note.text for note in page.notes]]))) + "\n"
-    return text if text.isascii() else RTL_LABEL.sub("\\g<0>\u200e", text)
+    return RTL_LABEL.sub("\\g<0>\u200e", text)
 
 
 def _text_row(row: Sequence[str | Bar | Link], separator: str) -> str:
-    cells = [cell if isinstance(cell, str) else cell.text for cell in row]
-    return separator.join(cells).replace("\n", "\n  ")
+    return separator.join([cell if isinstance(cell, str) else cell.text for cell in row]).replace("\n", "\n  ")
 
 
 def draw_html(page: Page) -> str:
@@ -839,10 +808,10 @@ def _html_row(row: tuple[str | Bar | Link, ...], columns: int) -> str:
 
 
 def _bar(level: float) -> str:
-    filled = round(100 * min(1.0, max(0.0, level)))
-    cell = '<td{} width="{}%" bgcolor="{}" style="height:8px;line-height:8px;font-size:1px">&nbsp;</td>'
-    halves = (("", filled, "#2f7fb8"), (' class="rest"', 100 - filled, "#dfe6ec"))
-    cells = "".join([cell.format(*half) for half in halves if half[1]])
+    filled, cells = round(100 * min(1.0, max(0.0, level))), ""
+    for name, width, colour in (("", filled, "#2f7fb8"), ("rest", 100 - filled, "#dfe6ec")):
+        style = f'width="{width}%" bgcolor="{colour}" style="height:8px;line-height:8px;font-size:1px"'
+        cells += f'<td class="{name}" {style}>&nbsp;</td>' if width else ""
     return f'<table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>{cells}</tr></table>'
 
 
@@ -853,9 +822,7 @@ def escape(text: str) -> str:
 
 def clean(text: str) -> str:
     """Line breaks stay; what hides or reorders text does not."""
-    if not (text.isprintable() or text.replace("\n", "").isprintable()):
-        text = "\n".join([UNPRINTABLE.sub(" ", line) for line in text.split("\n")])
-    return text if text.isascii() else RTL_BEFORE_TIME.sub("\\g<0>\u200e", text)
+    return RTL_BEFORE_TIME.sub("\\g<0>\u200e", HIDDEN.sub(" ", text))
 
 
 # ───────────────────────────────────────────── Outcome ──────────────────────────────────────────────
@@ -3875,13 +3842,7 @@ def with_domains(value: str, instead: Sequence[str], owner: Sequence[str], write
     return header_addresses(entries)
 
 
-LINE_MAX_BYTES = 998  # without CRLF: RFC 5322 section 2.1.1
 UNCHANGED = email.policy.compat32.clone(linesep="\r\n", max_line_length=900)  # for mails that the email package read
-
-
-def is_fit(data: bytes) -> bool:
-    """ASCII, and no line too long? Then it goes out as it is."""
-    return data.isascii() and max(map(len, data.split(b"\r\n"))) <= LINE_MAX_BYTES
 
 
 def field_line(name: str, value: str) -> str:
