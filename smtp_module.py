@@ -43,6 +43,8 @@ import binascii
 import contextlib
 import datetime as dt
 import difflib
+import email.charset
+import email.header
 import email.message
 import email.policy
 import email.utils
@@ -164,25 +166,17 @@ class Settings:
     @classmethod
     def load(cls, flags: Mapping[str, object] | None = None, env_file: str | None = None) -> Settings:
         """Merge `.env` (or `env_file`, which must then exist), the environment and the flags that are not None."""
-        values = read_env_file(env_file)
-        values.update(os.environ)
         for name in SETTINGS:
             if re.fullmatch(r"""(["'])(?:(?!\1).)*\1""", os.environ.get(name, "").strip(), re.DOTALL):
-                log.warning(
-                    "%s has quotes around its value, and they count as part of it: take them away"
-                    " (Docker's --env-file keeps quotes; a .env file that is read here may have them)",
-                    name,
-                )
-        values.update({name: str(value) for name, value in (flags or {}).items() if value is not None})
-        return cls(values)
+                log.warning("%s: take away the quotes, which count as part of the value (Docker keeps them)", name)
+        given = {name: str(value) for name, value in (flags or {}).items() if value is not None}
+        return cls({**read_env_file(env_file), **os.environ, **given})
 
     def read(self, name: str, convert: Callable[[str], T], default: T) -> T:
         """The converted value, or `default` where the variable is absent or empty. Raises ConfigError."""
         text = self.secret(name).strip()
-        if not text:
-            return default
         try:
-            return convert(text)
+            return convert(text) if text else default
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
 
@@ -203,7 +197,10 @@ class Settings:
 
 
 def read_env_file(path: str | None) -> dict[str, str]:
-    """The settings in a file. Without `path` it is ./.env, which may be missing. Raises ConfigError."""
+    """The settings in a file: `KEY=value` lines with `#` comments and an optional `export`.
+
+    Without `path` it is ./.env, which may be missing. Raises ConfigError, which shows no value.
+    """
     name = path or ".env"
     try:
         with open(name, encoding="utf-8-sig") as file:
@@ -216,46 +213,30 @@ def read_env_file(path: str | None) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "save it as UTF-8"
         raise ConfigError(f"{name}: cannot be read: {why}") from None
-    if path is None:
-        _refuse_foreign(status)
-    values = _env_lines(name, text)
-    if os.name == "posix" and status.st_mode & 0o004 and any(map(values.get, SECRETS)):
+    posix = os.name == "posix"
+    if posix and path is None and (status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002):
+        # An SMTP_PASS_COMMAND in it would run as this user.
+        raise ConfigError(
+            ".env: belongs to another user, or everybody may write to it, so it is not read unasked;"
+            " make it yours with chown and chmod 600, or name it with --env-file"
+        )
+    values: dict[str, str] = {}
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = re.sub(r"^export\s+", "", raw.strip())
+        key, equals, value = (part.strip() for part in line.partition("="))
+        try:
+            if line and not line.startswith("#"):
+                if not equals or len(key.split()) != 1:
+                    raise ValueError("not KEY=value")
+                values[key] = _env_value(value)
+        except ValueError as error:
+            raise ConfigError(f"{name} line {number}: {error}") from None
+    if posix and status.st_mode & 0o004 and any(map(values.get, SECRETS)):
         log.warning("%s holds a password, and every user of this machine can read it: chmod 600 %s", name, name)
     return values
 
 
-def _refuse_foreign(status: os.stat_result) -> None:
-    """Raise ConfigError for a ./.env that somebody else wrote: its SMTP_PASS_COMMAND would run as this user."""
-    if not hasattr(os, "geteuid"):  # Windows
-        return
-    if status.st_uid not in (0, os.geteuid()):
-        raise ConfigError(
-            f".env: belongs to another user (number {status.st_uid}), so it is not read unasked;"
-            " change its owner with chown, or name it with --env-file"
-        )
-    if status.st_mode & 0o002:
-        raise ConfigError(".env: everybody may write to it, so it is not read unasked; chmod 600 .env")
-
-
-def _env_lines(name: str, text: str) -> dict[str, str]:
-    """`KEY=value` lines with `#` comments and an optional `export`. Raises ConfigError, which shows no value."""
-    values: dict[str, str] = {}
-    for number, raw in enumerate(text.split("\n"), 1):
-        line = re.sub(r"^export\s+", "", raw.strip())
-        if not line or line.startswith("#"):
-            continue
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or len(key.split()) != 1:
-            raise ConfigError(f"{name} line {number}: not KEY=value")
-        try:
-            values[key] = _env_value(value)
-        except ValueError as error:
-            raise ConfigError(f"{name} line {number}: {error}") from None
-    return values
-
-
-_SHELL_PIECE = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\]""")
-_SHELL_WORD = re.compile(f"(?:{_SHELL_PIECE.pattern})+")
+_SHELL_PIECE = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)|([^\s'"\\])""")
 
 
 def _env_value(text: str) -> str:
@@ -266,19 +247,14 @@ def _env_value(text: str) -> str:
     """
     if not text.startswith(("'", '"')):
         return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].rstrip()
-    word = _SHELL_WORD.match(text)
-    rest = text[word.end() :].strip() if word else text
-    if word is None or (rest and not rest.startswith("#")):
+    value, at = "", 0
+    while piece := _SHELL_PIECE.match(text, at):
+        single, double, escaped, plain = piece.groups("")
+        value += single + re.sub(r"""\\([$`"\\])""", r"\1", double) + escaped + plain
+        at = piece.end()
+    if not re.fullmatch(r"(\s+#.*)?", text[at:]):
         raise ValueError("a value in quotes must end with its quote; only a # comment may follow")
-
-    def unquoted(piece: re.Match[str]) -> str:
-        if piece[0].startswith("'"):
-            return piece[0][1:-1]
-        if piece[0].startswith('"'):
-            return re.sub(r"""\\([$`"\\])""", r"\1", piece[0][1:-1])
-        return piece[0][-1]
-
-    return _SHELL_PIECE.sub(unquoted, word[0])
+    return value
 
 
 def duration(text: str) -> float:
@@ -311,51 +287,6 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 port = whole(0, 65535)
 
 
-def ascii_domain(name: str) -> str:
-    """A host or mail domain in ASCII, by IDNA 2003 as Python has it. Raises ValueError, UnicodeError for no name.
-
-    IDNA 2008 keeps four letters that 2003 changes or drops (RFC 5894 section 7.2), and so means another domain, whose
-    owner may be somebody else. Registries and mail programs follow 2008; such a name must be given in its ASCII form.
-    """
-    if name.isascii():
-        return name
-    if re.search("[\u00df\u1e9e\u03c2\u200c\u200d]", name):  # sharp s, small and capital; final sigma; joiners
-        # Letter by letter: the lower case of a whole word would make a final sigma of another letter.
-        lower = unicodedata.normalize("NFKC", "".join(map(str.lower, name)))
-        labels = encodings.idna.dots.split(lower)
-        right = ".".join(x if x.isascii() else f"xn--{x.encode('punycode').decode('ascii')}" for x in labels)
-        raise ValueError(f"'{printable(name)}' means different domains in IDNA 2003 and 2008; write {right} (2008)")
-    return name.encode("idna").decode("ascii")
-
-
-def host_name(text: str) -> str:
-    """A name or an address, without the brackets that an IPv6 address may have, and without a dot at its end.
-
-    A name with that dot stands neither in certificates nor in /etc/hosts.
-    """
-    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text.removesuffix(".")
-    with contextlib.suppress(UnicodeError):
-        host = ascii_domain(host)
-    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,255}", host) or host.count(":") == 1:
-        raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address, without a port")
-    return host
-
-
-def ehlo_name(text: str) -> str:
-    """What EHLO says: a domain, or an address literal (RFC 5321 section 4.1.3); a bare address gets its brackets."""
-    with contextlib.suppress(ValueError):
-        ip = ipaddress.ip_address(re.sub(r"^IPv6:", "", text.removeprefix("[").removesuffix("]"), flags=re.IGNORECASE))
-        if "%" not in text:
-            return f"[{'IPv6:' * (ip.version == 6)}{ip}]"
-    name = text
-    with contextlib.suppress(UnicodeError):
-        name = ascii_domain(text)
-    label = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-    if len(name) > 255 or not re.fullmatch(rf"{label}(?:\.{label})*", name):
-        raise ValueError(f"'{printable(text)}' is no name for EHLO; write mail.example.com or [192.0.2.1]")
-    return name
-
-
 def one_of(*words: str) -> Callable[[str], str]:
     """A converter for one of some words, in any case."""
 
@@ -367,6 +298,49 @@ def one_of(*words: str) -> Callable[[str], str]:
     return convert
 
 
+def ascii_domain(name: str) -> str:
+    """A host or mail domain in ASCII, by IDNA 2003 as Python has it; what is no domain stays as it is.
+
+    IDNA 2008 keeps four letters that 2003 changes or drops (RFC 5894 section 7.2), and so means another domain, whose
+    owner may be somebody else. Registries and mail programs follow 2008; such a name must be given in its ASCII form.
+    Raises ValueError.
+    """
+    if re.search("[\u00df\u1e9e\u03c2\u200c\u200d]", name):  # sharp s, small and capital; final sigma; joiners
+        # Letter by letter: the lower case of a whole word would make a final sigma of another letter.
+        lower = unicodedata.normalize("NFKC", "".join(map(str.lower, name)))
+        labels = encodings.idna.dots.split(lower)
+        right = ".".join(x if x.isascii() else f"xn--{x.encode('punycode').decode('ascii')}" for x in labels)
+        raise ValueError(f"'{printable(name)}' means different domains in IDNA 2003 and 2008; write {right} (2008)")
+    try:
+        return name if name.isascii() else name.encode("idna").decode("ascii")
+    except UnicodeError:
+        return name
+
+
+def host_name(text: str) -> str:
+    """A name or an address, without the brackets that an IPv6 address may have, and without a dot at its end.
+
+    A name with that dot stands neither in certificates nor in /etc/hosts.
+    """
+    host = ascii_domain(text[1:-1] if text.startswith("[") and text.endswith("]") else text.removesuffix("."))
+    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,255}", host) or host.count(":") == 1:
+        raise ValueError(f"'{printable(text)}' is not a host; give a name or an IPv4 or IPv6 address, without a port")
+    return host
+
+
+def ehlo_name(text: str) -> str:
+    """What EHLO says: a domain, or an address literal (RFC 5321 section 4.1.3); a bare address gets its brackets."""
+    try:
+        ip = ipaddress.ip_address(text.removeprefix("[").removesuffix("]").removeprefix("IPv6:"))
+        name = f"[{'IPv6:' * (ip.version == 6)}{ip}]"
+    except ValueError:
+        name = ascii_domain(text)
+    label = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+    if len(name) > 255 or not re.fullmatch(rf"{label}(?:\.{label})*|\[[IPv0-9A-Fa-f.:]+\]", name):
+        raise ValueError(f"'{printable(text)}' is no name for EHLO; write mail.example.com or [192.0.2.1]")
+    return name
+
+
 _ADDRESS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@(?:[A-Za-z0-9_.-]{1,255}|\[[0-9A-Fa-f.:]+\])", re.ASCII)
 
 
@@ -374,9 +348,7 @@ def address(text: str) -> str:
     """One mail address, its domain in ASCII. The pattern lets nothing through that could end a command."""
     match = re.fullmatch(r"[^<>]*<([^<>]+)>|([^<>]+)", text.strip())
     local, _, domain = (match[1] or match[2] if match else "").strip().rpartition("@")
-    with contextlib.suppress(UnicodeError):
-        domain = ascii_domain(domain)
-    plain = f"{local}@{domain}"
+    plain = f"{local}@{ascii_domain(domain)}"
     if not _ADDRESS.fullmatch(plain) or UNPRINTABLE.search(text):
         more = ", several with commas between" if text.count("@") > 1 else ""
         raise ValueError(f"'{printable(text)}' is not a mail address; write name@example.com{more}")
@@ -396,9 +368,8 @@ def add_common_flags(parser: argparse.ArgumentParser, *, logs: bool = True) -> N
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--env-file", metavar="FILE", help="settings file (default: .env, if it is there)")
     if logs:
-        parser.add_argument(
-            "--log-level", default="info", type=str.lower, choices=["debug", "info", "warning", "error"]
-        )
+        levels = ["debug", "info", "warning", "error"]
+        parser.add_argument("--log-level", default="info", type=str.lower, choices=levels)
 
 
 # ───────────────────────────────────────────── Logging ──────────────────────────────────────────────
@@ -415,8 +386,6 @@ def printable(text: object, limit: int = 300) -> str:
     shown = str(text)
     if len(shown) > limit:
         shown = shown[:limit] + "…"
-    if shown.isprintable():
-        return shown
     return UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), shown)
 
 
@@ -425,14 +394,6 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), limit=4000)
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        return f"{_clock(int(record.created))},{record.msecs:03.0f}"
-
-
-@functools.lru_cache(maxsize=4)  # a busy relay logs thousands of lines a second
-def _clock(second: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class BackgroundHandler(logging.Handler):
@@ -454,15 +415,12 @@ class BackgroundHandler(logging.Handler):
         if self._lines.qsize() >= LOG_LINES_MAX:
             self._dropped += 1
             return
-        try:
+        with contextlib.suppress(Exception):  # an error in a log line must not cost anything
             line = self.format(record)
-        except Exception:
-            self.handleError(record)
-            return
-        if self._dropped:
-            line += f" (lines dropped before this one, because nobody read the log: {self._dropped})"
-            self._dropped = 0
-        self._lines.put(line)
+            if self._dropped:
+                line += f" (lines dropped before this one, because nobody read the log: {self._dropped})"
+                self._dropped = 0
+            self._lines.put(line)
 
     def close(self) -> None:
         """Wait a moment for what is left to be written; logging calls this when the program ends."""
@@ -477,25 +435,19 @@ class BackgroundHandler(logging.Handler):
                 self._stream.flush()
 
 
-def _stderr_handler() -> logging.Handler:
-    if not sys.stderr:  # it was closed
-        return logging.NullHandler()
-    try:
-        number = sys.stderr.fileno()
-    except io.UnsupportedOperation:  # it is caught in memory
-        return logging.StreamHandler()
-    # A second stream, because Python at its end would wait for a thread that is stuck in a write to sys.stderr.
-    stream = os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
-    return BackgroundHandler(stream)
-
-
 def start_logging(level: str = "info") -> None:
     """Log to standard error, one line a record."""
     logging.raiseExceptions = False  # an error in a log line must not cost anything
-    # what no line shows need not be found out: docs.python.org/3/howto/logging.html#optimization
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
-    handler = _stderr_handler()
+    handler: logging.Handler = logging.NullHandler()  # where standard error is closed
+    if sys.stderr:
+        try:
+            number = sys.stderr.fileno()
+            # A second stream, because Python at its end would wait for a thread that is stuck in a write to sys.stderr.
+            handler = BackgroundHandler(
+                os.fdopen(number, "w", encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
+            )
+        except io.UnsupportedOperation:  # it is caught in memory
+            handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
@@ -515,9 +467,6 @@ class Attachment:
     base64: bytes | None = None  # the same, already strict Base64 in one line
     cid: str = ""
 
-    def lines(self) -> list[bytes]:
-        return wrap_base64(self.base64 if self.base64 is not None else base64.b64encode(self.data))
-
 
 _THOUSAND_LINES = struct.Struct("76s" * 1000)
 
@@ -536,13 +485,20 @@ def one_line(text: str) -> str:
 
 
 PLAIN_WORDS = re.compile(r"(?:(?:(?!=\?)[!-~]){1,900}(?: +|$))*")  # these need no encoding
-Q_UNSAFE = re.compile(rb"[^A-Za-z0-9!*+/-]")  # RFC 2047 5 (3), which holds for names in address headers, too
-WORD_MAX = 75  # characters of an encoded word, RFC 2047 2
+# Encoded words in quoted-printable (RFC 2047): a word in Base64 ends with padding unless its bytes are a multiple of
+# three, and programs that use GMime drop what follows a padded word.
+UTF8_WORDS = email.charset.Charset("utf-8")
+UTF8_WORDS.header_encoding = email.charset.QP
+
+
+def is_fit(data: bytes) -> bool:
+    """ASCII, and no line longer than 998 bytes (RFC 5322 section 2.1.1)? Then any server can carry it as it is."""
+    return data.isascii() and max(map(len, data.split(b"\r\n"))) <= 998
 
 
 @functools.lru_cache(maxsize=1024)
 def header_text(name: str, value: str) -> str:
-    """An unstructured header's value, encoded (RFC 2047) and folded where that is needed.
+    """An unstructured header's value, encoded and folded where that is needed.
 
     What is plain at its beginning stays so, for programs that look at a Subject without decoding it.
     """
@@ -551,25 +507,10 @@ def header_text(name: str, value: str) -> str:
     rest = value[len(plain) + 1 :] if plain else value
     if not rest and len(plain) < 900:
         return plain
-    folded = plain if len(plain) < 900 else re.sub(r"(.{1,900}) (?=\S)", r"\1\r\n ", plain)
-    words = encoded_words(rest, WORD_MAX if plain else WORD_MAX - 1 - len(name))
-    return "\r\n ".join([folded, *words] if folded else words)
-
-
-def encoded_words(text: str, first: int = WORD_MAX) -> list[str]:
-    """Text as encoded words of whole characters (RFC 2047), the first one with at most `first` characters.
-
-    They are quoted-printable: a word in Base64 ends with padding unless its bytes are a multiple of three, and
-    programs that use GMime drop what follows a padded word.
-    """
-    words, word, room = [], b"", first - len("=?utf-8?q??=")
-    for character in text:
-        written = Q_UNSAFE.sub(lambda byte: b"=%02X" % ord(byte[0]), character.encode("utf-8", "replace"))
-        if len(word) + len(written) > room:
-            words.append(word)
-            word, room = b"", WORD_MAX - len("=?utf-8?q??=")
-        word += written
-    return [f"=?utf-8?q?{word.decode('ascii')}?=" for word in (*words, word) if word]
+    header = email.header.Header(plain, maxlinelen=75, header_name=name)
+    if rest:
+        header.append(rest, UTF8_WORDS)
+    return header.encode(linesep="\r\n")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -582,7 +523,8 @@ def header_address(value: str) -> str:
         name, plain = email.utils.parseaddr(value)
     if name.isascii():
         return email.utils.formataddr((name[:200], plain)) if name else (plain or value)[:900]
-    return "\r\n ".join([*encoded_words(name, WORD_MAX - len("From:")), f"<{plain}>"])
+    words = email.header.Header(name, UTF8_WORDS, 75, "Reply-To").encode(linesep="\r\n")
+    return f"{words}\r\n <{plain}>"
 
 
 def header_addresses(values: Iterable[str]) -> str:
@@ -598,11 +540,6 @@ def _file_name(attribute: str, name: str) -> str:
     if name.isascii():
         return f'{attribute}="{name.replace(chr(34), "_")}"'
     return f"{attribute}*={email.utils.encode_rfc2231(name, 'utf-8')}"  # RFC 2231
-
-
-@functools.lru_cache(maxsize=64)
-def _date(second: int) -> str:
-    return email.utils.formatdate(second, localtime=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -622,25 +559,12 @@ def message_id(key: str, sender: str) -> str:
 
 
 def _text_part(subtype: str, text: str) -> list[bytes]:
-    if "\r" in text:
-        text = re.sub("\r\n|\r", "\n", text)
-    text = text if text.endswith("\n") else f"{text}\n"
+    data = re.sub("\r\n|\r|\n", "\r\n", text).encode("utf-8", "replace")
+    data = data if data.endswith(b"\r\n") else data + b"\r\n"
+    plain = is_fit(data) and b"\0" not in data
     head = f"Content-Type: text/{subtype}; charset=utf-8\r\nContent-Transfer-Encoding: "
-    plain = text.isascii() and "\0" not in text and "\x7f" not in text and _has_short_lines(text)
-    data = text.encode("utf-8", "replace").replace(b"\n", b"\r\n")
-    if plain:
-        return [f"{head}7bit\r\n\r\n".encode("ascii"), data]
-    return [f"{head}base64\r\n\r\n".encode("ascii"), *wrap_base64(base64.b64encode(data))]
-
-
-def _has_short_lines(text: str) -> bool:
-    """No line has more than 900 characters; RFC 5322 2.1.1 allows 998."""
-    at = 0
-    while len(text) - at > 900:
-        at = text.rfind("\n", at, at + 901) + 1
-        if not at:
-            return False
-    return True
+    head += "7bit\r\n\r\n" if plain else "base64\r\n\r\n"
+    return [head.encode("ascii"), *([data] if plain else wrap_base64(base64.b64encode(data)))]
 
 
 def _file_part(part: Attachment) -> list[bytes]:
@@ -650,7 +574,7 @@ def _file_part(part: Attachment) -> list[bytes]:
         f"Content-Transfer-Encoding: base64\r\n{cid}"
         f"Content-Disposition: attachment; {_file_name('filename', part.filename)}\r\n\r\n"
     )
-    return [head.encode("ascii"), *part.lines()]
+    return [head.encode("ascii"), *wrap_base64(base64.b64encode(part.data) if part.base64 is None else part.base64)]
 
 
 def _multipart(subtype: bytes, parts: Sequence[list[bytes]]) -> list[bytes]:
@@ -686,7 +610,7 @@ def compose_pieces(
     body = _multipart(b"alternative", alternatives)
     related = _multipart(b'related; type="multipart/alternative"', [body, *shown])  # RFC 2387 3.1 asks for the type
     lines = [
-        f"Date: {_date(int(time.time() if date is None else date))}",
+        f"Date: {email.utils.formatdate(date, localtime=True)}",
         f"From: {header_address(sender)}",
         f"To: {header_addresses(to) or 'undisclosed-recipients:;'}",
         *([f"Cc: {header_addresses(cc)}"] if cc else []),
@@ -696,11 +620,6 @@ def compose_pieces(
         "MIME-Version: 1.0\r\n",
     ]
     return ["\r\n".join(lines).encode("ascii", "replace"), *_multipart(b"mixed", [related, *others])]
-
-
-def compose(**parts: Any) -> bytes:
-    """`compose_pieces` as one string of bytes."""
-    return b"".join(compose_pieces(**parts))
 
 
 # The page of a mail. A Page is plain values; `draw_text` and `draw_html` draw it, so that all mails look alike. Nothing
@@ -714,6 +633,7 @@ COLUMNS = {1: (100,), 2: (31, 69), 3: (32, 34, 34), 4: (20, 26, 26, 28)}  # widt
 LONG_TITLE = 60  # a longer line of a title is written smaller
 # Digits after right-to-left letters are turned round at each hyphen unless a left-to-right mark stands before them.
 RTL_LABEL = re.compile(r"^[\u0590-\u08ff][^:\n]*: (?=[-+0-9])", re.MULTILINE)
+HIDDEN = re.compile(f"{UNPRINTABLE.pattern}(?<!\n)")
 RTL_BEFORE_TIME = re.compile(r"[\u0590-\u08ff]:? (?=\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d)")
 STYLE = """<style>:root{color-scheme:light dark;supported-color-schemes:light dark}
 @media (prefers-color-scheme:dark){.back{background:#0f1419!important}
@@ -809,12 +729,11 @@ def draw_text(page: Page) -> str:
     parts = ["\n".join(page.title), "\n".join([one.text for one in page.sentences])]
     parts += ["\n".join([_text_row(row, table.separator) for row in table.rows]) for table in page.tables]
     text = clean("\n\n".join(filter(None, [*parts, *[note.text for note in page.notes]]))) + "\n"
-    return text if text.isascii() else RTL_LABEL.sub("\\g<0>\u200e", text)
+    return RTL_LABEL.sub("\\g<0>\u200e", text)
 
 
 def _text_row(row: Sequence[str | Bar | Link], separator: str) -> str:
-    cells = [cell if isinstance(cell, str) else cell.text for cell in row]
-    return separator.join(cells).replace("\n", "\n  ")
+    return separator.join([cell if isinstance(cell, str) else cell.text for cell in row]).replace("\n", "\n  ")
 
 
 def draw_html(page: Page) -> str:
@@ -905,10 +824,10 @@ def _html_row(row: tuple[str | Bar | Link, ...], columns: int) -> str:
 
 
 def _bar(level: float) -> str:
-    filled = round(100 * min(1.0, max(0.0, level)))
-    cell = '<td{} width="{}%" bgcolor="{}" style="height:8px;line-height:8px;font-size:1px">&nbsp;</td>'
-    halves = (("", filled, "#2f7fb8"), (' class="rest"', 100 - filled, "#dfe6ec"))
-    cells = "".join([cell.format(*half) for half in halves if half[1]])
+    filled, cells = round(100 * min(1.0, max(0.0, level))), ""
+    for name, width, colour in (("", filled, "#2f7fb8"), ("rest", 100 - filled, "#dfe6ec")):
+        style = f'width="{width}%" bgcolor="{colour}" style="height:8px;line-height:8px;font-size:1px"'
+        cells += f'<td class="{name}" {style}>&nbsp;</td>' if width else ""
     return f'<table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>{cells}</tr></table>'
 
 
@@ -919,9 +838,7 @@ def escape(text: str) -> str:
 
 def clean(text: str) -> str:
     """Line breaks stay; what hides or reorders text does not."""
-    if not (text.isprintable() or text.replace("\n", "").isprintable()):
-        text = "\n".join([UNPRINTABLE.sub(" ", line) for line in text.split("\n")])
-    return text if text.isascii() else RTL_BEFORE_TIME.sub("\\g<0>\u200e", text)
+    return RTL_BEFORE_TIME.sub("\\g<0>\u200e", HIDDEN.sub(" ", text))
 
 
 # ───────────────────────────────────────────── Outcome ──────────────────────────────────────────────
@@ -3958,13 +3875,7 @@ def with_domains(value: str, instead: Sequence[str], owner: Sequence[str], write
     return header_addresses(entries)
 
 
-LINE_MAX_BYTES = 998  # without CRLF: RFC 5322 section 2.1.1
 UNCHANGED = email.policy.compat32.clone(linesep="\r\n", max_line_length=900)  # for mails that the email package read
-
-
-def is_fit(data: bytes) -> bool:
-    """ASCII, and no line too long? Then it goes out as it is."""
-    return data.isascii() and max(map(len, data.split(b"\r\n"))) <= LINE_MAX_BYTES
 
 
 def field_line(name: str, value: str) -> str:

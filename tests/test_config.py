@@ -104,7 +104,7 @@ def test_a_settings_file_of_somebody_else_is_refused_unless_it_is_named(
     path.write_text("ALERT_LANG=fa\n")
     path.chmod(0o644)
     owned_by(os.geteuid() + 1000, path)
-    with pytest.raises(ConfigError, match=r"^\.env: belongs to another user .*--env-file"):
+    with pytest.raises(ConfigError, match=r"^\.env: belongs to another user, .*--env-file"):
         Settings.load()
     assert Settings.load(env_file=".env").read("ALERT_LANG", str, "") == "fa"
 
@@ -157,7 +157,7 @@ def test_quotes_that_docker_leaves_around_a_value_are_named(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert Settings.load().secret(name) == value
-    assert (f"{name} has quotes around its value" in caplog.text) == warned
+    assert (f"{name}: take away the quotes" in caplog.text) == warned
     assert "secret-word" not in caplog.text
 
 
