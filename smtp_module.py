@@ -1,22 +1,38 @@
 #!/usr/bin/env python3
 """smtp_module: everything about getting a mail out for certain.
 
-    settings ─▶ compose ─▶ outbox ─▶ courier ─▶ transport ──SMTP──▶ the mail server
-                              (SQLite)   plan, freeze, render, deliver, settle
+    put(entry) --> waiting --plan--> deliveries, one a recipient --deliver--> sent
+                      ^                     |  ^-- later --+                    |
+                      +------ retry ----- failed                        entry finished
 
-As a library, `send_email` sends one mail with the configuration of the environment.
-As a program it sends, checks the configuration, and looks after a queue:
+How a mail moves. Everything durable lies in one SQLite file: entries, their pictures, deliveries, and a few status
+values for `queue`.
+
+1. `put` stores entries, and returns when they are on disk. Threads that arrive meanwhile share the next commit.
+2. The owner of the outbox plans: a pure function says which mails are due, and to whom. No plan is stored, so a changed
+   configuration counts for what waits, too.
+3. What is due becomes deliveries, in one commit: a message (one entry, or the entries of a digest) to one recipient
+   each. From then on a delivery is the same message, whatever happens; its Message-ID is a function of its entries.
+4. A delivery is one SMTP transaction with one recipient, and has one outcome: SENT, TRY_LATER or REFUSED.
+5. Outcomes are written together, with the next commit: after 16 of them, after a second, or when nothing more is due.
+6. An entry is finished when its last delivery has ended: failed if one of them failed, else sent.
+
+What goes wrong pauses either all mail or one recipient. Trouble about us (the server cannot be reached, refuses the
+login or the sender) pauses all mail; three failures in a row after that pause the recipient. While a pause lasts, one
+delivery at a time finds out whether it is over. A delivery fails for good only when its time is over and the server has
+accepted another one since its first failure, so nothing fails while nothing gets through.
+
+The promise: what `put` has returned for is delivered, or `queue` shows it as failed. A kill or a power cut repeats at
+most the outcomes that were not written and the two deliveries that a sender has in hand, with the same Message-ID.
+
+As a library, `send_email` sends one mail with the configuration of the environment. As a program:
 
     python3 smtp_module.py send --to you@example.com --subject Hello --body -
-    python3 smtp_module.py check --to you@example.com
+    python3 smtp_module.py check --send
     python3 smtp_module.py queue | retry ID|all | drop ID|all
-    python3 smtp_module.py sendmail [-t] [-i] [-f FROM] [TO…]
+    python3 smtp_module.py sendmail [-t] [-i] [-f FROM] [TO...]
 
-The promise of the outbox: what `put` has returned for is on disk, synchronously. It is delivered; at worst,
-after a crash at the wrong moment, twice. It is never delivered zero times without the queue saying so.
-
-This file knows nothing of events, cameras or devices: whoever owns an outbox says which mails are due (`plan`)
-and what they look like (`render`), both pure functions.
+This file knows nothing of events, cameras or devices.
 """
 
 from __future__ import annotations
@@ -2079,7 +2095,9 @@ class Delivery(NamedTuple):
     why: str = ""
 
 
-DELIVERY_COLUMNS = "number, kind, entries, recipient, recipients, tries, tried_at, first_failed, data_failures, max_bytes, error"
+DELIVERY_COLUMNS = (
+    "number, kind, entries, recipient, recipients, tries, tried_at, first_failed, data_failures, max_bytes, error"
+)
 
 
 @dataclass
@@ -2168,7 +2186,8 @@ class Outbox:
         os.close(file)
         db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
-            if self.path.stat().st_size < CHECKED_MAX_BYTES and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            small = self.path.stat().st_size < CHECKED_MAX_BYTES
+            if small and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("damaged")
             db.execute(f"PRAGMA page_size={PAGE_BYTES}")  # of a new file
             db.execute("PRAGMA secure_delete=OFF")  # Debian's default writes zeros over all that was sent.
@@ -2241,10 +2260,8 @@ class Outbox:
         if file_identity(self.path) != self._identity:
             if not self._gone:
                 self._gone = True
-                log.error(
-                    "the spool %s was removed or replaced: nothing new is accepted. What waits still goes out: stop this"
-                    " program only when a ping or the log says that nothing waits, then start it again", self.path,
-                )  # fmt: skip
+                words = "the spool %s was removed or replaced: nothing new is accepted, but what waits still goes out:"
+                log.error(words + " start this program anew only when `ping` says that nothing is queued", self.path)
             raise SpoolError(f"{self.path}: the file was removed or replaced")
 
     def rows(self, sql: str, *values: object) -> list[Any]:
@@ -2363,7 +2380,8 @@ class Outbox:
 
         What is put is written twice, into the log and then into the database, which may have unused room.
         """
-        pages, free, page = (self.rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size"))
+        names = ("page_count", "freelist_count", "page_size")
+        pages, free, page = (self.rows(f"PRAGMA {name}")[0][0] for name in names)
         spare = math.inf if self._size_max is None else self._size_max - (pages - free) * page - size
         try:
             disk, in_log = shutil.disk_usage(self.path.parent), os.path.getsize(f"{self.path}-wal")
@@ -2396,8 +2414,9 @@ class Outbox:
         """When a message of each group and kind was last created, since then."""
         history = History()
         for kind, group_kind, source, when in self.rows(
-            "SELECT deliveries.kind, entries.kind, source, created_at FROM deliveries, json_each(deliveries.entries) AS one"
-            " JOIN entries ON seq = one.value WHERE created_at > ? ORDER BY created_at", since,
+            "SELECT deliveries.kind, entries.kind, source, created_at FROM deliveries,"
+            " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value"
+            " WHERE created_at > ? ORDER BY created_at", since,
         ):  # fmt: skip
             history.kinds[kind] = history.groups[group_kind, source] = when
         return history
@@ -2566,7 +2585,8 @@ class Outbox:
             self._wait_again(db, failed)
             db.execute(
                 "UPDATE deliveries SET next_try = 0 WHERE state = 'open' AND EXISTS (SELECT 1 FROM"
-                " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value WHERE ? IN (entries.id, 'all'))", (name,),
+                " json_each(deliveries.entries) AS one JOIN entries ON seq = one.value"
+                " WHERE ? IN (entries.id, 'all'))", (name,),
             )  # fmt: skip
         return len(failed), others
 
@@ -2599,7 +2619,8 @@ class Outbox:
                 served[seq].add(recipient)
         db.executemany(
             "UPDATE entries SET state = 'waiting', failed = 0, error = NULL, reported = 0, served = ?"
-            " WHERE seq = ? AND finished_at IS NULL", [(json.dumps(sorted(names)), seq) for seq, names in served.items()],
+            " WHERE seq = ? AND finished_at IS NULL",
+            [(json.dumps(sorted(names)), seq) for seq, names in served.items()],
         )  # fmt: skip
 
     def drop(self, name: str = "all") -> tuple[int, int]:
@@ -2622,7 +2643,8 @@ class Outbox:
     def fail_entry(self, seq: int, why: str) -> None:
         """An entry cannot go out: it has failed; the others of its mail go on."""
         with self._transaction() as db:
-            db.execute("UPDATE entries SET state = 'failed', error = ? WHERE state IN ('waiting', 'sending') AND seq = ?", (why, seq))
+            sql = "UPDATE entries SET state = 'failed', error = ? WHERE state IN ('waiting', 'sending') AND seq = ?"
+            db.execute(sql, (why, seq))
 
     def shift_times(self, since: float, until: float, seconds: float) -> None:
         """The clock was set by so many seconds: the times that were noted from `since` to `until` move with it."""
@@ -2648,8 +2670,9 @@ class Outbox:
             old = "DELETE FROM entries WHERE seq IN (SELECT seq FROM entries WHERE finished_at < ? LIMIT 2000)"
             gone = db.execute(old, (now - MEMORY_S,)).rowcount
             db.execute(
-                "DELETE FROM deliveries WHERE number IN (SELECT number FROM deliveries WHERE finished_at < ? AND NOT EXISTS"
-                " (SELECT 1 FROM json_each(deliveries.entries) AS one JOIN entries ON seq = one.value) LIMIT 2000)",
+                "DELETE FROM deliveries WHERE number IN (SELECT number FROM deliveries WHERE finished_at < ?"
+                " AND NOT EXISTS (SELECT 1 FROM json_each(deliveries.entries) AS one JOIN entries ON seq = one.value)"
+                " LIMIT 2000)",
                 (now - MEMORY_S,),
             )
         return gone
@@ -2743,7 +2766,8 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
         lists = into.execute("SELECT entries FROM deliveries WHERE state = 'open'").fetchall()
         open_ones = Counter(seq for (entries,) in lists for seq in json.loads(entries))
         into.execute("UPDATE entries SET open = 0")
-        into.executemany("UPDATE entries SET open = ? WHERE seq = ?", [(number, seq) for seq, number in open_ones.items()])
+        rows = [(number, seq) for seq, number in open_ones.items()]
+        into.executemany("UPDATE entries SET open = ? WHERE seq = ?", rows)
         # What was in deliveries that could not be read waits again.
         into.execute("UPDATE entries SET state = 'waiting' WHERE state = 'sending' AND open = 0")
         into.execute("COMMIT")
@@ -2843,9 +2867,11 @@ class Plan:
 
 
 class MailPolicy(Protocol):
-    """The owner of an outbox decides what is mailed. Its methods are pure. `window` (seconds) and `limit` (deliveries in
-    any 24 hours, 0: none) say how much of what was sent the plan looks at; an owner with 0 and 0 plans each entry alone,
-    in any order."""
+    """The owner of an outbox decides what is mailed. Its methods are pure.
+
+    `window` (seconds) and `limit` (deliveries in any 24 hours, 0: none) say how much of what was sent the plan looks
+    at. An owner with 0 and 0 plans each entry alone, in any order.
+    """
 
     window: float
     limit: int
@@ -2890,7 +2916,8 @@ def after_attempt(  # noqa: PLR0917
     strip = has_pictures and delivery.max_bytes != 0
     strip = strip and (outcome.too_big or data_failures >= 2 or (at_data and aged >= STRIP_AFTER_S))
     delay = backoff(tries - 1, rules.first, rules.longest)
-    if refused and not (at_data and has_pictures and delivery.max_bytes != 0):  # Without its picture it may be accepted.
+    pictures_refused = at_data and has_pictures and delivery.max_bytes != 0  # Without them it may be accepted.
+    if refused and not pictures_refused:
         delay = max(delay, min(REFUSED_PAUSE_S, rules.refused_after))
     if outcome.step == "dot" and not outcome.code and data_failures >= 2:  # The server may have it each time.
         delay = max(delay, UNANSWERED_PAUSE_S)
@@ -2981,6 +3008,7 @@ class Courier:
         self._published: object = None
         self._groups: set[str] = set()  # those whose recipients `queue` can show
         self._last_error = ""  # of the machine, logged once
+        self._retry_at = 0.0  # when the next open delivery is due
         self._why = ""  # the last plan held something
         self._full_until = 0.0  # the daily limit is used up
         self._planned: list[DueMessage] = []  # due, not created yet
@@ -3148,10 +3176,11 @@ class Courier:
         return delivery
 
     def _release(self, delivery: Delivery) -> None:
-        """A sender has it no longer. If it is open in the database, it will be found there."""
+        """A sender has it no longer. If it is open in the database, it will be found there at its time."""
         with self._changed:
             self._with_senders.pop(delivery.number, None)
-            self._retry_at = 0.0
+            if delivery.state == "open":
+                self._retry_at = min(self._retry_at, delivery.next_try)
             if self._reporting == delivery.number:
                 self._reporting = 0
 
@@ -3657,8 +3686,8 @@ def command_check(args: argparse.Namespace) -> int:
                 break
     code = exit_code(outcomes.values())
     if code == EX_OK:
-        rest = "the mail was accepted: look into the mailbox" if args.send else "only --send tries the rest, with a real mail"
-        print(f"all is well; {rest}")
+        accepted, more = "the mail was accepted: look into the mailbox", "only --send tries the rest, with a real mail"
+        print(f"all is well; {accepted if args.send else more}")
     return code
 
 
@@ -3699,8 +3728,8 @@ def _test_mail(config: SMTPConfig, recipients: Sequence[str]) -> Message:
     """A mail like an alert, with a picture."""
     text = f"This is a test mail from {hostname()}. Alerts will arrive like this one, with their picture.\n"
     data = compose_pieces(
-        subject="Test mail", sender=config.sender, to=recipients, text=text, attachments=[attached("test.png", TEST_PNG)],
-        headers={"Auto-Submitted": "auto-generated"},
+        subject="Test mail", sender=config.sender, to=recipients, text=text,
+        attachments=[attached("test.png", TEST_PNG)], headers={"Auto-Submitted": "auto-generated"},
     )  # fmt: skip
     return Message(address(config.sender), data, "a test mail")
 

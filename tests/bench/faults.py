@@ -30,7 +30,7 @@ import harness
 import nemesis
 import powerloss
 from faultsink import Resolver
-from harness import HEAL_S, REPEATS_MAX, Red, Run, Sent, Skipped, Stage, Table, certificate, must, needs, until
+from harness import REPEATS_MAX, Red, Run, Sent, Skipped, Stage, Table, certificate, must, needs, until
 
 table = Table()
 row = table.row
@@ -351,7 +351,7 @@ def spool_full(run: Run) -> str:
 def files_cannot_grow(run: Run) -> str:
     with run.stage() as stage:
         wrapper = [needs("prlimit"), "--fsize=400000:unlimited"]
-        return fill(stage, lambda: stage.relay.limit("fsize=unlimited") or accepts_again(stage) and finish(stage), *wrapper)
+        return fill(stage, lambda: stage.relay.limit("fsize=unlimited") or (accepts_again(stage) and finish(stage)), *wrapper)
 
 
 @row("disk full", "a tmpfs of 12 MiB")

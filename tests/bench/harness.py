@@ -32,7 +32,7 @@ import threading
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -465,23 +465,9 @@ class Stage:
         return mails
 
     def repeats(self) -> tuple[dict[int, int], int]:
-        """Mails that were sent again though the server had accepted them: how many because of the end of each process
-        of the relay (by its number), and how many without such a cause.
-
-        A refused attempt counts, too. What the server accepted without the relay being able to know it does not.
-        """
-        attempts: dict[tuple[str, str], list[tuple[float, int, dict[str, Any]]]] = defaultdict(list)
-        for number, mail in enumerate([*self.sink.mails, *self.sink.refused]):
-            for (name, _), to in itertools.product(mail["alerts"], mail["to"]):
-                attempts[name, to].append((mail["time"], number, mail))
-        by_end: dict[int, set[int]] = defaultdict(set)
-        for tries in attempts.values():
-            for (_, _, first), (_, number, second) in itertools.pairwise(sorted(tries, key=lambda one: one[:2])):
-                if first["answered"] == "yes" and first["fault"] != "reset":
-                    mine, next_one = (bisect.bisect(self.relay.started, mail["session"]) for mail in (first, second))
-                    by_end[mine if mine < next_one else -1].add(number)
-        unexplained = len(by_end.pop(-1, ()))
-        return {process: len(mails) for process, mails in by_end.items()}, unexplained
+        """`repeats` of all that the sink received; an alert to a recipient is the same thing, whatever mail it is in."""
+        mails = [*self.sink.mails, *self.sink.refused]
+        return repeats(mails, self.relay.started, lambda mail: itertools.product((one for one, _ in mail["alerts"]), mail["to"]))
 
     def check(self, *, may_fail: set[str] | None = None, excused: int = 0) -> None:
         """The nine checks, over a relay that has healed. `may_fail`: ids that may have failed, besides those that were
@@ -564,6 +550,30 @@ class Stage:
         left_out = sum(mail["left_out"] for mail in self.sink.mails)
         return (f"{len(self.record.acked)} acknowledged, {len(self.sink.mails)} mails, {repeated},"
                 f"{f' {left_out} without their picture,' * bool(left_out)} refused {dict(self.record.refusals)}, answer p50 {p50 * 1e3:.1f} ms p99 {p99 * 1e3:.0f} ms")  # fmt: skip
+
+
+def repeats(
+    mails: Sequence[dict[str, Any]], started: Sequence[float], things: Callable[[dict[str, Any]], Iterable[object]]
+) -> tuple[dict[int, int], int]:
+    """Mails that were sent again though the server had accepted them: how many because of the end of each process of the
+    sender (by its number; they were `started` at these times), and how many without such a cause.
+
+    `things` are what is in a mail and should come once. A refused attempt counts, too. What the server accepted without
+    the sender being able to know it does not.
+    """
+    attempts: dict[object, list[tuple[float, int]]] = defaultdict(list)
+    for number, mail in enumerate(mails):
+        for thing in things(mail):
+            attempts[thing].append((mail["time"], number))
+    by_end: dict[int, set[int]] = defaultdict(set)
+    for tries in attempts.values():
+        for (_, number), (_, again) in itertools.pairwise(sorted(tries)):
+            first, second = mails[number], mails[again]
+            if first["answered"] == "yes" and first["fault"] != "reset":
+                process, next_one = (bisect.bisect(started, mail["session"]) for mail in (first, second))
+                by_end[process if process < next_one else -1].add(again)
+    unexplained = len(by_end.pop(-1, ()))
+    return {process: len(numbers) for process, numbers in by_end.items()}, unexplained
 
 
 def some(what: str, names: set[str]) -> Iterator[str]:
