@@ -3012,7 +3012,7 @@ class Courier:
             while held or self._begin(transport, held):
                 outcome = transport.send(held[0].message, functools.partial(self._look_ahead, held))
                 self._conclude(held.pop(0), outcome)
-                if held and not self._may_follow(held[0].delivery):
+                if held and not self._may_follow(held[0]):
                     self._release(held.pop().delivery)
                     transport.close()
         finally:
@@ -3068,11 +3068,12 @@ class Courier:
             delivery = self._take()
         return held[-1].message if delivery and self._prepare(delivery, held) else None
 
-    def _may_follow(self, delivery: Delivery) -> bool:
-        """May a delivery still go that was begun before the outcome of the last one was known?"""
+    def _may_follow(self, work: _Work) -> bool:
+        """May a delivery still go that was begun before the outcome of the last one was known? A probe may."""
         with self._changed:
-            paused = self._paused(EVERYTHING) or self._paused(delivery.recipient)
-            return not (self._stopping.is_set() or paused)
+            paused = self._paused(work.delivery.recipient)
+            paused_meanwhile = self._paused(EVERYTHING) or (paused and work.began < paused.since)
+            return not (self._stopping.is_set() or paused_meanwhile)
 
     def _take(self) -> Delivery | None:
         """The next delivery. Who finds the queue empty fills it with what is due; what was planned is created."""
@@ -3090,11 +3091,16 @@ class Courier:
         delivery = self._queue.popleft()
         self._with_senders[delivery.number] = delivery
         self._taken_at = self._monotonic()
+        if probed := self._paused(delivery.recipient):
+            probed.until = self._taken_at + probed.length  # Nobody else tries meanwhile.
         return delivery
 
-    def _release(self, delivery: Delivery) -> None:
+    def _release(self, delivery: Delivery, tried: bool = False) -> None:
         """A sender has it no longer. If it is open in the database, it will be found there at its time."""
         with self._changed:
+            probed = self._paused(delivery.recipient)
+            if probed and not tried:
+                probed.until = 0.0  # Nothing was found out about its recipient.
             self._with_senders.pop(delivery.number, None)
             if delivery.state == "open":
                 self._retry_at = min(self._retry_at, delivery.next_try)
@@ -3145,9 +3151,7 @@ class Courier:
                 if found and (room > 0 or not found.tried_at):
                     self._retries.append(found)
                     room -= found.tried_at > 0
-                if paused and found:
-                    paused.until = self._monotonic() + paused.length  # Nobody else tries meanwhile.
-                elif paused:  # Nothing is left to try: the next new message finds out.
+                if paused and not found:  # Nothing is left to try: the next new message finds out.
                     paused.paused, paused.failures = False, FAILURES_TO_PAUSE - 1
                     self._wake = 0.0  # What waits for this recipient is planned now.
         if limit:  # What is tried again takes a place as what was never tried does.
@@ -3263,7 +3267,7 @@ class Courier:
     def _finish(self, delivery: Delivery) -> None:
         self._outbox.finish(delivery, self._clock())
         with self._changed:
-            self._release(delivery)
+            self._release(delivery, tried=True)
             self._unreported |= delivery.refused or delivery.state == "failed"
             if self._policy.limit and delivery.state != "open":
                 self._planned_at = math.inf  # Its place in the daily limit may be free: plan anew.

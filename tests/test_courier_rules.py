@@ -270,3 +270,45 @@ def test_what_was_sent_before_the_clock_was_set_is_still_a_duplicate(rig: Callab
     r.courier.tick()
     r.put("a")
     assert r.run() == []
+
+
+# probes
+
+
+def paused(r: Rig) -> None:
+    """Pause mail to BOB."""
+    r.say = lambda entry, name: LATER if name == BOB else YES
+    r.put("a", "b", "c")
+    r.run()
+    assert [row["state"] for row in r.queue().values()] == ["held"] * 3
+
+
+def test_a_probe_that_is_begun_together_with_the_end_of_another_mail_is_sent(rig: Callable[..., Rig]) -> None:
+    r = rig(ANN, BOB)
+    r.looks_ahead = True
+    paused(r)
+    r.say = lambda entry, name: LATER if name == BOB or entry == "d" else YES
+    r.put("d")
+    r.run()
+    r.put("e")
+    r.run()
+    assert [name for _, name in r.later(10)] == [ANN, BOB]
+
+
+def test_a_probe_that_was_found_and_then_not_sent_goes_next(rig: Callable[..., Rig]) -> None:
+    r = rig(ANN, BOB)
+    paused(r)
+    r.away = AWAY
+    r.later(10)
+    r.away = None
+    assert [name for _, name in r.later(10)] == [BOB]
+
+
+def test_a_probe_that_said_only_that_all_mail_waits_is_sent_again_when_that_is_over(rig: Callable[..., Rig]) -> None:
+    r = rig(ANN, BOB)
+    paused(r)
+    for seconds in (10, 20):
+        assert len(r.later(seconds)) == 1
+    r.say = lambda entry, name: smtp.judge("mail", 450, "4.3.2 busy")
+    assert len(r.later(40)) == 1
+    assert [name for _, name in r.later(10)] == [BOB]
