@@ -2393,8 +2393,9 @@ class Outbox:
         untried = [delivery for delivery in found if not delivery.tried_at]
         tried = [delivery for delivery in found if delivery.tried_at]
         allowed = tried[: int(max(0, min(room, most)))]
-        left_out = len(rows) == limit or len(allowed) < len(tried)
-        return untried + allowed, min(later or math.inf, now + TICK_S if left_out else math.inf)
+        more = now if len(rows) == limit else math.inf  # As soon as these are sent, or a place is free.
+        more = now + TICK_S if len(allowed) < len(tried) else more
+        return untried + allowed, min(later or math.inf, more)
 
     def least_recently_tried(self, recipient: str, now: float) -> Delivery | None:
         """The open delivery to a recipient that has waited longest for a try, of those whose time has come by `now`."""

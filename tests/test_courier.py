@@ -1329,3 +1329,11 @@ def test_a_dead_recipient_does_not_delay_the_digests_of_a_good_one(bench: Make) 
     b.wait(21)
     mails = [ids for ids, to in b.server.got if to == ANN]
     assert 10 <= len(mails) <= 12 and sorted(",".join(mails).split(",")) == names(200)
+
+
+def test_many_open_deliveries_that_are_due_go_one_after_the_other(bench: Make) -> None:
+    b = bench()
+    b.put(*(f"m{number}" for number in range(60)))
+    b.outbox.create([DueMessage((number,), (ANN,), "alert") for number in range(1, 61)], b.clock())
+    b.restart()
+    assert b.run() == 60, "more than are looked up at once"
