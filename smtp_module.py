@@ -939,121 +939,102 @@ def judge_error(step: str, error: Exception) -> Outcome:
     return Outcome(Verdict.TRY_LATER, 0, printable(detail), step, about_us=step in STEPS_ABOUT_US)
 
 
-# What a person can do about a failure: (step, host, what was said) -> a sentence. The first row that fits is shown.
-# The three are regular expressions, an empty one fits everything. Where the cause is not known, no row fits.
+# What a person can do about a failure: (step and host, what was said) -> a sentence. The first row that fits is shown.
+# Both are regular expressions; an empty one fits everything. Where the cause is not known, no row fits.
 _TRANSACTION = "mail|rcpt|data|dot"
 ADVICE = (
     # the way to the server
-    ("resolve", "", "temporary",
-     "This machine's DNS does not answer: check its network."),
-    ("resolve", "", "",
-     "The name in SMTP_HOST was not found: check its spelling, and whether this machine's DNS works."),
-    ("connect", "", "timed out",
-     "Nobody answers. Providers often block port 25: use 587 or 465."),
-    ("connect", r"localhost|127\.|::1", "refused",
+    ("resolve", "",
+     "The name in SMTP_HOST was not found: check its spelling, this machine's network, and whether its DNS answers."),
+    (r"connect (localhost|127\.|::1)", "refused",
      "Nothing listens there. For a test, start: python3 embedded_smtpd.py --debug"),
-    ("connect", "", "refused",
+    ("connect", "refused",
      "Nothing listens on that port: check SMTP_HOST and SMTP_PORT."),
-    ("connect", "", "unreachable|no route",
+    ("connect", "timed out",
+     "Nobody answers. Providers often block port 25: use 587 or 465."),
+    ("connect", "unreachable|no route",
      "This machine has no way to the server: check its network."),
-    ("greeting", "", "timed out",
+    ("greeting", "timed out",
      "The server did not greet in time: on port 465 it waits for TLS (SMTP_SECURITY=ssl); a slow one needs a longer"
      " SMTP_TIMEOUT."),
     # TLS
-    ("tls", "", "not yet valid",
+    ("tls", "not yet valid",
      "The certificate is not valid yet, so this machine's clock is probably wrong: set it."),
-    ("tls", "", "expired",
+    ("tls", "expired",
      "The server's certificate has expired; its owner must renew it (or this machine's clock is wrong)."),
-    ("tls", "", "mismatch|doesn't match|not valid for",
+    ("tls", "mismatch|doesn't match|not valid for",
      "The certificate is for another name: set SMTP_HOST to the name that stands in it."),
-    ("tls", "", "(key|md|algorithm).too.(weak|small)",
+    ("tls", "(key|md|algorithm).too.(weak|small)",
      "The key or signature of the server's certificate is too weak; its owner must make a new one (RSA of 2048 bits or"
      " more, SHA-256)."),
-    ("tls", "", "self.signed",
-     "The certificate is signed by nobody this machine trusts: put it, or the certificate of its signer, in a file and"
-     " name the file in SMTP_CAFILE."),
-    ("tls", "", "issuer",
-     "The signer of the certificate is unknown here: install the system's certificates (package ca-certificates), or"
-     " name a file with the signer's in SMTP_CAFILE."),
-    ("tls", "", "protocol.version|unsupported.protocol|no.protocols|version.too.low|handshake.failure|legacy",
+    ("tls", "self.signed|issuer",
+     "Nobody whom this machine trusts has signed the certificate: install the system's certificates (package"
+     " ca-certificates), or name a file with the signer's certificate in SMTP_CAFILE."),
+    ("tls", "protocol.version|unsupported.protocol|no.protocols|version.too.low|handshake.failure|legacy",
      "The server speaks only an old form of TLS that is not safe any more; its owner must update it."),
-    ("tls", "", "wrong.version|record.layer|unexpected.message",
-     "The server does not begin with TLS on this port: 465 is SMTP_SECURITY=ssl, 587 is starttls."),
-    ("tls", "", "starttls is not offered",
-     "The server offers no STARTTLS on this port: use port 587, or 465 with SMTP_SECURITY=ssl."),
-    # EHLO
-    (f"ehlo|{_TRANSACTION}", "",
+    ("tls", "wrong.version|record.layer|unexpected.message|starttls is not offered",
+     "The server does not speak TLS in this way on this port: use port 587 with SMTP_SECURITY=starttls, or"
+     " 465 with ssl."),
+    # EHLO and login
+    (f"ehlo|{_TRANSACTION}",
      r"(helo|ehlo)\b.{0,50}(reject|denied|invalid|qualified|argument)|(invalid|bad|wrong).{0,20}(helo|ehlo)|\(ehlo\)",
      "The server does not accept the name in EHLO: set SMTP_EHLO to a full name of this machine, like"
      " relay.example.com."),
-    # login
-    ("", "", r"^538|must issue a starttls|encryption required|before starttls",
+    ("", r"^538|must issue a starttls|encryption required|before starttls",
      "The server takes a login only over TLS: set SMTP_SECURITY=starttls (or leave it on auto)."),
-    ("login", "", "too many (failed )?(login|auth)",
-     "The account was logged in to too often; that ends by itself, and ALERT_SENDERS=1 needs fewer logins."),
-    ("login", "gmail|google", r"^53[45]|\b5\.7\.[89]\b",
-     "Gmail wants an app password in SMTP_PASS, not the account's own: turn on 2-step verification, then make one"
-     " under Google account, Security, App passwords."),
-    ("login", "", r"\b5\.7\.139\b|basic auth",
-     "Outlook has switched password login off: set SMTP_AUTH=xoauth2 and put an access token in SMTP_PASS"
-     " (SMTP_PASS_COMMAND can fetch it)."),
-    ("login", "", "offers.*(xoauth2|oauthbearer)",
+    ("", "concurrent|too many (failed )?(login|auth|connections|sessions)",
+     "The server allows fewer connections or logins at a time: set ALERT_SENDERS=1, and see what else uses the"
+     " account."),
+    ("login", r"\b5\.7\.139\b|basic auth|offers.*(xoauth2|oauthbearer)",
      "The server takes no passwords, only access tokens: set SMTP_AUTH=xoauth2 and put a token in SMTP_PASS"
      " (SMTP_PASS_COMMAND can fetch it)."),
-    ("login", "", "offers.*(ntlm|gssapi)",
+    ("login", "offers.*(ntlm|gssapi)",
      "The server takes only Windows logins (NTLM, GSSAPI), which are not supported here: its owner must allow PLAIN or"
      " LOGIN over TLS."),
-    ("login", "", "not supported|no suitable|offers none|not advertised",
-     "The server offers no login here: use port 587 or 465, or leave SMTP_USER empty."),
-    ("login", "", "^504|unrecogni[sz]ed auth",
-     "The server does not know this way to log in: leave SMTP_AUTH on auto."),
-    ("login", "", r"^534|\b5\.7\.9\b|\b5\.7\.14\b",
-     "The provider wants an app password or a stronger way to log in; look in the account's security settings."),
-    ("login", "", "^5", "The server refused the login: check SMTP_USER and SMTP_PASS."),
-    ("login", "", "smtp_pass_command",
+    ("login", "^504|unrecogni[sz]ed auth|not supported|no suitable|offers none|not advertised",
+     "The server offers no such login here: leave SMTP_AUTH on auto and use port 587 or 465, or leave"
+     " SMTP_USER empty."),
+    ("login", r"^534|\b5\.7\.(9|14)\b|username and password not accepted",  # the last are Gmail's words
+     "The provider wants an app password in SMTP_PASS, not the account's own: turn on 2-step verification, then make"
+     " one in the account's security settings (Gmail: Google account, Security, App passwords)."),
+    ("login", "^5",
+     "The server refused the login: check SMTP_USER and SMTP_PASS (Gmail and others want an app password)."),
+    ("login", "smtp_pass_command",
      "The password could not be fetched: run the command by hand, as the user of this program."),
     # limits
-    (_TRANSACTION, "", r"\b5\.3\.4\b|too (big|large)|(size|length).{0,40}exceeds",
+    (_TRANSACTION, r"\b5\.3\.4\b|too (big|large)|(size|length).{0,40}exceeds",
      "The mail is too big for the server."),
-    (_TRANSACTION, "", r"\b[45]\.2\.2\b|over ?quota|mailbox.{0,20}full",
+    (_TRANSACTION, r"\b[45]\.2\.2\b|over ?quota|mailbox.{0,20}full",
      "The recipient's mailbox is full."),
-    (_TRANSACTION, "", r"\b[45]\.5\.3\b|too many recipients",
-     "The server takes fewer recipients at once: send to some of them, or to a list."),
-    ("", "", "concurrent|too many (connections|sessions)",
-     "The server allows fewer connections at once: set ALERT_SENDERS=1, and see what else uses the account."),
-    ("", "", r"\b5\.4\.5\b|\b5\.7\.233\b|limit (exceeded|reached)|exceed(ed|s) .{0,40}(limit|max|quota|threshold)"
-     "|quota exceeded|too many (messages|mails|emails)|rate limit|per (minute|hour|day)|receiving mail (at a rate|too)",
+    ("", r"\b5\.4\.5\b|\b5\.7\.233\b|\b[45]\.5\.3\b|(limit|quota) (exceeded|reached)|rate limit"
+     "|exceed(ed|s) .{0,40}(limit|max|quota|threshold)|too many (messages|e?mails|recipients)|per (minute|hour|day)"
+     "|receiving mail (at a rate|too)",
      "The limit on the number of mails is reached, of the account or of the mailbox; ALERT_DAILY_MAX and ALERT_COOLDOWN"
      " make fewer mails."),
     # who may send to whom
-    ("", "", "^530|not logged in|authentication (is )?required|must authenticate",
-     "The server wants a login first: set SMTP_USER and SMTP_PASS."),
-    ("", "", "^53[45]",
-     "The server is not content with the login: check SMTP_USER and SMTP_PASS."),
-    (_TRANSACTION, "zoho", "relaying disallowed",
-     "The account may not send from this address: set SMTP_FROM to an address of the account."),
-    (_TRANSACTION, "", r"relay(ing)? (access )?(is )?(denied|disallowed|not (allowed|permitted)|prohibited)"
+    ("", "^530|not logged in|authentication (is )?required|must authenticate"
+     r"|relay(ing)? (access )?(is )?(denied|disallowed(?! as)|not (allowed|permitted)|prohibited)"
      r"|(unable|not permitted) to relay|\b5\.7\.54\b|rcpthosts",
-     "The server takes mail for other domains only after a login: set SMTP_USER and SMTP_PASS, on port 587 or 465."),
-    (_TRANSACTION, "", r"not owned|sender.{0,40}(reject|not allowed|denied|refused)|send ?as\b"
+     "The server takes this mail only after a login: set SMTP_USER and SMTP_PASS, on port 587 or 465."),
+    (_TRANSACTION, r"not owned|disallowed as|sender.{0,40}(reject|not allowed|denied|refused)|send ?as\b"
      "|not (allowed|authori[sz]ed|permitted) to send|from address.{0,40} not|(equal|match|same as) .{0,12}auth"
      "|address is not verified",
      "The account may not send from this address: set SMTP_FROM to an address of the account, or SMTP_ENVELOPE_FROM,"
      " where only the envelope matters."),
-    ("greeting|ehlo|" + _TRANSACTION, "", r"spamhaus|\b(dns|r)bl\b|(block|black) ?list|blocked using",
+    (f"greeting|ehlo|{_TRANSACTION}", r"spamhaus|\b(dns|r)bl\b|(block|black) ?list|blocked using",
      "This machine's address is on a list of senders of spam, as those of homes are: send through your provider's"
      " server with a login (port 587 or 465)."),
-    ("data|dot", "", "spam|unsolicited|virus|malware|phish|content.{0,40}(block|reject|denied|security)",
+    ("data|dot", "spam|unsolicited|virus|malware|phish|content.{0,40}(block|reject|denied|security)",
      "The server holds the content for spam or a danger: tell the mailbox or its owner that these mails are wanted."),
-    ("rcpt", "", r"\b5\.1\.[0-36]\b|(unknown|invalid|no such) (user|recipient|mailbox)|not exist"
+    ("rcpt", r"\b5\.1\.[0-36]\b|(unknown|invalid|no such) (user|recipient|mailbox)|not exist"
      "|(user|recipient|mailbox).{0,30}(unknown|not found|unavailable|reject|invalid|disabled)",
      "The server does not take mail for this recipient: check the address."),
-    ("greeting|ehlo", "", "^5",
+    ("greeting|ehlo", "^5",
      "The server turns this machine away: port 25 of a provider is for servers; use 587 or 465 with a login."),
     # what passes by itself
-    ("", "", "^4",
+    ("", "^4",
      "The server wants to be asked again later; the relay does so by itself."),
-    (f"tls|ehlo|login|{_TRANSACTION}", "", "timed out",
+    (f"tls|ehlo|login|{_TRANSACTION}", "timed out",
      "The server did not answer in time; the relay tries again by itself, and a slow server needs a longer"
      " SMTP_TIMEOUT."),
 )  # fmt: skip
@@ -1062,16 +1043,13 @@ ADVICE = (
 def advice(outcome: Outcome, host: str) -> str:
     """One sentence on what to do, or "". Addresses in what the server said are not looked at."""
     said = re.sub(r"<[^>]*@[^>]*>|\S*@\S*", "", outcome.said)
-    for step, where, what, sentence in ADVICE:
-        if re.search(step, outcome.step) and re.search(where, host, re.I) and re.search(what, said, re.I):
+    for where, what, sentence in ADVICE:
+        if re.match(where, f"{outcome.step} {host}", re.I) and re.search(what, said, re.I):
             return sentence
     return ""
 
 
 # ───────────────────────────────────────────── SMTP configuration ───────────────────────────────────
-
-PASSWORD_SOURCES = ("SMTP_PASS", "SMTP_PASS_FILE", "SMTP_PASS_COMMAND")  # the first that is set counts
-
 
 @dataclass(frozen=True)
 class SMTPConfig:
@@ -1104,7 +1082,7 @@ class SMTPConfig:
             port=number,
             security=_security(settings, host or DEBUG_HOST, number),
             user=user,
-            password=functools.partial(_password, settings, host),
+            password=lambda: _password(settings, host),
             auth=settings.read("SMTP_AUTH", one_of("auto", "plain", "login", "cram-md5", "xoauth2"), "auto"),
             ehlo=settings.read("SMTP_EHLO", ehlo_name, ""),
             envelope_from=settings.read("SMTP_ENVELOPE_FROM", address, ""),
@@ -1113,22 +1091,14 @@ class SMTPConfig:
             timeout_s=settings.read("SMTP_TIMEOUT", duration, TIMEOUT_S),
             debug=not host,
         )
-        config._check()
-        sources = [name for name in PASSWORD_SOURCES if settings.read(name, str, "")]
-        if user and not sources:
-            raise ConfigError("SMTP_PASS: missing for SMTP_USER; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
-        if user and sources != ["SMTP_PASS_COMMAND"]:
+        if not 0 < config.timeout_s <= DAY_S:
+            raise ConfigError("SMTP_TIMEOUT: must be more than 0 and not more than 1d; 30 (seconds) is usual")
+        if user and config.security == "none" and not is_loopback(config.host):
+            raise ConfigError(f"SMTP_SECURITY: none sends the password in the clear to {host}; use starttls or ssl")
+        config.tls()  # raises where SMTP_CAFILE cannot be used
+        if user and (settings.secret("SMTP_PASS").strip() or not settings.secret("SMTP_PASS_COMMAND").strip()):
             config.password()  # A wrong file is found at the start. A command may need a network that comes later.
         return config
-
-    def _check(self) -> None:
-        if not 0 < self.timeout_s <= DAY_S:
-            raise ConfigError("SMTP_TIMEOUT: must be more than 0 and not more than 1d; 30 (seconds) is usual")
-        if self.user and self.security == "none" and not is_loopback(self.host):
-            raise ConfigError(
-                f"SMTP_SECURITY: none sends the password in the clear to {self.host}; use starttls or ssl"
-            )
-        self.tls()
 
     def tls(self) -> ssl.SSLContext | None:
         """A context that verifies certificate and host name; None without TLS. Raises ConfigError."""
@@ -1161,29 +1131,25 @@ def hostname() -> str:
 
 def is_loopback(host: str) -> bool:
     """Does this name or address mean this machine?"""
-    if host.lower().rstrip(".") == "localhost":
-        return True
     try:
         ip = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return False
+        return host.lower() == "localhost"
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 def _security(settings: Settings, host: str, number: int) -> str:
     chosen = settings.read("SMTP_SECURITY", one_of("ssl", "starttls", "none", "auto"), "auto")
-    wants_tls = settings.read("SMTP_USE_TLS", one_of("true", "false", "yes", "no", "on", "off", "1", "0"), "true")
+    use_tls = settings.read("SMTP_USE_TLS", one_of("true", "false", "yes", "no", "on", "off", "1", "0"), "true")
     if chosen != "auto":
         return chosen
-    if wants_tls in ("false", "no", "off", "0"):
+    if use_tls in ("false", "no", "off", "0"):
         return "none"
-    if number == SUBMISSIONS_PORT:
-        return "ssl"
-    return "none" if is_loopback(host) else "starttls"
+    return "ssl" if number == SUBMISSIONS_PORT else "none" if is_loopback(host) else "starttls"
 
 
 def _password(settings: Settings, host: str) -> str:
-    """SMTP_PASS, or what takes its place. Raises ConfigError."""
+    """SMTP_PASS, or the first line of SMTP_PASS_FILE or of what SMTP_PASS_COMMAND prints. Raises ConfigError."""
     password = settings.secret("SMTP_PASS")
     if not password.strip():
         password = _fetched_password(settings)
@@ -1193,8 +1159,9 @@ def _password(settings: Settings, host: str) -> str:
 
 
 def _fetched_password(settings: Settings) -> str:
-    """The first line of SMTP_PASS_FILE, or of what SMTP_PASS_COMMAND prints. Raises ConfigError."""
     path, command = settings.secret("SMTP_PASS_FILE").strip(), settings.secret("SMTP_PASS_COMMAND").strip()
+    if not path and not command:
+        raise ConfigError("SMTP_PASS: missing for SMTP_USER; set it, SMTP_PASS_FILE or SMTP_PASS_COMMAND")
     try:
         if path:
             fetched = Path(path).read_bytes()
@@ -1204,15 +1171,14 @@ def _fetched_password(settings: Settings) -> str:
             ).stdout
         if line := fetched.decode("utf-8-sig").partition("\n")[0].rstrip("\r"):
             return line
-        what = "the first line is empty"
+        why = "the first line is empty"
     except UnicodeDecodeError:
-        what = "it is not UTF-8"
+        why = "it is not UTF-8"
+    except subprocess.CalledProcessError as error:  # its text may show what was read
+        why = f"exit code {error.returncode}"
     except (OSError, subprocess.SubprocessError) as error:
-        # The text of the error itself may show what was read.
-        code = getattr(error, "returncode", None)
-        what = f"exit code {code}" if code else getattr(error, "strerror", None) or type(error).__name__
-    name = f"SMTP_PASS_FILE: {path}" if path else "SMTP_PASS_COMMAND"
-    raise ConfigError(f"{name}: gives no password ({what})")
+        why = getattr(error, "strerror", None) or type(error).__name__
+    raise ConfigError(f"{f'SMTP_PASS_FILE: {path}' if path else 'SMTP_PASS_COMMAND'}: gives no password ({why})")
 
 
 # ───────────────────────────────────────────── Listening ────────────────────────────────────────────
@@ -1266,8 +1232,7 @@ def when_possible(start: Callable[[], T], stopping: socket.socket, setting: str)
             if not later and getattr(cause, "errno", 0) != errno.EADDRNOTAVAIL:
                 raise
             if not waiting:
-                words = error.strerror if isinstance(error, OSError) else error
-                log.warning("cannot start yet: %s: %s; trying again until it works", setting, words)
+                log.warning("cannot start yet: %s: %s; trying again until it works", setting, error)
             waiting = True
         if select.select([stopping], [], [], START_RETRY_S)[0]:
             return None

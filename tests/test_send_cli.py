@@ -169,7 +169,7 @@ def test_without_a_body_standard_input_is_read_unless_it_is_a_terminal(
 @pytest.mark.parametrize(
     ("extensions", "sentence"),
     [
-        (("STARTTLS",), "only over TLS"), ((), "offers no login here"), (("AUTH XOAUTH2",), "only access tokens"),
+        (("STARTTLS",), "only over TLS"), ((), "offers no such login here"), (("AUTH XOAUTH2",), "only access tokens"),
         (("STARTTLS", "AUTH NTLM GSSAPI"), "Windows logins"),
     ],
 )  # fmt: skip
