@@ -2822,7 +2822,8 @@ def backoff(tries: int, first: float, most: float) -> float:
 @dataclass
 class Trouble:
     """Failures with one key. It is remembered until ten deliveries went through since the last pause began, so that a
-    server that lets one through now and then does not start it all again."""
+    server that lets one through now and then does not start it all again: after a success the next pause is a minute
+    at most, so that all that waits gets through such a server."""
 
     outcome: Outcome
     failures: int = 0  # in a row
@@ -3110,7 +3111,7 @@ class Courier:
         if now >= self._retry_at:
             self._retries, self._retry_at = self._outbox.due(now, self._with_senders, troubled, most, room)
             room -= sum(one.tried_at > 0 for one in self._retries)
-        for name in troubled - {one.recipient for one in with_senders}:
+        for name in sorted(troubled - {one.recipient for one in with_senders}):
             paused = self._paused(name)
             if not paused or self._monotonic() >= paused.until:
                 found = self._outbox.least_recently_tried(name, math.inf if paused else now)
@@ -3303,6 +3304,7 @@ class Courier:
         """The trouble with a key is over."""
         if trouble.paused:
             log.info("%s", "the mail server is back" if key == EVERYTHING else f"mail to {key} goes again")
+        trouble.length = min(trouble.length, PROBE_MAX_S / 2)  # The next one is twice as long.
         if trouble.failures:
             trouble.failures, trouble.paused = 0, False
             self._look_again()

@@ -312,3 +312,24 @@ def test_a_probe_that_said_only_that_all_mail_waits_is_sent_again_when_that_is_o
     r.say = lambda entry, name: smtp.judge("mail", 450, "4.3.2 busy")
     assert len(r.later(40)) == 1
     assert [name for _, name in r.later(10)] == [BOB]
+
+
+@pytest.mark.parametrize("step", ["rcpt", "connect"])
+def test_a_server_that_takes_a_mail_now_and_then_gets_all_of_them_without_a_storm(
+    rig: Callable[..., Rig], step: str
+) -> None:
+    r = rig(longest=3600.0)
+    refused, last = smtp.judge(step, 450, "4.7.1 rate"), -30.0
+
+    def limited(entry: str, name: str) -> Outcome:
+        nonlocal last
+        if r.uptime - last < 30:
+            return refused
+        last = r.uptime
+        return YES
+
+    r.say = limited
+    r.put(*(f"e{number}" for number in range(30)))
+    tries = [len(r.later(10)) for _ in range(360)]
+    assert r.outbox.counts()["sent"] == 30
+    assert max(sum(tries[at : at + 6]) for at in range(360)) <= 12
