@@ -2646,6 +2646,11 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
                 for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid {order}"):
                     with contextlib.suppress(sqlite3.Error):
                         into.execute(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+        into.execute("DELETE FROM pictures WHERE seq NOT IN (SELECT seq FROM entries)")
+        # No new entry takes a number that something salvaged refers to.
+        numbers = "SELECT seq FROM entries UNION SELECT value FROM deliveries, json_each(deliveries.entries) UNION SELECT 0"
+        into.execute("DELETE FROM sqlite_sequence WHERE name = 'entries'")
+        into.execute(f"INSERT INTO sqlite_sequence SELECT 'entries', max(seq) FROM ({numbers})")
         lists = into.execute("SELECT entries FROM deliveries WHERE state = 'open'").fetchall()
         open_ones = Counter(seq for (entries,) in lists for seq in json.loads(entries))
         into.execute("UPDATE entries SET open = 0")

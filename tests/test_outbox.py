@@ -414,6 +414,25 @@ def test_an_emptied_spool_is_logged(spool: Path, caplog: pytest.LogCaptureFixtur
     assert "was empty" in caplog.text
 
 
+def test_after_salvage_no_new_entry_takes_the_number_of_a_lost_one(spool: Path) -> None:
+    with contextlib.closing(Outbox(spool)) as outbox:
+        outbox.put([entry(name, picture=name.encode()) for name in ("kept", "lost", "lost too")])
+        to_all = DueMessage((1, 2, 3), (ANN,), "digest")
+        outbox.create([to_all], 0.0)
+        with outbox.transaction() as db:  # As if their page could not be read.
+            db.execute("DELETE FROM entries WHERE seq > 1")
+        (root,) = outbox._db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'entries_state'").fetchone()
+        page_bytes = smtp.pragma(outbox._db, "page_size")
+    data = bytearray(spool.read_bytes())
+    data[(root - 1) * page_bytes : (root - 1) * page_bytes + 8] = os.urandom(8)
+    spool.write_bytes(data)
+    with contextlib.closing(Outbox(spool)) as outbox:
+        assert outbox.put([entry("new", picture=b"new")])[0].new, "its picture has a place"
+        ((delivery,), _) = outbox.due(8.0, (), (), 9, 9)
+        assert [loaded.id for loaded in outbox.load(delivery)] == ["kept"]
+        assert ids(outbox) == ["new"]
+
+
 def test_salvage_keeps_deliveries_failures_duplicates_pictures_and_the_owners_tables(spool: Path) -> None:
     schema = "CREATE TABLE IF NOT EXISTS mine(name TEXT PRIMARY KEY, value TEXT);"
     with contextlib.closing(Outbox(spool, schema=schema)) as outbox:
