@@ -265,7 +265,7 @@ class RelayConfig:
         tls = smtp.server_tls(cert, key, client_ca, names=", ".join(names)) if cert else None
         longest = max(len(names) for names in (values["recipients"], *(one.recipients for one in values["routes"])))
         if 0 < values["daily_max"] < longest:
-            raise ConfigError(f"ALERT_DAILY_MAX: an alert to {longest} recipients is {longest} mails; give at least that")
+            raise ConfigError(f"ALERT_DAILY_MAX: an alert to {longest} recipients is {longest} mails; give as many")
         token = settings.secret("ALERT_TOKEN").strip()
         if len(token) > TOKEN_MAX:
             raise ConfigError(f"ALERT_TOKEN: too long; at most {TOKEN_MAX} characters")
@@ -1102,25 +1102,17 @@ class Planner:
 
     def assign(self, entry: PendingEntry) -> None:
         """Make the alert a mail of its own, put it into the digest that it belongs to, or hold it."""
-        event, group = entry.kind, (entry.kind, entry.source)
-        to = tuple(name for name in route(self._config, event, entry.source) if name not in entry.served)
+        to = tuple(name for name in route(self._config, entry.kind, entry.source) if name not in entry.served)
         if to and self._sent.paused.issuperset(to):
-            return None  # It stays free to become part of a digest; the plan is made anew when the pause is over.
-        urgent = event == SUMMARY or _matches(event, self._config.priority)
+            return  # It stays free to become part of a digest; the plan is made anew when the pause is over.
+        urgent = entry.kind == SUMMARY or _matches(entry.kind, self._config.priority)
         if not urgent and self._now < self._quiet_until:
-            return self._hold(self._quiet_until, "quiet hours")
-        kind = "" if event == SUMMARY else self._late(entry, urgent)
-        if kind == "paced":  # What its group has begun a digest with goes with that, whatever is left for others.
-            kind = self._joined.get(group, kind)
-        if not kind and self._config.cooldown_s and event != SUMMARY:
-            began = self._began.get(group, math.inf)
-            ends = began + self._config.cooldown_s if began <= self._now else -math.inf  # or the clock was set back
-            if self._now < ends:
-                return self._hold(ends, "cooldown")
-            kind = self._joined.get(group) or ("window" if entry.arrived < ends else "")
-        if kind == "window":
-            kind = f"window {event} {entry.source}"
-        if (kind, to) in self.digests:
+            self._hold(self._quiet_until, "quiet hours")
+            return
+        kind, held_until = self._kind(entry, urgent)
+        if held_until > self._now:
+            self._hold(held_until, "cooldown")
+        elif (kind, to) in self.digests:
             self._join(kind, to, entry)
         elif kind == "paced" and not urgent and (when := self._digest_due(entry)) > self._now:
             self._hold(when, "half of the daily limit is used: digests only")
@@ -1129,8 +1121,23 @@ class Planner:
         elif kind:
             self._join(kind, to, entry)
         else:
-            self._began[group] = self._now
+            self._began[entry.kind, entry.source] = self._now
             self.add("", to, [entry])
+
+    def _kind(self, entry: PendingEntry, urgent: bool) -> tuple[str, float]:
+        """The digest that the alert belongs to ("": none), and when its cooldown ends (0: it has none)."""
+        if entry.kind == SUMMARY:
+            return "", 0.0
+        group = (entry.kind, entry.source)
+        kind = self._late(entry, urgent)
+        if kind == "paced":  # What its group has begun a digest with goes with that, whatever is left for others.
+            kind = self._joined.get(group, kind)
+        if kind or not self._config.cooldown_s:
+            return kind, 0.0
+        began = self._began.get(group, math.inf)
+        ends = began + self._config.cooldown_s if began <= self._now else -math.inf  # or the clock was set back
+        window = f"window {entry.kind} {entry.source}" if entry.arrived < ends else ""
+        return self._joined.get(group) or window, ends
 
     def _late(self, entry: PendingEntry, urgent: bool) -> str:
         """The digest of what had to wait: for the daily limit, for the end of quiet hours, or for the server."""

@@ -2648,7 +2648,8 @@ def salvage(damaged: Path, into: sqlite3.Connection) -> None:
                         into.execute(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(row))})", row)
         into.execute("DELETE FROM pictures WHERE seq NOT IN (SELECT seq FROM entries)")
         # No new entry takes a number that something salvaged refers to.
-        numbers = "SELECT seq FROM entries UNION SELECT value FROM deliveries, json_each(deliveries.entries) UNION SELECT 0"
+        numbers = "SELECT seq FROM entries UNION SELECT value FROM deliveries, json_each(deliveries.entries)"
+        numbers += " UNION SELECT 0"
         into.execute("DELETE FROM sqlite_sequence WHERE name = 'entries'")
         into.execute(f"INSERT INTO sqlite_sequence SELECT 'entries', max(seq) FROM ({numbers})")
         lists = into.execute("SELECT entries FROM deliveries WHERE state = 'open'").fetchall()

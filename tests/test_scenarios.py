@@ -430,7 +430,7 @@ class Ledger:
 
     # deliveries
 
-    def created(self, due: Sequence[DueMessage], created: Sequence[Delivery]) -> None:
+    def created(self, due: Sequence[DueMessage], created: Sequence[Delivery]) -> None:  # noqa: C901
         messages: dict[tuple[tuple[int, ...], tuple[str, ...]], list[Delivery]] = defaultdict(list)
         for delivery in created:
             messages[delivery.entries, delivery.recipients].append(delivery)
@@ -731,7 +731,7 @@ class Ledger:
             names |= {name for name in route if not alert.has(name)}
         return names
 
-    def _check_row(self, alert: Alert, row: dict[str, Any]) -> None:
+    def _check_row(self, alert: Alert, row: dict[str, Any]) -> None:  # noqa: C901
         names, now = self.waits_for(alert), self._simulation.wall()
 
         def wrong(what: str) -> Violation:
@@ -796,9 +796,9 @@ class Ledger:
         """Is something over that `queue` promised?"""
         for promise in self.promises:
             tried_now = any(one.recipient in promise.names for one in self.in_flight)
-            if promise.turn == self.turn and promise.alert.state == "sending" and not tried_now:
-                if self._now > promise.next + 60 + self.blocked(promise.made_at):
-                    raise Violation("not tried when queue said", f"{promise} at {self._now:.1f}")
+            concerned = promise.turn == self.turn and promise.alert.state == "sending" and not tried_now
+            if concerned and self._now > promise.next + 60 + self.blocked(promise.made_at):
+                raise Violation("not tried when queue said", f"{promise} at {self._now:.1f}")
 
     # waiting
 
