@@ -289,9 +289,9 @@ class Refusal(Exception):
 
 
 class Event(NamedTuple):
-    """A checked event. `item` is what the spool keeps; `warning` says what of the event was left out or cut."""
+    """A checked event. `entry` is what the spool keeps; `warning` says what of the event was left out or cut."""
 
-    item: NewEntry
+    entry: NewEntry
     camera: str
     name: str
     warning: str = ""
@@ -431,8 +431,8 @@ def _event(values: Mapping[str, Any], picture: object, now: float) -> Event:
         except ValueError as error:
             content["dropped"], base64_text = str(error), None
             warnings.append(f"image dropped: {error}")
-    item = spooled(content, now, wished, base64_text)
-    return Event(item, content["camera"], content["event"], "; ".join(warnings))
+    entry = spooled(content, now, wished, base64_text)
+    return Event(entry, content["camera"], content["event"], "; ".join(warnings))
 
 
 def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: bytes | None = None) -> NewEntry:
@@ -553,7 +553,7 @@ def answer(receipt: smtp.PutResult, event: Event) -> bytes:
     """The line that answers an accepted event."""
     line = f'{{"ok": true, "id": "{receipt.id}", "status": "{"queued" if receipt.new else "duplicate"}"'
     warnings = [event.warning] if event.warning else []
-    if receipt.id != event.item.id:
+    if receipt.id != event.entry.id:
         warnings.append("this id was used before for another event; the alert has a new id")
     if warnings:
         line += f', "warning": {json.dumps("; ".join(warnings))}'
@@ -566,17 +566,17 @@ def refusal_line(refusal: Refusal) -> bytes:
 
 
 # ───────────────────────────────────────────── Accept ───────────────────────────────────────────────
-# Each connection has a thread, which reads what has arrived, journals it in one commit and answers it in order.
+# Each connection has a thread, which reads what has arrived, journals its events in one commit and answers in order.
 #
-# Where a token or client certificates are set, a peer that has shown neither yet is a stranger. Strangers may use the
-# places (ALERT_MAX_CONNECTIONS) and the memory (UNANSWERED_MAX_BYTES) that are free. When one of these is short, the
-# stranger that came first is turned out, never the newcomer. `busy` is for a peer that needs room when no stranger is
-# left; where nothing is asked for, there are none.
+# Where a token or client certificates are set, a peer that has shown neither yet is a stranger. Whenever places
+# (ALERT_MAX_CONNECTIONS), memory (UNANSWERED_MAX_BYTES), open files or threads are short, the stranger that came first
+# is turned out: it is told `busy` and disconnected. Anybody else hears `busy` only where no stranger is left.
 
-TOO_MANY = Refusal("busy", "too many connections; try again later", closes=True)
-NO_ROOM = Refusal("busy", "too many connections or half-sent lines; try again later", closes=True)
+BUSY = Refusal("busy", "too many connections or half-sent lines; try again later", closes=True)
 STOPPING = Refusal("shutting_down", "the relay is stopping; send this again later", closes=True)
-PROXY_HEADER = b"PROXY "  # HAProxy with send-proxy says in a line of its own, before all others, who the peer is
+SPOOL_FULL = Refusal("spool_full", "no room is left for alerts; try again later")
+SPOOL_ERROR = Refusal("spool_error", "the disk failed; try again later")
+NO_MEMORY = "out of memory or threads"  # a thread needs memory for its stack
 
 
 class LineReader:
@@ -588,12 +588,11 @@ class LineReader:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._too_large = Refusal("too_large", f"the line is longer than {limit} bytes")
-        self.drop_line()
+        self._begin_line()
 
-    def drop_line(self) -> None:
-        """Forget the unfinished line."""
+    def _begin_line(self) -> None:
         self._pieces: list[bytes] = []
-        self._length = 0  # of the unfinished line, as sent
+        self.length = 0  # of the unfinished line, as sent
         self._began = math.inf  # monotonic; infinite while there is no unfinished line
 
     def feed(self, chunk: bytes) -> list[bytes | Refusal]:
@@ -605,27 +604,23 @@ class LineReader:
         found = [self._too_large if len(line) > self._limit else line for line in lines if line.strip()]
         return found + self._keep(rest)
 
-    def is_within_line(self) -> bool:
-        """Has a line begun that has not ended?"""
-        return self._length > 0
-
     def kept_bytes(self) -> int:
         """The memory that the unfinished line takes."""
-        return self._length if self._pieces else 0
+        return self.length if self._pieces else 0
 
     def is_late(self, patience_s: float) -> bool:
         """Has the unfinished line come for longer than `patience_s`, and more slowly than a line may?"""
-        return time.monotonic() - self._began > patience_s + self._length / SLOWEST_BYTES_S
+        return time.monotonic() - self._began > patience_s + self.length / SLOWEST_BYTES_S
 
     def _keep(self, piece: bytes) -> list[bytes | Refusal]:
         if not piece:
             return []
         self._began = min(self._began, time.monotonic())
-        self._length += len(piece)
-        if self._length > 4 * self._limit:
+        self.length += len(piece)
+        if self.length > 4 * self._limit:
             sentence = f"the line goes on beyond four times {self._limit} bytes"
             return [Refusal("too_large", sentence, closes=True)]
-        if self._length > self._limit + 1:  # it may be one longer: a CR before the LF does not count
+        if self.length > self._limit + 1:  # it may be one longer: a CR before the LF does not count
             self._pieces = []
         else:
             self._pieces.append(piece)
@@ -633,8 +628,8 @@ class LineReader:
 
     def _finish(self, last: bytes) -> bytes:
         """The line that ends here; one that was read past is only as long as it takes to be refused."""
-        line = b"".join((*self._pieces, last)) if self._length <= self._limit + 1 else bytes(self._limit + 2)
-        self.drop_line()
+        line = b"".join((*self._pieces, last)) if self.length <= self._limit + 1 else bytes(self._limit + 2)
+        self._begin_line()
         return line
 
 
@@ -646,10 +641,8 @@ class Connection:
         self.trusted = not (relay.config.token or relay.config.client_ca)  # False: the peer is a stranger
         self.turned_out = False
         self.counted_bytes = 0  # what the relay counts for this connection, and guards with its lock
-        self.handling = False  # what has been read is parsed and journalled, and its memory cannot be freed now
-        self._sending = False
+        self.handling = False  # its lines are parsed and journalled, and their memory cannot be freed now
         self._write_failed = False  # the peer takes no answers any more; what it has sent still counts
-        self._is_new = True  # no line has come yet
         self._lines = LineReader(relay.config.max_line)
 
     def serve(self) -> None:
@@ -665,32 +658,23 @@ class Connection:
         except OSError as error:  # reset, timed out, no TLS: this peer only
             log.debug("the connection of %s ended: %s", self.peer, error)
         except MemoryError:
-            self._relay.short_of_memory()
+            self._relay.make_room(NO_MEMORY)
         except Exception:
             log.exception("the thread of a connection failed")
         finally:
-            if self.turned_out and self._lines.is_within_line():
-                # Once it is shut down for reading, the kernel takes no more of a line that is still being sent, and the
-                # peer would wait to send on. A reset ends that.
+            if self.turned_out and self._lines.length:
+                # The kernel takes no more of a line that is still being sent, and the peer would wait to send on. A
+                # reset ends that.
                 with contextlib.suppress(OSError):
                     self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._lines.drop_line()
-            self._relay.count_bytes(self, 0)
-            smtp.close_gently(self.sock, 0.0 if self.turned_out else LINGER_S)
-            self._relay.forget(self)
+            smtp.close_gently(self.sock, LINGER_S)
+            self._relay.remove(self)
 
     def trust(self) -> None:
         """The peer has shown the token or a certificate: it is no stranger any more."""
         if not self.trusted:
             self.trusted = True
             self._set_timeouts()
-
-    def turn_out(self) -> None:
-        """Let the connection's own thread say busy and end it. Called from another thread."""
-        self.turned_out = True
-        with contextlib.suppress(OSError):
-            # SSLSocket's own shutdown would end the encryption, too. A peer that does not read its answers gets none.
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR if self._sending else socket.SHUT_RD)
 
     def _shake_hands(self, tls: ssl.SSLContext) -> None:
         """Begin TLS. Raises OSError."""
@@ -700,7 +684,7 @@ class Connection:
             wrapped.do_handshake()
         except ssl.SSLError as error:
             if not isinstance(error, ssl.SSLEOFError):  # one that only looks whether the port is open
-                self._relay.log_once("tls", f"no TLS with {self.peer}: {smtp.printable(error)}")
+                self._relay.log_once("no TLS with %s: %s", self.peer, smtp.printable(error))
             raise
         self.trusted = self.trusted or self._relay.config.client_ca
 
@@ -713,109 +697,72 @@ class Connection:
         smtp.wait_at_most(self.sock, self._patience_s(), SEND_TIMEOUT_S)
 
     def _serve_once(self) -> bool:
-        """Journal and answer what has arrived. False: the connection is over."""
-        lines: list[bytes | Refusal] = []
-        more = True
-        unanswered = self._lines.kept_bytes()
-        try:
-            for chunk in self._read_available():
-                more = bool(chunk)
-                lines += self._lines.feed(chunk) if chunk else self._last_line()
-                unanswered += len(chunk)
-                if len(lines) >= BATCH_LINES or not self._relay.count_bytes(self, unanswered):
-                    break
-        except OSError as error:  # it counts after the lines that came before it
-            log.debug("the connection of %s ended: %s", self.peer, error)
-            more = False
-        if self._is_new and lines:
-            self._is_new = False
-            if isinstance(lines[0], bytes) and lines[0].startswith(PROXY_HEADER):
-                del lines[0]  # answered, it would be taken for the answer to the peer's own first line
+        """Journal and answer the lines that end in the next chunk. False: the connection is over. Raises OSError."""
+        chunk = self.sock.recv(READ_BYTES)
+        lines = self._lines.feed(chunk) if chunk else self._last_line()
         last: Refusal | None = None  # what closes the connection
         while lines and not last:  # a chunk may hold very many tiny lines
             self.handling = True
             answers, last = self._relay.handle_lines(self, lines[:BATCH_LINES])
             self.handling = False
-            lines = [] if last else lines[BATCH_LINES:]
+            del lines[:BATCH_LINES]
             if last and last.code == "unauthorized":
+                lines.clear()
                 self._relay.count_bytes(self, 0)  # nothing is kept meanwhile
                 time.sleep(UNAUTHORIZED_DELAY_S)
             self._send(answers)
-        if more and not last and not self._relay.count_bytes(self, self._lines.kept_bytes()):
-            last = NO_ROOM
-            self._send(refusal_line(last))
-        return more and not last
-
-    def _read_available(self) -> Iterator[bytes]:
-        """One chunk, waited for, then all that is there already. b"" is the end. Raises OSError."""
-        found: bytes | None = self.sock.recv(READ_BYTES)
-        total = 0
-        while found:
-            yield found
-            total += len(found)
-            if self._lines.is_late(self._patience_s()):
-                raise TimeoutError("a line took too long")
-            plain = not isinstance(self.sock, ssl.SSLSocket)
-            if total >= BATCH_BYTES or (plain and len(found) < READ_BYTES):  # less than asked for: there is no more
-                return
-            found = read_now(self.sock)
-        if found is not None:
-            yield b""
+        if last or not chunk:
+            return False
+        if self._lines.is_late(self._patience_s()):
+            raise TimeoutError("a line took too long")
+        if self._relay.count_bytes(self, self._lines.kept_bytes()):
+            return True
+        self._send(refusal_line(BUSY))
+        return False
 
     def _last_line(self) -> list[bytes | Refusal]:
-        """The unfinished line at the end: it is whole if the peer ended the connection."""
-        if self.turned_out:
-            return [NO_ROOM]
-        if self._relay.stopping:
-            return [STOPPING] if self._lines.is_within_line() else []
-        return self._lines.feed(b"\n")
+        """What becomes of the unfinished line at the end: it is whole if the peer ended the connection."""
+        if not self._lines.length or self.turned_out:
+            return []
+        return [STOPPING] if self._relay.stopping else self._lines.feed(b"\n")
 
     def _send(self, answers: bytes) -> None:
-        if self._write_failed:
-            return
-        self._sending = True
-        try:
-            self.sock.sendall(answers)
-        except OSError:
-            self._write_failed = True
-        self._sending = False
-
-
-def read_now(sock: socket.socket) -> bytes | None:
-    """What is there without waiting, b"" at the end. None: nothing."""
-    if isinstance(sock, ssl.SSLSocket):
-        return sock.recv(READ_BYTES) if sock.pending() else None
-    if os.name != "posix":
-        return None
-    try:
-        return sock.recv(READ_BYTES, socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return None
+        if not self._write_failed:
+            try:
+                self.sock.sendall(answers)
+            except OSError:
+                self._write_failed = True
 
 
 Parsed = Event | Heartbeat | Ping | Refusal
 
 
-def _shows_token(parsed: Parsed) -> bool:
-    """Can this only come from a peer that knows the token?"""
-    return parsed.trusted if isinstance(parsed, Ping) else not isinstance(parsed, Refusal)
-
-
 class Relay:
     """The accepting side: listeners, connections, and the way from lines to answers."""
 
-    def __init__(self, config: RelayConfig, outbox: Outbox, watch: CameraMonitor, notify: Callable[[], object]) -> None:
-        self.config, self._outbox, self._watch, self._notify = config, outbox, watch, notify
+    def __init__(
+        self, config: RelayConfig, outbox: Outbox, monitor: CameraMonitor, notify: Callable[[], object]
+    ) -> None:
+        self.config, self._outbox, self._monitor, self._notify = config, outbox, monitor, notify
         self._token = hashlib.sha256(config.token.encode("utf-8", "replace")).digest() if config.token else b""
-        self._lock = threading.RLock()  # guards the next two
+        self._lock = threading.RLock()  # guards the next three
         self._connections: dict[Connection, None] = {}  # in the order in which they came
         self._counted_bytes = 0  # of all connections
-        self._large_lines = threading.Lock()  # held while one is parsed
         self._logged_at: dict[str, float] = {}
+        self._large_lines = threading.Lock()  # held while one is parsed
         self._refused: socket.socket | None = None  # the last peer that got no place
         self.stopping = False
         self._listeners: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
+
+    def log_once(self, template: str, *values: object, level: int = logging.WARNING) -> None:
+        """Log what may happen thousands of times a second: each template at most once a minute (LOG_AGAIN_S)."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._logged_at.get(template, -math.inf) < LOG_AGAIN_S:
+                return
+            self._logged_at[template] = now
+        log.log(level, template, *values)
 
     # From lines to answers.
 
@@ -831,26 +778,24 @@ class Relay:
                 break
         receipts = iter(self._journal([one for one in parsed if isinstance(one, Event)]))
         answers = [self._answer(one, receipts) for one in parsed]
-        if not connection.trusted and any(_shows_token(one) for one in parsed):
+        if any(one.trusted if isinstance(one, Ping) else not isinstance(one, Refusal) for one in parsed):
             connection.trust()
         if last and last.code == "unauthorized":
-            self.log_once("token", f"{connection.peer} was refused: {last.detail}")
+            self.log_once("%s was refused: %s", connection.peer, last.detail)
         return b"".join(answers), last or (STOPPING if self._outbox.closed else None)
 
     def _parse(self, line: bytes | Refusal, now: float) -> Parsed:
         try:
             if isinstance(line, Refusal):
                 return line
-            if len(line) < LARGE_LINE_BYTES:
-                return parse_line(line, self._token, now)
-            with self._large_lines:
+            with self._large_lines if len(line) >= LARGE_LINE_BYTES else contextlib.nullcontext():
                 return parse_line(line, self._token, now)
         except Refusal as refusal:
             # A new one: what was raised holds its frames, and they hold the whole batch until garbage is collected.
             return Refusal(refusal.code, refusal.detail, closes=refusal.closes)
         except MemoryError:  # this is about us, not about the line: it must come again
-            self.short_of_memory()
-            return Refusal("busy", "the relay is short of memory; try again later", closes=True)
+            self.make_room(NO_MEMORY)
+            return BUSY
         except Exception:
             log.exception("a line could not be read")
             return Refusal("bad_event", "the line could not be read")
@@ -859,59 +804,48 @@ class Relay:
         if not events:
             return ()
         try:
-            receipts = self._outbox.put([event.item for event in events])
+            receipts = self._outbox.put([event.entry for event in events])
         except smtp.SpoolError as error:
             if self._outbox.closed:  # a peer that sends on and on outlives the wait for it
                 return [STOPPING] * len(events)
-            full = isinstance(error, smtp.SpoolFull)
-            if full and len(events) > 1 and not isinstance(error, smtp.DiskFull):
-                # What fits into the spool is accepted. The last room of a disk is for bookkeeping.
-                return [receipt for event in events for receipt in self._journal([event])]
-            self.log_once(type(error).__name__, str(error), logging.ERROR)
-            sentence = "no room is left for alerts; try again later" if full else "the disk failed; try again later"
-            return [Refusal("spool_full" if full else "spool_error", sentence)] * len(events)
+            refusal = SPOOL_FULL if isinstance(error, smtp.SpoolFull) else SPOOL_ERROR
+            self.log_once(f"{refusal.code}: %s", error, level=logging.ERROR)
+            return [refusal] * len(events)
         self._notify()
         for event in events:
-            self._watch.heard(event.camera, event.name)
+            self._monitor.heard(event.camera, event.name)
         if log.isEnabledFor(logging.INFO):
             log.info("accepted %s", accepted(events, receipts))
         return receipts
-
-    def log_once(self, trouble: str, text: str, level: int = logging.WARNING) -> None:
-        """Log a text about some kind of trouble, unless one was logged less than a minute ago."""
-        with self._lock:
-            now = time.monotonic()
-            if now - self._logged_at.get(trouble, -math.inf) < LOG_AGAIN_S:
-                return
-            self._logged_at[trouble] = now
-        log.log(level, "%s", text)
-
-    def short_of_memory(self) -> None:
-        """The machine's memory or its threads have run out, which is the same: a thread needs a stack."""
-        text = "out of memory or threads: connections are refused, and have to come again"
-        self.log_once("memory", text, logging.ERROR)
 
     def _answer(self, parsed: Parsed, receipts: Iterator[smtp.PutResult | Refusal]) -> bytes:
         if isinstance(parsed, Event):
             receipt = next(receipts)
             return refusal_line(receipt) if isinstance(receipt, Refusal) else answer(receipt, parsed)
         if isinstance(parsed, Heartbeat):
-            self._watch.heard(parsed.camera)
+            self._monitor.heard(parsed.camera)
             return b'{"ok": true, "status": "alive"}\n'
         if isinstance(parsed, Ping):
             counts = self._outbox.counts() if parsed.trusted else {}
             return json.dumps({"ok": True, "status": "pong", **counts}).encode("ascii") + b"\n"
         return refusal_line(parsed)
 
-    # Places and memory.
+    # Places, memory, files and threads.
 
     def add(self, connection: Connection) -> bool:
         """Give the connection a place. False: there is none."""
         with self._lock:
-            if len(self._connections) >= self.config.max_connections and not self._turn_out_first(self._connections):
+            if len(self._connections) >= self.config.max_connections and not self._turn_out_first():
                 return False
             self._connections[connection] = None
             return True
+
+    def remove(self, connection: Connection) -> None:
+        """The connection has ended: its place and its memory are free."""
+        with self._lock:
+            self._connections.pop(connection, None)
+            self._counted_bytes -= connection.counted_bytes
+            connection.counted_bytes = 0
 
     def count_bytes(self, connection: Connection, number: int) -> bool:
         """Count so many bytes for what a connection has read and not answered. False: there is no room for them."""
@@ -924,28 +858,37 @@ class Relay:
                 if total <= UNANSWERED_MAX_BYTES:
                     self._counted_bytes, connection.counted_bytes = total, number
                     return True
-                holders = (one for one in self._connections if one.counted_bytes and not one.handling)
-                if not self._turn_out_first(holders):
+                if not self._turn_out_first():
                     break
         return False
 
-    def _turn_out_first(self, candidates: Iterable[Connection]) -> bool:
-        """End the connection of the stranger who came first of these, to make room. False: there is none."""
+    def make_room(self, why: str) -> None:
+        """The system gives no more memory, threads or open files."""
+        self.log_once("connections are refused, and have to come again: %s", why, level=logging.ERROR)
+        self._turn_out_first()
+
+    def _turn_out_first(self) -> bool:
+        """Turn out the stranger that came first. False: there is none."""
         with self._lock:
-            stranger = next((one for one in candidates if not (one.trusted or one.turned_out)), None)
-            if stranger is None:
+            strangers = (one for one in self._connections if not (one.trusted or one.turned_out or one.handling))
+            if not (stranger := next(strangers, None)):
                 return False
             self._counted_bytes -= stranger.counted_bytes
             stranger.counted_bytes = 0
-            stranger.turn_out()
-        text = "room is short, and peers that have shown neither token nor certificate are turned out, as"
-        self.log_once("room", f"{text} {stranger.peer}")
+            stranger.turned_out = True
+            self._say_busy(stranger.sock, socket.SHUT_RDWR)  # this wakes its thread
+        words = "room is short, and peers that have shown neither token nor certificate are turned out, as %s"
+        self.log_once(words, stranger.peer)
         return True
 
-    def forget(self, connection: Connection) -> None:
-        """The connection has ended, and its place is free."""
-        with self._lock:
-            self._connections.pop(connection, None)
+    def _say_busy(self, sock: socket.socket, direction: int) -> None:
+        """Say busy, without waiting for a peer that does not read, and shut the connection down; over TLS only that."""
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            if not self.config.tls:
+                sock.send(refusal_line(BUSY))
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, direction)  # SSLSocket's own would end the encryption, too
 
     # Listeners and threads.
 
@@ -971,20 +914,18 @@ class Relay:
                 self._admit(*listener.accept())
             except TimeoutError:
                 pass
-            except OSError as error:
-                if self.stopping:
-                    return
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    text = f"no connection can be accepted: {error.strerror}"
-                    self.log_once("accept", text, logging.ERROR)
-                    self._turn_out_first(self._connections)
+            except (OSError, MemoryError) as error:
+                why = getattr(error, "errno", errno.ENOMEM)
+                if why in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.make_room(os.strerror(why))
                 time.sleep(0.02)  # the connection stays in the queue: trying again at once would be a busy loop
-            except (RuntimeError, MemoryError):
-                self.short_of_memory()
-                time.sleep(0.1)
 
     def _admit(self, sock: socket.socket, address: smtp.Address) -> None:
-        """Give the peer a thread, or refuse it."""
+        """Give the peer a place and a thread, or say busy.
+
+        The socket of a refused peer stays open until the next one is refused. Closed at once, the peer could not read
+        the answer if it has sent something: unread input turns the end into a reset.
+        """
         connection = None
         try:
             connection = Connection(sock, smtp.show_address(address), self)
@@ -992,24 +933,12 @@ class Relay:
                 # Thread.start would wait for a sign of life, for ever where memory is too short for one.
                 _thread.start_new_thread(connection.serve, ())
                 return
-            self.log_once("connections", f"{connection.peer} was refused: {TOO_MANY.detail}")
+            self.log_once("%s was refused: too many connections", connection.peer)
         except (RuntimeError, MemoryError):
-            self.short_of_memory()
             if connection:
-                self.forget(connection)
-            self._turn_out_first(self._connections)  # for who comes next
-        self._refuse(sock)
-
-    def _refuse(self, sock: socket.socket) -> None:
-        """Say busy to a peer that gets no thread, and close the one that was refused before.
-
-        Closed at once, it could not read the answer if it has sent something: unread input turns the end into a reset.
-        """
-        with contextlib.suppress(OSError):
-            sock.setblocking(False)
-            if not self.config.tls:
-                sock.send(refusal_line(TOO_MANY))
-            sock.shutdown(socket.SHUT_WR)
+                self.remove(connection)
+            self.make_room(NO_MEMORY)
+        self._say_busy(sock, socket.SHUT_WR)
         with self._lock:
             before, self._refused = self._refused, sock
         if before:

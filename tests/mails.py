@@ -32,7 +32,7 @@ def item(seq: int = 1, picture: bytes | None = None, arrived: float = NOW, **fie
         line["image_b64"] = base64.b64encode(picture).decode()
     parsed = server.parse_line(json.dumps(line).encode(), b"", arrived)
     assert isinstance(parsed, server.Event)
-    new = parsed.item
+    new = parsed.entry
     return smtp.Entry(seq, new.id, new.kind, new.source, new.arrived, new.payload, lambda: new.picture, picture is not None)
 
 

@@ -70,7 +70,7 @@ def event(**fields: Any) -> Any:
 
 
 def content(parsed: Any) -> dict[str, Any]:
-    kept = json.loads(parsed.item.payload)
+    kept = json.loads(parsed.entry.payload)
     assert isinstance(kept, dict)
     return kept
 
@@ -307,7 +307,7 @@ def test_a_token_longer_than_any_is_wrong_without_being_read_whole() -> None:
 
 
 def test_token_is_kept_nowhere() -> None:
-    assert TOKEN not in parse(json.dumps({**GOOD, "token": TOKEN}).encode(), TOKEN).item.payload.decode()
+    assert TOKEN not in parse(json.dumps({**GOOD, "token": TOKEN}).encode(), TOKEN).entry.payload.decode()
 
 
 # what is kept
@@ -315,14 +315,14 @@ def test_token_is_kept_nowhere() -> None:
 
 def test_event_without_an_id_gets_a_fresh_one() -> None:
     first, second = event(), event()
-    assert first.item.unique and first.item.id != second.item.id and server.EVENT_ID.fullmatch(first.item.id)
-    assert not event(id="x").item.unique
+    assert first.entry.unique and first.entry.id != second.entry.id and server.EVENT_ID.fullmatch(first.entry.id)
+    assert not event(id="x").entry.unique
 
 
 def test_event_keeps_its_fields_and_its_lane() -> None:
     parsed = event(camera="باغ", meta={"zone": 2, "hot": True, "none": None}, image_url="http://x/a.jpg", extra=[1])
-    assert (parsed.name, parsed.camera, parsed.item.kind, parsed.item.source) == ("MOTION_DETECTED", "باغ", "MOTION_DETECTED", "باغ")
-    assert parsed.item.arrived == NOW
+    assert (parsed.name, parsed.camera, parsed.entry.kind, parsed.entry.source) == ("MOTION_DETECTED", "باغ", "MOTION_DETECTED", "باغ")
+    assert parsed.entry.arrived == NOW
     assert content(parsed) == {
         "event": "MOTION_DETECTED",
         "camera": "باغ",
@@ -352,7 +352,7 @@ def test_too_long_keys_and_values_of_meta_are_cut_and_the_answer_says_so(
     assert content(parsed)["meta"] == kept
     said = "meta cut: a key has at most 100 characters, a value 2000"
     assert parsed.warning == ("" if kept == given else said)
-    assert json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed)).get("warning", "") == parsed.warning
+    assert json.loads(server.answer(smtp.PutResult(parsed.entry.id, new=True), parsed)).get("warning", "") == parsed.warning
 
 
 def test_one_answer_warns_of_a_cut_value_and_of_a_dropped_picture() -> None:
@@ -366,7 +366,7 @@ def test_what_is_kept_of_the_largest_event_without_a_picture_is_small() -> None:
     long = "\U0001f4f7" * 1_000_000
     meta = {f"{n}{long}": long for n in range(10)} | {f"n{n}": 10**4200 for n in range(22)}
     parsed = event(meta=meta, image_url="http://x/" + "é" * 3991, camera="\U0001f4f7" * 128, id="i" * 128, x=long)
-    assert len(parsed.item.payload) < 300_000
+    assert len(parsed.entry.payload) < 300_000
 
 
 @pytest.mark.parametrize(
@@ -384,20 +384,20 @@ def test_timestamp_without_an_offset_is_utc(given: str, utc: str) -> None:
 
 def test_absent_timestamp_stays_absent() -> None:
     assert "timestamp" not in content(event())
-    assert event(id="a").item.payload == parse(json.dumps({**GOOD, "id": "a"}).encode()).item.payload
+    assert event(id="a").entry.payload == parse(json.dumps({**GOOD, "id": "a"}).encode()).entry.payload
 
 
 @pytest.mark.parametrize(
     "change", [{"camera": "cam2"}, {"meta": {"a": 1}}, {"timestamp": "2026-05-01"}, {"image_b64": SMALL}]
 )
 def test_other_content_is_another_payload_or_picture(change: dict[str, Any]) -> None:
-    first, second = event(id="a").item, event(id="a", **change).item
+    first, second = event(id="a").entry, event(id="a", **change).entry
     assert (first.payload, first.picture) != (second.payload, second.picture)
 
 
 def test_unknown_fields_spacing_and_order_are_no_content() -> None:
     line = b'{ "x":1,"id" : "a", "camera":"c\\u0061m1", "event":"MOTION_DETECTED"}'
-    assert parse(line).item.payload == event(id="a").item.payload
+    assert parse(line).entry.payload == event(id="a").entry.payload
 
 
 def test_same_id_with_other_content_is_queued_under_another_id(tmp_path: Any) -> None:
@@ -405,7 +405,7 @@ def test_same_id_with_other_content_is_queued_under_another_id(tmp_path: Any) ->
     first, again, other = event(id="a"), event(id="a"), event(id="a", image_b64=SMALL)
     answers = []
     for parsed in (first, again, other, other, first):
-        (receipt,) = outbox.put([parsed.item])
+        (receipt,) = outbox.put([parsed.entry])
         answers.append(json.loads(server.answer(receipt, parsed)))
     outbox.close()
     assert [answer["status"] for answer in answers] == ["queued", "duplicate", "queued", "duplicate", "duplicate"]
@@ -431,7 +431,7 @@ def test_picture_is_known_by_its_first_bytes(picture: bytes, suffix: str) -> Non
     for tail in (b"", b"1", b"12", bytes(9000)):
         parsed = event(image_b64=b64(picture + tail))
         assert not parsed.warning
-        assert base64.b64decode(parsed.item.picture) == picture + tail
+        assert base64.b64decode(parsed.entry.picture) == picture + tail
         assert content(parsed)["image"] == f"picture{suffix}"
 
 
@@ -468,17 +468,17 @@ WRONG_PICTURES: list[tuple[str, Any]] = [
 @pytest.mark.parametrize("value", [row[1] for row in WRONG_PICTURES], ids=[row[0] for row in WRONG_PICTURES])
 def test_wrong_picture_costs_only_the_picture(value: Any) -> None:
     parsed = parse(json.dumps(GOOD | {"image_b64": value}).encode())
-    assert parsed.item.picture is None
+    assert parsed.entry.picture is None
     assert parsed.warning.startswith("image dropped: ")
     assert content(parsed)["dropped"] and "image" not in content(parsed)
-    answer = json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed))
-    assert answer == {"ok": True, "id": parsed.item.id, "status": "queued", "warning": parsed.warning}
+    answer = json.loads(server.answer(smtp.PutResult(parsed.entry.id, new=True), parsed))
+    assert answer == {"ok": True, "id": parsed.entry.id, "status": "queued", "warning": parsed.warning}
 
 
 @pytest.mark.parametrize("name", [5, True, [], {}, 0.5, False])
 def test_wrong_file_name_costs_only_the_picture(name: Any) -> None:
     parsed = event(image_b64=SMALL, image_filename=name)
-    assert parsed.item.picture is None and "image_filename" in parsed.warning
+    assert parsed.entry.picture is None and "image_filename" in parsed.warning
     assert not event(image_filename=name).warning
 
 
@@ -486,7 +486,7 @@ def test_picture_may_have_ten_mebibytes_and_not_a_byte_more(monkeypatch: pytest.
     assert server.PICTURE_MAX_BYTES == 10 << 20
     monkeypatch.setattr(server, "PICTURE_MAX_BYTES", 10_000)
     for length in (9_998, 9_999, 10_000):
-        assert event(image_b64=b64(b"BM" + bytes(length - 2))).item.picture
+        assert event(image_b64=b64(b"BM" + bytes(length - 2))).entry.picture
     for length in (10_001, 10_002, 10_003, 20_000):
         assert event(image_b64=b64(b"BM" + bytes(length - 2))).warning.startswith("image dropped: larger than")
 
@@ -565,7 +565,7 @@ KEYS: list[tuple[str, str, str | None]] = [
 
 @pytest.mark.parametrize(("line", "picture"), [row[1:] for row in KEYS], ids=[row[0] for row in KEYS])
 def test_cut_out_picture_is_the_one_that_json_finds(line: str, picture: str | None) -> None:
-    found = parse(line.encode()).item.picture
+    found = parse(line.encode()).entry.picture
     assert found == (picture.encode() if picture else None)
 
 
@@ -679,8 +679,8 @@ def fuzz(rounds: int, seed: int) -> dict[str, int]:
         counts[found] = counts.get(found, 0) + 1
         if found == "event":
             parsed = parse(line)
-            json.loads(server.answer(smtp.PutResult(parsed.item.id, new=True), parsed))
-            view = server.EventView.of(smtp.Entry(1, parsed.item.id, parsed.item.kind, parsed.item.source, NOW, parsed.item.payload))
+            json.loads(server.answer(smtp.PutResult(parsed.entry.id, new=True), parsed))
+            view = server.EventView.of(smtp.Entry(1, parsed.entry.id, parsed.entry.kind, parsed.entry.source, NOW, parsed.entry.payload))
             assert view.camera == parsed.camera and view.local and server.utc_time(view.happened)
     return counts
 

@@ -28,7 +28,7 @@ import smtp_module as smtp
 EVENT = b'{"event": "MOTION_DETECTED", "camera": "cam1"}\n'
 TOKEN = "s3cret"
 WITH_TOKEN = b'{"event": "DOOR_OPENED", "camera": "front", "token": "s3cret"}\n'
-BUSY = {"ok": False, "error": "busy"}
+BUSY = {"ok": False, "error": "busy", "detail": server.BUSY.detail}
 
 
 def with_picture(length: int, **fields: Any) -> bytes:
@@ -271,7 +271,7 @@ def test_strangers_with_half_sent_lines_give_way_to_a_picture_with_the_token(
             until(lambda number=number: running.relay._counted_bytes == number * 250_000)
         for _ in range(3):
             assert running.ask(with_picture(200_000, token=TOKEN))[0]["status"] == "queued"
-        assert answers(strangers[0]) == [BUSY | {"detail": server.NO_ROOM.detail}]  # the one who came first
+        assert answers(strangers[0]) == [BUSY]  # the one who came first
         until(lambda: running.relay._counted_bytes == 750_000)
         strangers[1].sendall(b"\n")
         assert b"bad_json" in strangers[1].recv(4096)
@@ -317,14 +317,14 @@ def test_silent_strangers_give_their_places_to_newcomers_and_known_peers_do_not(
         with running.connect() as newcomer:
             newcomer.sendall(WITH_TOKEN)
             assert b"queued" in newcomer.recv(4096)
-            assert answers(first) == [BUSY | {"detail": server.NO_ROOM.detail}]
+            assert answers(first) == [BUSY]
             with running.connect() as another:
                 another.sendall(WITH_TOKEN)
                 assert b"queued" in another.recv(4096)
                 assert [entry["error"] for entry in answers(second)] == ["busy"]
                 until(lambda: len(running.relay._connections) == 3)
                 with running.connect() as too_many:
-                    assert answers(too_many) == [BUSY | {"detail": server.TOO_MANY.detail}]
+                    assert answers(too_many) == [BUSY]
         known.sendall(WITH_TOKEN)
         assert b"queued" in known.recv(4096)
     assert sum("turned out" in record.getMessage() for record in caplog.records) == 1
@@ -354,7 +354,6 @@ def test_a_stranger_that_does_not_read_its_answers_gives_its_place_at_once(run: 
         with contextlib.suppress(TimeoutError):
             while True:
                 deaf.sendall(b'{"ping": 1}\n' * 5000)
-        until(lambda: [connection._sending for connection in running.relay._connections] == [True])
         assert running.ask(WITH_TOKEN)[0]["status"] == "queued"
         until(lambda: not running.relay._connections, 2)
 
@@ -445,7 +444,7 @@ def test_what_is_logged_once_is_logged_again_after_a_while(
 ) -> None:
     monkeypatch.setattr(server, "LOG_AGAIN_S", 0.05)
     relay = run().relay
-    until(lambda: relay.log_once("x", "again") or len([r for r in info.records if r.getMessage() == "again"]) == 3)
+    until(lambda: relay.log_once("%s", "again") or len([r for r in info.records if r.getMessage() == "again"]) == 3)
 
 
 def test_a_failed_handshake_is_logged_once_with_its_peer(
@@ -462,12 +461,6 @@ def test_a_failed_handshake_is_logged_once_with_its_peer(
     until(lambda: not running.relay._connections)
     said = [record.getMessage() for record in info.records if record.levelname == "WARNING"]
     assert len(said) == 1 and re.match(r"no TLS with 127\.0\.0\.1:\d+: .", said[0])
-
-
-def test_a_proxy_that_says_first_who_the_peer_is_gets_no_answer_to_that(run: Any) -> None:
-    header = b"PROXY TCP4 192.168.1.9 192.168.1.10 5555 5000\r\n"
-    said = run().ask(header + EVENT + header)
-    assert [entry.get("status") or entry["error"] for entry in said] == ["queued", "bad_json"]
 
 
 def test_a_full_spool_is_said_and_the_connection_goes_on(run: Any) -> None:
@@ -754,17 +747,16 @@ def test_strangers_in_a_handshake_give_their_places_to_a_client_certificate(run:
         assert b"queued" in sock.recv(4096)
 
 
-def test_a_stranger_over_tls_is_told_that_it_is_turned_out(run: Any, certificate: Path) -> None:
+def test_a_stranger_over_tls_gives_its_place_too(run: Any, certificate: Path) -> None:
     running = run(tls=smtp.server_tls(str(certificate), ""), token=TOKEN, max_connections=1)
     client = tls_client(certificate)
     with client.wrap_socket(running.connect(), server_hostname="localhost") as first:
         first.sendall(b'{"ping": 1}\n')
         assert b"pong" in first.recv(4096)
-        until(lambda: not any(connection._sending for connection in running.relay._connections))
         with client.wrap_socket(running.connect(), server_hostname="localhost") as newcomer:
             newcomer.sendall(WITH_TOKEN)
             assert b"queued" in newcomer.recv(4096)
-        assert [entry["error"] for entry in answers(first)] == ["busy"]
+        assert answers(first) == []
 
 
 def test_without_a_client_certificate_nobody_gets_in_where_one_is_asked_for(run: Any, certificate: Path) -> None:

@@ -47,9 +47,9 @@ def soak(script: str) -> Callable[[Run], str]:
     return partial(faults.soak, scripts=(script,))
 
 
-PUT = r"receipts = self\._outbox\.put\(\[event\.item for event in events\]\)"
-PUT_HALF = r"""kept = [event.item for event in events][: len(events) // 2 if self.stopping else None]
-            receipts = [*self._outbox.put(kept), *(smtp.PutResult(e.item.id, True) for e in events[len(kept):])]"""
+PUT = r"receipts = self\._outbox\.put\(\[event\.entry for event in events\]\)"
+PUT_HALF = r"""kept = [event.entry for event in events][: len(events) // 2 if self.stopping else None]
+            receipts = [*self._outbox.put(kept), *(smtp.PutResult(e.entry.id, True) for e in events[len(kept):])]"""
 after_the_dot, takes_nothing = faults.killed_after_the_dot, faults.takes_nothing
 
 MUTANTS = (

@@ -67,9 +67,9 @@ CONTROLS = {
         ("smtp_module.py", r"synchronous=FULL", "synchronous=NORMAL"),
     ],
     "answers before the commit": [
-        ("server.py", r"receipts = self\._outbox\.put\(\[event\.item for event in events\]\)",
-         r"""receipts = [smtp.PutResult(event.item.id, True) for event in events]
-            threading.Timer(0.05, self._outbox.put, ([event.item for event in events],)).start()"""),
+        ("server.py", r"receipts = self\._outbox\.put\(\[event\.entry for event in events\]\)",
+         r"""receipts = [smtp.PutResult(event.entry.id, True) for event in events]
+            threading.Timer(0.05, self._outbox.put, ([event.entry for event in events],)).start()"""),
     ],
     "written as sent before the 250": [
         ("smtp_module.py", r"( +)(outcome = transport\.send\(held\[0\]\.message, .*\))",
