@@ -333,14 +333,14 @@ def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Pin
 
     `token` is the SHA-256 of the relay's secret, or b"" where there is none.
     """
-    values, picture = read_json(line)
+    values = read_json(line)
     event, heartbeat, given = values.get("event"), values.get("heartbeat"), values.get("token")
     guess = given[: TOKEN_MAX + 1].encode("utf-8", "replace") if isinstance(given, str) else b""
     trusted = not token or hmac.compare_digest(hashlib.sha256(guess).digest(), token)
     if not trusted and any(value is not None for value in (event, heartbeat, given)):  # a ping, too, may hold a guess
         raise Refusal("unauthorized", "token is missing or wrong", closes=True)
     if event is not None:
-        return _event(values, picture, now)
+        return _event(values, now)
     if heartbeat is not None:
         return Heartbeat(FIELDS["camera"](heartbeat))
     if values.get("ping") is not None:
@@ -348,14 +348,11 @@ def parse_line(line: bytes, token: bytes, now: float) -> Event | Heartbeat | Pin
     raise Refusal("bad_event", "the line has neither event, heartbeat nor ping")
 
 
-# JSON that cannot hurt: its depth and the number of its values are bounded (the digits of a number by Python), NaN is
-# refused, and the picture does not pass through it.
+# JSON that cannot hurt: its depth and the number of its values are bounded (the digits of a number by Python), and NaN
+# is refused.
 
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-CUT_FROM_BYTES = 2048  # a picture longer than this is cut out of the line before json reads it
-CUT_MARK = secrets.token_hex(16)  # stands in its place; not to be guessed
 
 
 def _no_constant(name: str) -> None:
@@ -366,36 +363,16 @@ _decode = json.JSONDecoder(parse_constant=_no_constant).decode
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def read_json(line: bytes) -> tuple[dict[str, Any], object]:
-    """The object on the line, and its `image_b64`: bytes of its alphabet, or what stood there. Raises Refusal.
-
-    A large picture never passes through json: it is cut out where it stands unescaped at the top level.
-    """
-    short, picture = _cut_picture(line) if len(line) > CUT_FROM_BYTES else (line, None)
+def read_json(line: bytes) -> dict[str, Any]:
+    """The object on the line. Raises Refusal."""
     try:
-        _check_size(short)
-        values = _decode(short.decode("utf-8"))
-        if picture is not None and (type(values) is not dict or values.get("image_b64") != CUT_MARK):
-            picture = None  # what was cut stood in a nested object, or a second one followed
-            values = _decode(line.decode("utf-8"))
+        _check_size(line)
+        values = _decode(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Refusal("bad_json", f"the line is not JSON: {error}") from None
     if type(values) is not dict:
         raise Refusal("bad_json", "the line is JSON, but not an object; write {…}")
-    return values, values.get("image_b64") if picture is None else picture
-
-
-def _cut_picture(line: bytes) -> tuple[bytes, bytes | None]:
-    if key := re.search(rb'"image_b64"\s*:\s*"', line):
-        end = line.find(b'"', key.end())
-        picture = line[key.end() : end]
-        if len(picture) > CUT_FROM_BYTES and end > 0 and _has_alphabet(picture):
-            return b"%b%b%b" % (line[: key.end()], CUT_MARK.encode(), line[end:]), picture
-    return line, None
-
-
-def _has_alphabet(text: bytes) -> bool:
-    return not text.rstrip(b"=").translate(None, BASE64_ALPHABET)
+    return values
 
 
 def _check_size(line: bytes) -> None:
@@ -415,31 +392,31 @@ def _check_size(line: bytes) -> None:
 # The fields. Each check returns the value as it is kept.
 
 
-def _event(values: Mapping[str, Any], picture: object, now: float) -> Event:
+def _event(values: Mapping[str, Any], now: float) -> Event:
     content = {name: check(value) for name, check in FIELDS.items() if (value := values.get(name)) is not None}
     if "camera" not in content:
         raise Refusal("bad_event", "camera is missing")
-    wished, base64_text, warnings = content.pop("id", ""), None, []
+    wished_id, picture, warnings = content.pop("id", ""), None, []
     if (meta := values.get("meta")) is not None:
         content["meta"], shortened = check_meta(meta)
         if shortened:
             warnings.append(f"meta cut: a key has at most {META_KEY_MAX} characters, a value {META_VALUE_MAX}")
-    if picture is not None:
+    if (image := values.get("image_b64")) is not None:
         try:
-            base64_text, kind = check_picture(picture)
+            picture, kind = check_picture(image)
             content["image"] = picture_name(values.get("image_filename"), kind)
         except ValueError as error:
-            content["dropped"], base64_text = str(error), None
+            content["dropped"], picture = str(error), None
             warnings.append(f"image dropped: {error}")
-    entry = spooled(content, now, wished, base64_text)
+    entry = new_entry(content, now, wished_id, picture)
     return Event(entry, content["camera"], content["event"], "; ".join(warnings))
 
 
-def spooled(content: Mapping[str, Any], now: float, wished: str = "", picture: bytes | None = None) -> NewEntry:
+def new_entry(content: Mapping[str, Any], now: float, wished_id: str = "", picture: bytes | None = None) -> NewEntry:
     """What the spool keeps of an event."""
     payload = _encode(content).encode("utf-8")
-    name = wished or secrets.token_hex(12)
-    return NewEntry(name, content["event"], content["camera"], payload, picture, now, unique=not wished)
+    name = wished_id or secrets.token_hex(12)
+    return NewEntry(name, content["event"], content["camera"], payload, picture, now, unique=not wished_id)
 
 
 def _matching(allowed: re.Pattern[str], sentence: str) -> Callable[[object], str]:
@@ -498,20 +475,24 @@ TOO_LARGE = f"larger than {PICTURE_MAX_BYTES >> 20} MiB"
 NOT_BASE64 = "not valid Base64"
 NO_PICTURE = "not a JPEG, PNG, GIF, WebP or BMP picture"
 NO_STRING = "image_b64 and image_filename must be strings"
+BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 PICTURE_START = re.compile(
     rb"(?P<jpeg>\xff\xd8\xff)|(?P<png>\x89PNG\r\n\x1a\n)|(?P<gif>GIF8[79]a)|(?P<webp>RIFF.{4}WEBP)|(?P<bmp>BM)",
     re.DOTALL,
 )
 
 
-def check_picture(picture: object) -> tuple[bytes, str]:
-    """The strict, canonical Base64 of a picture as it came, not decoded whole, and its kind. Raises ValueError."""
-    if not isinstance(picture, str | bytes):
+def check_picture(value: object) -> tuple[bytes, str]:
+    """The strict, canonical Base64 of a picture, not decoded, which would take three times as long, and its kind.
+
+    Raises ValueError.
+    """
+    if not isinstance(value, str):
         raise ValueError(NO_STRING)
-    text = picture.encode("ascii", "replace") if isinstance(picture, str) else picture
+    text = value.encode("ascii", "replace")
     last = text[-4:]
     padding = last.count(b"=")
-    if len(text) % 4 or padding > 2 or (isinstance(picture, str) and not _has_alphabet(text)):
+    if len(text) % 4 or padding > 2 or text.rstrip(b"=").translate(None, BASE64_ALPHABET):
         raise ValueError(NOT_BASE64)
     if base64.b64encode(base64.b64decode(last)) != last:  # bits that are cut off must be 0, RFC 4648 3.5
         raise ValueError(NOT_BASE64)
@@ -1220,7 +1201,7 @@ class CameraMonitor:
 
 
 def _relay_alert(event: str, camera: str, now: float, **more: object) -> NewEntry:
-    return spooled({"event": event, "camera": camera, **more}, now, f"relay-{secrets.token_hex(10)}")
+    return new_entry({"event": event, "camera": camera, **more}, now, f"relay-{secrets.token_hex(10)}")
 
 
 class DailySummary:
@@ -1258,7 +1239,7 @@ class DailySummary:
         )  # fmt: skip
         meta = {"received": sum(number for *_, number in groups), "groups": groups[:20], "silent": silent}
         meta |= {"why": self._outbox.unreported()[1], **self._outbox.counts()}
-        return spooled({"event": SUMMARY, "camera": "relay", "meta": meta}, now)
+        return new_entry({"event": SUMMARY, "camera": "relay", "meta": meta}, now)
 
 
 # ───────────────────────────────────────────── Render ───────────────────────────────────────────────
@@ -1443,7 +1424,7 @@ class MailContent:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class Alerts:
+class AlertMailer:
     """The owner of the relay's outbox: which mails are due, for whom, and what they say in its language."""
 
     def __init__(self, config: RelayConfig) -> None:
@@ -1765,7 +1746,7 @@ def serve(config: RelayConfig, mail: smtp.SMTPConfig) -> int:
     rules = smtp.RetryRules(config.retry_first_s, config.retry_max_s, config.max_age_s, config.refused_after_s)
     courier = smtp.Courier(
         outbox,
-        Alerts(config),
+        AlertMailer(config),
         lambda: smtp.SMTPClient(mail),
         senders=config.senders,
         rules=rules,

@@ -56,7 +56,7 @@ def envelope(
     """What the relay would send for these entries; `fields` are those of the delivery."""
     to = fields.pop("recipients", ("a@x.org", "b@y.org"))
     delivery = smtp.Delivery(1, "alert", tuple(one.seq for one in items), to[0], to, **fields)
-    return server.Alerts(config).render(delivery, items)
+    return server.AlertMailer(config).render(delivery, items)
 
 
 def day(picture: bytes) -> list[smtp.Entry]:

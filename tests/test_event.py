@@ -534,59 +534,24 @@ def test_a_file_name_of_millions_of_slashes_takes_the_memory_of_its_text() -> No
         tracemalloc.stop()
 
 
-# the picture is cut out of the line before json reads it: the result must be the same
+# where the picture stands
 
 JPEG = b64(b"\xff\xd8\xff" + bytes(6000))
 KEYS: list[tuple[str, str, str | None]] = [
-    ("first", f'{{"image_b64": "{LARGE}", "event": "E", "camera": "c"}}', LARGE),
-    ("between", f'{{"event": "E", "image_b64":"{LARGE}","camera": "c"}}', LARGE),
-    ("last", f'{{"event": "E", "camera": "c", "image_b64"  :\t"{LARGE}" }}', LARGE),
-    ("twice, both large", f'{{"image_b64": "{LARGE}", "event": "E", "camera": "c", "image_b64": "{JPEG}"}}', JPEG),
-    ("twice, the last is small",
-     f'{{"image_b64": "{LARGE}", "event": "E", "camera": "c", "image_b64": "{SMALL}"}}', SMALL),
-    ("twice, the first is small",
-     f'{{"image_b64": "{SMALL}", "event": "E", "camera": "c", "image_b64": "{LARGE}"}}', LARGE),
+    ("twice: the last counts", f'{{"image_b64": "{LARGE}", "event": "E", "camera": "c", "image_b64": "{JPEG}"}}', JPEG),
     ("twice, the last is null", f'{{"image_b64": "{LARGE}", "event": "E", "camera": "c", "image_b64": null}}', None),
     ("nested", f'{{"event": "E", "camera": "c", "x": {{"image_b64": "{LARGE}"}}}}', None),
-    ("nested and outside",
-     f'{{"x": {{"image_b64": "{JPEG}"}}, "event": "E", "camera": "c", "image_b64": "{LARGE}"}}', LARGE),
-    ("outside and nested",
-     f'{{"image_b64": "{LARGE}", "event": "E", "camera": "c", "x": {{"image_b64": "{JPEG}"}}}}', LARGE),
     ("in a string", json.dumps({"event": "E", "camera": "c", "x": f'"image_b64": "{LARGE}"'}), None),
-    ("in a string and outside",
-     json.dumps({"x": f'"image_b64": "{JPEG}"', "event": "E", "camera": "c", "image_b64": LARGE}), LARGE),
-    ("at the end of another key", f'{{"event": "E", "camera": "c", "x\\"image_b64": "{LARGE}"}}', None),
     ("key escaped", f'{{"event": "E", "camera": "c", "image\\u005fb64": "{LARGE}"}}', LARGE),
     ("slashes escaped", f'{{"event": "E", "camera": "c", "image_b64": "{LARGE.replace("/", chr(92) + "/")}"}}', LARGE),
     ("a letter escaped", f'{{"event": "E", "camera": "c", "image_b64": "\\u{ord(LARGE[0]):04x}{LARGE[1:]}"}}', LARGE),
-    ("the mark itself is no picture", f'{{"event": "E", "camera": "c", "image_b64": "{server.CUT_MARK}"}}', None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "picture"), [row[1:] for row in KEYS], ids=[row[0] for row in KEYS])
-def test_cut_out_picture_is_the_one_that_json_finds(line: str, picture: str | None) -> None:
+def test_picture_is_the_value_that_json_finds(line: str, picture: str | None) -> None:
     found = parse(line.encode()).entry.picture
     assert found == (picture.encode() if picture else None)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        f'{{"event": "E", "camera": "c", "image_b64": "{LARGE}',
-        f'{{"event": "E", "camera": "c", "image_b64": "{LARGE}"',
-        f'{{"event": "E", "camera": "c", "image_b64": "{LARGE}"}} x',
-        f'{{"event": "E", "camera": "c" "image_b64": "{LARGE}"}}',
-        f'["image_b64": "{LARGE}"]',
-        f'"image_b64": "{LARGE}"',
-        f'{{"event": "E", "x": {{"image_b64": "{LARGE}"}}, "camera": "c", "x": "\x01"}}',
-        f'{{"event": "E", "camera": "c", "x": {{"image_b64": "{LARGE[:3000]}\x01{LARGE[3000:]}"}}}}',
-        f'{{"event": "E", "camera": "c", "image_b64": "{LARGE[:3000]}\x01{LARGE[3000:]}"}}',
-    ],
-)
-def test_line_with_a_large_picture_must_be_json_all_the_same(line: str) -> None:
-    with pytest.raises(json.JSONDecodeError):
-        json.loads(line)
-    assert outcome(line.encode()) == "bad_json"
 
 
 # a seeded fuzz: whatever comes, an answer or a refusal

@@ -102,7 +102,7 @@ class Setup:
             routes=tuple(server.Route.of(f"{pattern}={','.join(names)}") for pattern, names in self.routes),
             cooldown_s=self.cooldown, daily_max=self.daily_max, quiet=quiet, sender="relay@x.org",
         )  # fmt: skip
-        return server.Alerts(config)
+        return server.AlertMailer(config)
 
     def rules(self) -> smtp.RetryRules:
         return smtp.RetryRules(self.retry_first, self.retry_max, self.max_age, self.refused_after)
