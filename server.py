@@ -24,7 +24,6 @@ import email
 import email.policy
 import errno
 import fnmatch
-import functools
 import hashlib
 import hmac
 import io
@@ -1264,7 +1263,7 @@ WORDS = {
     "gone": ("Was gone", "مدت قطعی", "离线时长"),
     "dropped": ("Picture left out", "تصویر حذف شد", "图片已略去"),
     "too_big": ("too big for the mail server", "برای سرور ایمیل بزرگ است", "超出邮件服务器限制"),
-    "said": ("the mail server said: {said}", "پاسخ سرور ایمیل: {said}", "邮件服务器的答复：{said}"),
+    "server_reply": ("the mail server said: {reply}", "پاسخ سرور ایمیل: {reply}", "邮件服务器的答复：{reply}"),
     "damaged": ("damaged on the relay's disk", "روی دیسک سامانه آسیب دیده است", "在警报系统的磁盘上已损坏"),
     TOO_LARGE: (TOO_LARGE, "بزرگ‌تر از ۱۰ مگابایت", "大于 10 MiB"),
     NOT_BASE64: (NOT_BASE64, "کد Base64 نادرست", "不是有效的 Base64"),
@@ -1286,9 +1285,9 @@ WORDS = {
         "摄像机 {camera} 又有信号了；离线时长 {gone}。",
     ),
     "wrong_clock": (
-        "The camera's clock said {told}, but the alert arrived at {arrived}: its clock is wrong, or it was delayed.",
-        "ساعت دوربین {told} بود، ولی هشدار در {arrived} رسید: یا ساعت دوربین نادرست است یا هشدار دیر رسیده است.",
-        "摄像机的时钟显示 {told}，而警报于 {arrived} 到达：摄像机的时钟不准，或者警报被延误了。",
+        "The camera's clock said {clock}, but the alert arrived at {arrived}: its clock is wrong, or it was delayed.",
+        "ساعت دوربین {clock} بود، ولی هشدار در {arrived} رسید: یا ساعت دوربین نادرست است یا هشدار دیر رسیده است.",
+        "摄像机的时钟显示 {clock}，而警报于 {arrived} 到达：摄像机的时钟不准，或者警报被延误了。",
     ),
     "attached": (
         "The picture is attached as {name}.",
@@ -1364,23 +1363,34 @@ class EventView(NamedTuple):
     content: Mapping[str, Any]
     picture: Callable[[], bytes | None]
     arrived: dt.datetime  # UTC
-    happened: dt.datetime  # UTC, by the camera's clock if it told the time
+    happened: dt.datetime  # UTC, by the camera's clock if the event has a timestamp
     clock_is_off: bool  # the camera's clock is wrong, or the event was long on its way
     local: str  # local time by which it stands among others: of its arrival if the clock is off
 
     @classmethod
-    def of(cls, item: smtp.Entry) -> EventView:
-        content = _decode(item.payload.decode("utf-8"))
-        arrived = dt.datetime.fromtimestamp(item.arrived, dt.UTC)
-        told = content.get("timestamp")
-        happened = dt.datetime.fromisoformat(told) if told else arrived
+    def of(cls, entry: smtp.Entry) -> EventView:
+        content = _decode(entry.payload.decode("utf-8"))
+        arrived = dt.datetime.fromtimestamp(entry.arrived, dt.UTC)
+        timestamp = content.get("timestamp")
+        happened = dt.datetime.fromisoformat(timestamp) if timestamp else arrived
         off = abs(happened - arrived) >= CLOCK_OFF
         local = local_time(arrived if off else happened)
-        return cls(item.id, content["event"], content["camera"], content, item.picture, arrived, happened, off, local)
+        return cls(entry.id, content["event"], content["camera"], content, entry.picture, arrived, happened, off, local)
 
     def key(self) -> str:
         """What Message-ID and Content-ID are functions of: an id that is used again years later arrives then."""
         return f"{self.id} {self.arrived.timestamp()}"
+
+    def meta(self) -> dict[str, str]:
+        """The meta as texts."""
+        return {
+            key[:META_KEY_MAX]: str(value).lower() if isinstance(value, bool) else str(value)[:META_VALUE_MAX]
+            for key, value in self.content.get("meta", {}).items()
+        }
+
+    def meta_line(self) -> str:
+        """The meta in one line."""
+        return smtp.one_line("; ".join(f"{key}={value}" for key, value in self.meta().items()))
 
 
 def local_time(moment: dt.datetime) -> str:
@@ -1425,7 +1435,7 @@ class MailContent:
 
 
 class AlertMailer:
-    """The owner of the relay's outbox: which mails are due, for whom, and what they say in its language."""
+    """The policy of the relay's outbox: which mails are due, for whom, and what they say in its language."""
 
     def __init__(self, config: RelayConfig) -> None:
         self._config = config
@@ -1434,12 +1444,8 @@ class AlertMailer:
         self.limit = config.daily_max
         lang = LANGS.index(config.lang)
         self._words = {key: words[lang] for key, words in WORDS.items()}
-        self._events = {name: words[lang] for name, words in EVENT_WORDS.items()}
-        self._weekdays = self._words["weekdays"].split()
+        self._event_words = {name: words[lang] for name, words in EVENT_WORDS.items()}
         self._address = smtp.address(config.sender)
-        self._domain = self._address.rpartition("@")[2]
-        self._footer = self._sentence("footer", host=smtp.hostname())
-        self._urgent = functools.lru_cache(maxsize=256)(lambda event: _matches(event, config.priority))
 
     def plan(self, waiting: Iterable[PendingEntry], sent: History, now: float, most: int) -> Plan:
         return plan(self._config, waiting, sent, now, most)
@@ -1449,18 +1455,21 @@ class AlertMailer:
 
     def render(self, delivery: Delivery, entries: Sequence[smtp.Entry]) -> Message:
         """The mail as it goes out. Where its size is limited, the newest of its pictures that fit stay."""
-        limit = delivery.max_bytes
-        left_out = self._words["said"].format(said=delivery.error) if limit == 0 else ""
-        content = self._content(entries, left_out)
-        content.page.notes.append(self._footer)
+        limit, first = delivery.max_bytes, entries[0]
+        left_out = self._words["server_reply"].format(reply=delivery.error) if limit == 0 else ""
+        if len(entries) > 1:
+            about = f"a digest of {len(entries)} alerts"
+            content = self._digest(sorted(entries, key=lambda entry: (entry.arrived, entry.seq)), left_out)
+        else:
+            about, view = f"{first.kind} {first.source}", EventView.of(first)
+            content = self._summary(view) if view.event == SUMMARY else self._alert(view, left_out)
+        content.page.notes.append(self._sentence("footer", host=smtp.hostname()))
         if delivery.reports:
             failures = f"{self._words['failed'].format(count=len(delivery.reports))}\n{delivery.why[:REASON_CHARS]}"
             content.page.notes.append(smtp.sentence("{failures}", {"failures": failures.strip()}, bad=True))
         data = self._compose(content, delivery.recipients)
         if limit and sum(map(len, data)) > limit:
-            data = self._fitted(content, delivery.recipients, limit)
-        first = entries[0]
-        about = f"{first.kind} {first.source}" if len(entries) == 1 else f"a digest of {len(entries)} alerts"
+            data = self._compose_within(limit, content, delivery.recipients)
         return Message(self._address, data, about)
 
     def _compose(self, content: MailContent, to: Sequence[str]) -> list[bytes]:
@@ -1474,133 +1483,100 @@ class AlertMailer:
             headers={"Auto-Submitted": "auto-generated", **content.headers},
         )
 
-    def _fitted(self, content: MailContent, to: Sequence[str], size_limit: int) -> list[bytes]:
+    def _compose_within(self, limit: int, content: MailContent, to: Sequence[str]) -> list[bytes]:
         """The mail with the newest of its pictures that fit, and a note about the others."""
         page = content.page
-        newest, page.pictures = page.pictures, []
+        newest, kept = page.pictures, list[smtp.Picture]()
         if newest:
             page.notes.insert(0, self._picture_left_out(self._words["too_big"]))
-        data = self._compose(content, to)
         for picture in newest:
-            page.pictures.append(picture)
-            larger = self._compose(content, to)
-            if sum(map(len, larger)) <= size_limit:
-                data = larger
-            else:
-                page.pictures.pop()
-        return data
-
-    def _content(self, items: Sequence[smtp.Entry], left_out: str) -> MailContent:
-        """What the mail says. `left_out`: why it has no pictures, "" if it has them."""
-        if len(items) > 1:
-            return self._digest(sorted(items, key=lambda item: (item.arrived, item.seq)), left_out)
-        view = EventView.of(items[0])
-        return self._summary(view) if view.event == SUMMARY else self._alert(view, left_out)
+            page.pictures = [*kept, picture]
+            if sum(map(len, self._compose(content, to))) <= limit:
+                kept.append(picture)
+        page.pictures = kept
+        return self._compose(content, to)
 
     def _alert(self, view: EventView, left_out: str) -> MailContent:
-        words, content, event, told = self._words, view.content, self._event(view.event), view.local
-        title = [event, view.camera]
-        rows: list[tuple[str | smtp.Link, ...]] = [(words["event"], view.event), (words["camera"], view.camera)]
-        if view.clock_is_off:
-            told = local_time(view.happened)
-            rows += [(words["time"], both_times(told, view.happened))]
-            rows += [(words["arrived"], both_times(view.local, view.arrived))]
-            title += [clock_and_day(told), f"{words['arrived']}: {clock_and_day(view.local)}"]
-        else:
-            rows.append((words["time"], both_times(told, view.happened)))
-            title.append(clock_and_day(told))
-        rows += [(key[:100], _plain(value)) for key, value in content.get("meta", {}).items()]
+        """One alert. `left_out`: why it has no picture, "" if it has one."""
+        words, content, camera, event = self._words, view.content, view.camera, self._event(view.event)
+        happened = local_time(view.happened)
+        title = [event, camera, clock_and_day(happened)]
+        rows: list[tuple[str | smtp.Link, ...]] = [
+            (words["event"], view.event),
+            (words["camera"], camera),
+            (words["time"], both_times(happened, view.happened)),
+        ]
         if "last_seen" in content:
-            rows.append((words["last_seen"], local_time(dt.datetime.fromisoformat(content["last_seen"]))[:19]))
-        if "gone_s" in content:
-            rows.append((words["gone"], self._duration(content["gone_s"])))
+            seen = local_time(dt.datetime.fromisoformat(content["last_seen"]))[:19]
+            rows.append((words["last_seen"], seen))
+            sentences = [self._sentence("nothing_heard", camera=camera, time=seen)]
+        elif "gone_s" in content:
+            gone = self._duration(content["gone_s"])
+            rows.append((words["gone"], gone))
+            sentences = [self._sentence("heard_again", camera=camera, gone=gone)]
+        else:
+            sentences = [self._sentence("reported", camera=camera, event=event, time=self._time(view.local))]
+        if view.clock_is_off:
+            title.append(f"{words['arrived']}: {clock_and_day(view.local)}")
+            rows.append((words["arrived"], both_times(view.local, view.arrived)))
+            sentences.append(self._sentence("wrong_clock", clock=happened[:19], arrived=view.local[:19]))
+        rows += view.meta().items()
         if "image_url" in content:
             rows.append((words["link"], smtp.Link(content["image_url"])))
         pictures = [] if left_out else self._pictures([view])
-        if "image" in content and not pictures:
+        if pictures:
+            sentences.append(self._sentence("attached", name=pictures[0].file.filename))
+        elif "image" in content:
             rows.append((words["dropped"], left_out or words["damaged"]))
         elif "dropped" in content:
             rows.append((words["dropped"], words[content["dropped"]]))
-        thread = hashlib.sha256(f"{view.camera}\n{view.local[:10]}".encode()).hexdigest()[:32]
+        thread = hashlib.sha256(f"{camera}\n{view.local[:10]}".encode()).hexdigest()[:32]
         return MailContent(
-            subject=f"DVR ALERT: {view.event} - {view.camera}",
+            subject=f"DVR ALERT: {view.event} - {camera}",
             key=f"alert:{view.key()}",
-            page=smtp.Page(
-                title,
-                self._config.lang,
-                self._colour([view.event]),
-                pictures,
-                self._told(view, event, pictures),
-                tables=[smtp.Table(rows)],
-            ),
-            headers={"X-Alert-Id": view.id, "References": f"<{thread}@{self._domain}>"},
+            page=self._page(title, [view.event], pictures, sentences, smtp.Table(rows)),
+            headers={"X-Alert-Id": view.id, "References": f"<{thread}@{self._address.rpartition('@')[2]}>"},
         )
 
-    def _told(self, view: EventView, event: str, pictures: Sequence[smtp.Picture]) -> list[smtp.Sentence]:
-        """An alert in sentences."""
-        content, camera = view.content, view.camera
-        if "last_seen" in content:
-            seen = local_time(dt.datetime.fromisoformat(content["last_seen"]))[:19]
-            told = [self._sentence("nothing_heard", camera=camera, time=seen)]
-        elif "gone_s" in content:
-            told = [self._sentence("heard_again", camera=camera, gone=self._duration(content["gone_s"]))]
-        else:
-            told = [self._sentence("reported", camera=camera, event=event, time=self._time(view.local))]
-        if view.clock_is_off:
-            clock = local_time(view.happened)[:19]
-            told.append(self._sentence("wrong_clock", told=clock, arrived=view.local[:19]))
-        if pictures:
-            told.append(self._sentence("attached", name=pictures[0].file.filename))
-        return told
-
-    def _pictures(self, newest: Iterable[EventView]) -> list[smtp.Picture]:
-        """The first few that there are."""
-        found = ((view, picture) for view in newest if (picture := view.picture()))
-        pictures = []
-        for view, picture in itertools.islice(found, DIGEST_PICTURES):
-            cid, kind = smtp.content_id(f"picture:{view.key()}", self._address), f"image/{picture_kind(picture)}"
-            caption = f"{view.local[11:19]}, {self._event(view.event)}, {view.camera}"
-            pictures.append(
-                smtp.Picture(caption, smtp.Attachment(view.content["image"], kind, base64=picture, cid=cid))
-            )
-        return pictures
-
-    def _digest(self, items: Sequence[smtp.Entry], left_out: str) -> MailContent:
+    def _digest(self, entries: Sequence[smtp.Entry], left_out: str) -> MailContent:
         """Many alerts, in the order in which they arrived. Each is decoded when its turn comes, and not kept."""
-        words, count, table = self._words, len(items), EventsTable()
-        rows: list[tuple[str, ...]] = []
-        room = DIGEST_META_CHARS
+        words, count, room = self._words, len(entries), DIGEST_META_CHARS
         events, cameras, keys, with_picture = Counter[str](), Counter[str](), [], []
-        for number, item in enumerate(items):
-            view = EventView.of(item)
-            table.add(view)
+        rows: list[tuple[str, ...]] = []
+        table = io.BytesIO()
+        text = io.TextIOWrapper(table, "utf-8-sig", newline="", write_through=True)  # spreadsheets need the mark
+        writer = csv.writer(text)
+        writer.writerow(("id", "event", "camera", "time", "arrived", "meta"))
+        for number, entry in enumerate(entries):
+            view = EventView.of(entry)
+            meta = view.meta_line() if table.tell() < CSV_MAX_BYTES else ""
+            cells = (view.id, view.event, view.camera, utc_time(view.happened), utc_time(view.arrived), meta)
+            writer.writerow([f"'{cell}" if FORMULA.match(cell) else cell for cell in cells])
             keys.append(view.key())
             events[view.event] += 1
             cameras[view.camera] += 1
             if "image" in view.content:
-                with_picture.append(item)
+                with_picture.append(entry)
             if number < DIGEST_ROWS:
-                meta = _meta_text(view.content)[: min(room, ROW_META_CHARS)]
+                clock = f"{words['clock']}: {local_time(view.happened)[:19]}" if view.clock_is_off else ""
+                meta = meta[: min(room, ROW_META_CHARS)]
                 room -= len(meta)
-                rows += self._rows(view, meta)
-        first, last = (EventView.of(item).local[:19] for item in (items[0], items[-1]))
+                rows.append((view.local[5:19], self._event(view.event), view.camera))
+                if clock or meta:
+                    rows.append(("", "; ".join(filter(None, (clock, meta)))))
+        first, last = (EventView.of(entry).local[:19] for entry in (entries[0], entries[-1]))
         counted = summarize(f"{self._event(event)} ({number})" for event, number in events.most_common())
+        pictures = [] if left_out else self._pictures(map(EventView.of, reversed(with_picture)))
+        title = [
+            f"{words['alerts'].format(count=count)}: {summarize(map(self._event, events))}",
+            summarize(cameras),
+            f"{first} - {last}",
+        ]
         sentences = [
             self._sentence("counted", first=first, last=last, count=count, events=counted, cameras=summarize(cameras)),
             self._sentence("csv"),
         ]
-        page = smtp.Page(
-            [
-                f"{words['alerts'].format(count=count)}: {summarize(map(self._event, events))}",
-                summarize(cameras),
-                f"{first} - {last}",
-            ],
-            self._config.lang,
-            self._colour(events),
-            [] if left_out else self._pictures(map(EventView.of, reversed(with_picture))),
-            sentences,
-            tables=[smtp.Table(rows, separator="  ")],
-        )
+        page = self._page(title, events, pictures, sentences, smtp.Table(rows, separator="  "))
         if count > DIGEST_ROWS:
             page.notes.append(self._sentence("more", shown=DIGEST_ROWS, count=count))
         if left_out and with_picture:
@@ -1609,56 +1585,61 @@ class AlertMailer:
             subject=f"DVR ALERT: {count} alerts - {summarize(events)} - {summarize(cameras)}",
             key="digest:" + "\n".join(sorted(keys)),
             page=page,
-            files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", table.data())],
+            files=[smtp.Attachment("events.csv", "text/csv; charset=utf-8", table.getvalue())],
         )
-
-    def _rows(self, view: EventView, meta: str) -> list[tuple[str, ...]]:
-        """An alert in a digest, and below it what else there is to say about it."""
-        clock = f"{self._words['clock']}: {local_time(view.happened)[:19]}" if view.clock_is_off else ""
-        more = "; ".join(filter(None, (clock, meta)))
-        row = (view.local[5:19], self._event(view.event), view.camera)
-        return [row, ("", more)] if more else [row]
 
     def _summary(self, view: EventView) -> MailContent:
         words, meta = self._words, view.content["meta"]
         groups = meta["groups"]  # of the day: event, camera, number of alerts
         most = max([number for _, _, number in groups], default=1)
         counts = {name: meta[name] for name in ("received", "queued", "failed")}
-        day = view.local[:10]
+        rows = [
+            (words["received"], str(meta["received"])),
+            (words["queued"], str(meta["queued"])),
+            (words["failures"], f"{meta['failed']}\n{meta['why'][:REASON_CHARS]}".strip()),
+            (words["silent"], summarize(meta["silent"], SILENT_SHOWN) or words["none"]),
+        ]
+        bars = [(f"{self._event(name)}, {camera}", smtp.Bar(str(n), n / most)) for name, camera, n in groups]
         page = smtp.Page(
             [words["summary"], smtp.hostname(), clock_and_day(view.local)],
             self._config.lang,
             smtp.RED if meta["failed"] or meta["silent"] else smtp.GREEN,
             sentences=[self._sentence("day", time=self._time(view.local), **counts), self._sentence("absence")],
-            tables=[
-                smtp.Table(
-                    [
-                        (words["received"], str(meta["received"])),
-                        (words["queued"], str(meta["queued"])),
-                        (words["failures"], f"{meta['failed']}\n{meta['why'][:REASON_CHARS]}".strip()),
-                        (words["silent"], summarize(meta["silent"], SILENT_SHOWN) or words["none"]),
-                    ]
-                ),
-                smtp.Table(
-                    [
-                        (f"{self._event(event)}, {camera}", smtp.Bar(str(number), number / most))
-                        for event, camera, number in groups
-                    ]
-                ),
-            ],
+            tables=[smtp.Table(rows), smtp.Table(bars)],
         )
         return MailContent(
-            subject=f"DVR summary: {day} - {meta['received']} alerts, {meta['queued']} waiting,"
+            subject=f"DVR summary: {view.local[:10]} - {meta['received']} alerts, {meta['queued']} waiting,"
             f" {meta['failed']} failed, {len(meta['silent'])} silent",
             key=f"summary:{smtp.hostname()} {view.key()}",
             page=page,
         )
 
-    # words
+    def _page(
+        self,
+        title: list[str],
+        events: Iterable[str],
+        pictures: list[smtp.Picture],
+        sentences: list[smtp.Sentence],
+        table: smtp.Table,
+    ) -> smtp.Page:
+        """A page that is red if one of its events has priority."""
+        colour = smtp.RED if any(_matches(event, self._config.priority) for event in events) else smtp.BLUE
+        return smtp.Page(title, self._config.lang, colour, pictures, sentences, tables=[table])
+
+    def _pictures(self, newest: Iterable[EventView]) -> list[smtp.Picture]:
+        """The first few that there are."""
+        found = ((view, picture) for view in newest if (picture := view.picture()))
+        pictures = []
+        for view, picture in itertools.islice(found, DIGEST_PICTURES):
+            cid, kind = smtp.content_id(f"picture:{view.key()}", self._address), f"image/{picture_kind(picture)}"
+            caption = f"{view.local[11:19]}, {self._event(view.event)}, {view.camera}"
+            file = smtp.Attachment(view.content["image"], kind, base64=picture, cid=cid)
+            pictures.append(smtp.Picture(caption, file))
+        return pictures
 
     def _event(self, name: str) -> str:
         """The words for an event; one that is not known stands for itself."""
-        return self._events.get(name, name)
+        return self._event_words.get(name, name)
 
     def _sentence(self, key: str, **values: object) -> smtp.Sentence:
         return smtp.sentence(self._words[key], values)
@@ -1668,7 +1649,8 @@ class AlertMailer:
 
     def _time(self, local: str) -> str:
         """A local time in a sentence."""
-        return f"{self._weekdays[dt.date.fromisoformat(local[:10]).weekday()]} {local[:19]}"
+        weekdays = self._words["weekdays"].split()
+        return f"{weekdays[dt.date.fromisoformat(local[:10]).weekday()]} {local[:19]}"
 
     def _duration(self, seconds: float) -> str:
         """A length of time for people, in the largest unit of which there are two."""
@@ -1676,42 +1658,11 @@ class AlertMailer:
         unit, size = next((unit, size) for unit, size in units if seconds >= 2 * size or size == 1)
         return f"{seconds / size:.0f} {unit}"
 
-    def _colour(self, events: Iterable[str]) -> str:
-        return smtp.RED if any(map(self._urgent, events)) else smtp.BLUE
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)[:2000]
-
-
-def _meta_text(content: Mapping[str, Any]) -> str:
-    """The meta of an event in one line."""
-    return smtp.one_line("; ".join(f"{key}={_plain(value)}" for key, value in content.get("meta", {}).items()))
-
 
 def summarize(names: Iterable[str], most: int = 3) -> str:
     """The first different ones, and how many more there are."""
     different = list(dict.fromkeys(names))
     return ", ".join(different[:most]) + (f", +{len(different) - most}" if len(different) > most else "")
-
-
-class EventsTable:
-    """events.csv, written a line at a time; with the byte order mark by which spreadsheets know UTF-8."""
-
-    def __init__(self) -> None:
-        self._data = io.BytesIO()
-        self._text = io.TextIOWrapper(self._data, "utf-8-sig", newline="", write_through=True)
-        self._writer = csv.writer(self._text)
-        self._writer.writerow(("id", "event", "camera", "time", "arrived", "meta"))
-
-    def add(self, view: EventView) -> None:
-        """Write an event. What a spreadsheet would take for a formula gets an apostrophe before it."""
-        meta = _meta_text(view.content) if self._data.tell() < CSV_MAX_BYTES else ""
-        cells = (view.id, view.event, view.camera, utc_time(view.happened), utc_time(view.arrived), meta)
-        self._writer.writerow([f"'{cell}" if FORMULA.match(cell) else cell for cell in cells])
-
-    def data(self) -> bytes:
-        return self._data.getvalue()
 
 
 # ───────────────────────────────────────────── Wiring ───────────────────────────────────────────────
