@@ -291,8 +291,6 @@ class Event(NamedTuple):
     """A checked event. `entry` is what the spool keeps; `warning` says what of the event was left out or cut."""
 
     entry: NewEntry
-    camera: str
-    name: str
     warning: str = ""
 
 
@@ -407,8 +405,7 @@ def _event(values: Mapping[str, Any], now: float) -> Event:
         except ValueError as error:
             content["dropped"], picture = str(error), None
             warnings.append(f"image dropped: {error}")
-    entry = new_entry(content, now, wished_id, picture)
-    return Event(entry, content["camera"], content["event"], "; ".join(warnings))
+    return Event(new_entry(content, now, wished_id, picture), "; ".join(warnings))
 
 
 def new_entry(content: Mapping[str, Any], now: float, wished_id: str = "", picture: bytes | None = None) -> NewEntry:
@@ -520,29 +517,22 @@ def picture_name(name: object, kind: str) -> str:
     return clean if known else f"{clean or 'picture'}.{kind.replace('jpeg', 'jpg')}"
 
 
-def accepted(events: Sequence[Event], receipts: Sequence[smtp.PutResult], shown: int = 3) -> str:
-    """The first few accepted events, and how many more there are: what the log says of a commit."""
-    texts = [
-        f"{event.name} {event.camera} ({receipt.id}{'' if receipt.new else ', duplicate'})"
-        for event, receipt in zip(events[:shown], receipts, strict=False)
-    ]
-    return ", ".join(texts) + (f" and {len(events) - shown} more" if len(events) > shown else "")
+def answer_line(**fields: object) -> bytes:
+    return json.dumps(fields).encode("ascii") + b"\n"
 
 
 def answer(receipt: smtp.PutResult, event: Event) -> bytes:
     """The line that answers an accepted event."""
-    line = f'{{"ok": true, "id": "{receipt.id}", "status": "{"queued" if receipt.new else "duplicate"}"'
     warnings = [event.warning] if event.warning else []
     if receipt.id != event.entry.id:
         warnings.append("this id was used before for another event; the alert has a new id")
-    if warnings:
-        line += f', "warning": {json.dumps("; ".join(warnings))}'
-    return f"{line}}}\n".encode("ascii")
+    more = {"warning": "; ".join(warnings)} if warnings else {}
+    return answer_line(ok=True, id=receipt.id, status="queued" if receipt.new else "duplicate", **more)
 
 
 def refusal_line(refusal: Refusal) -> bytes:
     """The line that answers a refused one."""
-    return json.dumps({"ok": False, "error": refusal.code, "detail": refusal.detail}).encode("ascii") + b"\n"
+    return answer_line(ok=False, error=refusal.code, detail=refusal.detail)
 
 
 # ───────────────────────────────────────────── Accept ───────────────────────────────────────────────
@@ -792,10 +782,11 @@ class Relay:
             self.log_once(f"{refusal.code}: %s", error, level=logging.ERROR)
             return [refusal] * len(events)
         self._notify()
-        for event in events:
-            self._monitor.heard(event.camera, event.name)
-        if log.isEnabledFor(logging.INFO):
-            log.info("accepted %s", accepted(events, receipts))
+        accepted = []
+        for (entry, _), receipt in zip(events, receipts, strict=True):
+            self._monitor.heard(entry.source, entry.kind)
+            accepted.append(f"{entry.kind} {entry.source} ({receipt.id}{'' if receipt.new else ', duplicate'})")
+        log.info("accepted %s", summarize(accepted))
         return receipts
 
     def _answer(self, parsed: Parsed, receipts: Iterator[smtp.PutResult | Refusal]) -> bytes:
@@ -804,10 +795,10 @@ class Relay:
             return refusal_line(receipt) if isinstance(receipt, Refusal) else answer(receipt, parsed)
         if isinstance(parsed, Heartbeat):
             self._monitor.heard(parsed.camera)
-            return b'{"ok": true, "status": "alive"}\n'
+            return answer_line(ok=True, status="alive")
         if isinstance(parsed, Ping):
             counts = self._outbox.counts() if parsed.trusted else {}
-            return json.dumps({"ok": True, "status": "pong", **counts}).encode("ascii") + b"\n"
+            return answer_line(ok=True, status="pong", **counts)
         return refusal_line(parsed)
 
     # Places, memory, files and threads.
