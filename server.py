@@ -1,12 +1,25 @@
 #!/usr/bin/env python3
-"""server: the relay. A camera recorder sends events as lines of JSON over TCP; the owner gets mails.
+"""server: the relay. Camera recorders send events as lines of JSON over TCP; the owner gets mails.
 
-    camera ──TCP──▶ accept ─▶ journal ─▶ answer            (one thread a connection)
-                                │
-                                └▶ plan ─▶ render ─▶ deliver ──SMTP──▶ the owner's mailbox
+    camera ──TCP──▶ accept ──▶ journal ──▶ answer
+                                  │
+                                  └──▶ plan ──▶ render ──▶ deliver ──SMTP──▶ the owner's mailbox
 
-The promise: answered `queued` means on disk, synchronously. It will be mailed; at worst, after a crash at the
-wrong moment, twice, with the same Message-ID. It is never mailed zero times without the queue saying so.
+1. Accept: a thread for each connection reads lines and checks them. A line is an event, a heartbeat, a ping or wrong.
+2. Journal: the events of one read go into the spool, an SQLite database, in one commit. Then each line is answered, in
+   order. The relay has events of its own, which begin here: a camera has fallen silent or is back, a day is over.
+3. Plan: what waits in the spool, what was sent, the configuration and the time decide which mails are due and to whom,
+   an alert alone or several as a digest, and what is held until when. A plan is not stored; it is made anew.
+4. Render: a mail is written when it is about to be sent, in the language of the configuration.
+5. Deliver: each recipient gets a mail of their own. What the mail server does not accept is tried again. smtp_module
+   does this, and tells at its head how.
+
+The answer `queued` promises that the event is on disk and survives a power cut. It will be mailed to its recipients, or
+`smtp_module.py queue` shows that it waits or has failed. A crash at the wrong moment can send a mail twice, with the
+same Message-ID.
+
+A peer is a stranger until it has shown the token, or a client certificate where these are asked for; where neither is
+set nobody is one. A stranger may only ping, and is the first to go when places, memory, files or threads are short.
 
     python3 server.py                  with the settings of the environment or .env
     python3 server.py --demo           the whole job on this machine, nothing to configure
@@ -77,16 +90,16 @@ HANDSHAKE_TIMEOUT_S = 10.0
 STRANGER_TIMEOUT_S = 30.0  # in place of a longer ALERT_IDLE_TIMEOUT, until a peer has shown the token
 LINGER_S = 0.5  # a peer may go on talking for so long after the last answer, so that it gets to read it
 BACKLOG = 4096  # a burst of connections must not wait for the kernel's retries; the kernel caps this at somaxconn
-READ_BYTES = 64 << 10  # at once
-BATCH_BYTES, BATCH_LINES = 4 << 20, 1000  # what has arrived is read up to one of these before it is committed
+READ_BYTES = 64 << 10  # at once; the events in them are one commit
+BATCH_LINES = 1000  # of very short lines no more than these are one commit
 UNANSWERED_MAX_BYTES = 256 << 20  # the memory of all connections together for what is read and not answered yet
 UNANSWERED_FREE_BYTES = READ_BYTES  # each connection may hold this much without being counted
 LARGE_LINE_BYTES = 1 << 20  # lines from this size on are parsed one at a time: each takes many times its size
 THREAD_STACK_BYTES = 512 << 10
 OTHER_FILES = 512  # open files besides the connections: mail servers, the spool, peers that are being turned out
-# A thread that waits for the interpreter wakes up once in an interval, 5 ms by default, and thousands of them do
-# nothing else. When 6,000 idle connections ended together, a client waited 45 s for its answer; with an interval that
-# grows by this for each connection it waited 0.9 s (2,000: 2.6 s and 0.3 s).
+# The switch interval grows with the connections, because a thread that waits for the interpreter wakes up once in each
+# interval: when 6,000 idle connections ended together, a client waited 45 s for its answer with the usual 5 ms, and
+# 0.9 s with 0.1 ms for each connection (when 2,000 ended, 2.6 s and 0.3 s).
 SWITCH_S, SWITCH_EACH_S = 0.005, 0.0001
 SLOWEST_BYTES_S = 10_000  # a line that comes more slowly than this is given up after the idle timeout
 UNAUTHORIZED_DELAY_S = 1.0  # slows guessing
@@ -291,8 +304,6 @@ class Event(NamedTuple):
     """A checked event. `entry` is what the spool keeps; `warning` says what of the event was left out or cut."""
 
     entry: NewEntry
-    camera: str
-    name: str
     warning: str = ""
 
 
@@ -407,8 +418,7 @@ def _event(values: Mapping[str, Any], now: float) -> Event:
         except ValueError as error:
             content["dropped"], picture = str(error), None
             warnings.append(f"image dropped: {error}")
-    entry = new_entry(content, now, wished_id, picture)
-    return Event(entry, content["camera"], content["event"], "; ".join(warnings))
+    return Event(new_entry(content, now, wished_id, picture), "; ".join(warnings))
 
 
 def new_entry(content: Mapping[str, Any], now: float, wished_id: str = "", picture: bytes | None = None) -> NewEntry:
@@ -520,37 +530,31 @@ def picture_name(name: object, kind: str) -> str:
     return clean if known else f"{clean or 'picture'}.{kind.replace('jpeg', 'jpg')}"
 
 
-def accepted(events: Sequence[Event], receipts: Sequence[smtp.PutResult], shown: int = 3) -> str:
-    """The first few accepted events, and how many more there are: what the log says of a commit."""
-    texts = [
-        f"{event.name} {event.camera} ({receipt.id}{'' if receipt.new else ', duplicate'})"
-        for event, receipt in zip(events[:shown], receipts, strict=False)
-    ]
-    return ", ".join(texts) + (f" and {len(events) - shown} more" if len(events) > shown else "")
+def answer_line(**fields: object) -> bytes:
+    """The fields as a line of JSON."""
+    return json.dumps(fields).encode("ascii") + b"\n"
 
 
 def answer(receipt: smtp.PutResult, event: Event) -> bytes:
     """The line that answers an accepted event."""
-    line = f'{{"ok": true, "id": "{receipt.id}", "status": "{"queued" if receipt.new else "duplicate"}"'
     warnings = [event.warning] if event.warning else []
     if receipt.id != event.entry.id:
         warnings.append("this id was used before for another event; the alert has a new id")
-    if warnings:
-        line += f', "warning": {json.dumps("; ".join(warnings))}'
-    return f"{line}}}\n".encode("ascii")
+    more = {"warning": "; ".join(warnings)} if warnings else {}
+    return answer_line(ok=True, id=receipt.id, status="queued" if receipt.new else "duplicate", **more)
 
 
 def refusal_line(refusal: Refusal) -> bytes:
     """The line that answers a refused one."""
-    return json.dumps({"ok": False, "error": refusal.code, "detail": refusal.detail}).encode("ascii") + b"\n"
+    return answer_line(ok=False, error=refusal.code, detail=refusal.detail)
 
 
 # ───────────────────────────────────────────── Accept ───────────────────────────────────────────────
 # Each connection has a thread, which reads what has arrived, journals its events in one commit and answers in order.
 #
-# Where a token or client certificates are set, a peer that has shown neither yet is a stranger. Whenever places
-# (ALERT_MAX_CONNECTIONS), memory (UNANSWERED_MAX_BYTES), open files or threads are short, the stranger that came first
-# is turned out: it is told `busy` and disconnected. Anybody else hears `busy` only where no stranger is left.
+# Whenever places (ALERT_MAX_CONNECTIONS), memory (UNANSWERED_MAX_BYTES), open files or threads are short, the stranger
+# that came first is turned out: its connection ends with `busy`, over TLS without a word. A peer that needs room when
+# no stranger is left gets the `busy` itself.
 
 BUSY = Refusal("busy", "too many connections or half-sent lines; try again later", closes=True)
 STOPPING = Refusal("shutting_down", "the relay is stopping; send this again later", closes=True)
@@ -792,10 +796,11 @@ class Relay:
             self.log_once(f"{refusal.code}: %s", error, level=logging.ERROR)
             return [refusal] * len(events)
         self._notify()
-        for event in events:
-            self._monitor.heard(event.camera, event.name)
-        if log.isEnabledFor(logging.INFO):
-            log.info("accepted %s", accepted(events, receipts))
+        accepted = []
+        for (entry, _), receipt in zip(events, receipts, strict=True):
+            self._monitor.heard(entry.source, entry.kind)
+            accepted.append(f"{entry.kind} {entry.source} ({receipt.id}{'' if receipt.new else ', duplicate'})")
+        log.info("accepted %s", summarize(accepted))
         return receipts
 
     def _answer(self, parsed: Parsed, receipts: Iterator[smtp.PutResult | Refusal]) -> bytes:
@@ -804,10 +809,10 @@ class Relay:
             return refusal_line(receipt) if isinstance(receipt, Refusal) else answer(receipt, parsed)
         if isinstance(parsed, Heartbeat):
             self._monitor.heard(parsed.camera)
-            return b'{"ok": true, "status": "alive"}\n'
+            return answer_line(ok=True, status="alive")
         if isinstance(parsed, Ping):
             counts = self._outbox.counts() if parsed.trusted else {}
-            return json.dumps({"ok": True, "status": "pong", **counts}).encode("ascii") + b"\n"
+            return answer_line(ok=True, status="pong", **counts)
         return refusal_line(parsed)
 
     # Places, memory, files and threads.
@@ -972,9 +977,9 @@ def plan(config: RelayConfig, waiting: Iterable[PendingEntry], sent: History, no
 
 def route(config: RelayConfig, event: str, camera: str) -> tuple[str, ...]:
     """Who gets this alert: the first route with a pattern that matches, else ALERT_RECIPIENT."""
-    for entry in config.routes:
-        if _matches(camera, entry.patterns) or _matches(event, entry.patterns):
-            return entry.recipients
+    for one in config.routes:
+        if _matches(camera, one.patterns) or _matches(event, one.patterns):
+            return one.recipients
     return config.recipients
 
 
@@ -1010,7 +1015,10 @@ class Planner:
         self._budget_resets_at = (self._times[0] if self._times else now) + smtp.DAY_S
 
     def assign(self, entry: PendingEntry) -> None:
-        """Make the alert a mail of its own, put it into the digest that it belongs to, or hold it."""
+        """Make the alert a mail of its own, put it into the digest that it belongs to, or hold it.
+
+        The rules follow each other: its route, quiet hours, its cooldown, and the daily limit.
+        """
         to = tuple(name for name in route(self._config, entry.kind, entry.source) if name not in entry.served)
         if to and self._sent.paused.issuperset(to):
             return  # It stays free to become part of a digest; the plan is made anew when the pause is over.
@@ -1108,9 +1116,10 @@ class Planner:
         self.due.append(DueMessage(tuple(entry.seq for entry in entries), to, word, groups))
 
 
-# ───────────────────────────────────────────── Watch ────────────────────────────────────────────────
-# Silence is an event, and so is a day. Silence is measured by the monotonic clock, so that no clock step accuses a
-# camera; wall clock is only what people read, and the hour of the daily mail.
+# ───────────────────────────────────────────── Monitor ──────────────────────────────────────────────
+# The relay's own events: a camera has fallen silent or is back, and the daily mail. Silence is measured by the
+# monotonic clock, so that setting the clock accuses no camera. The wall clock is for what people read, and for the hour
+# of the daily mail.
 
 CAMERA_SCHEMA = """
 CREATE TABLE IF NOT EXISTS cameras(camera TEXT PRIMARY KEY, seen REAL NOT NULL, silent INTEGER NOT NULL);

@@ -424,7 +424,7 @@ def test_accepted_events_are_one_line_of_the_log_for_a_commit(run: Any, info: py
     said = [record.getMessage() for record in info.records if record.getMessage().startswith("accepted")]
     assert said[0] == "accepted DOOR_OPENED front (a:1)"
     assert said[1].startswith("accepted E c1 (a:1-")  # the same id, another event
-    assert said[1].endswith("E c2 (a:2), E c3 (a:3) and 2 more") and len(said) == 2
+    assert said[1].endswith("E c2 (a:2), E c3 (a:3), +2") and len(said) == 2
 
 
 def test_a_refused_token_is_logged_once_with_its_peer_and_without_the_token(
