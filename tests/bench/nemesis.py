@@ -52,7 +52,7 @@ def wrapper(rng: random.Random, how: str) -> list[str]:
 
 def end(stage: Stage, rng: random.Random, how: str) -> None:
     """Let the epoch last a little, then end the relay."""
-    pause = rng.uniform(0.0, 0.3)
+    pause = rng.uniform(0.0, 0.5)
     if how == "call":
         latest = time.monotonic() + 1.0
         while not stage.relay.dead() and time.monotonic() < latest:
